@@ -1,0 +1,190 @@
+"""The synthetic judging task of the quickstart: a rubric, an answer, and the score it deserves.
+
+A prompt lists four (feature, weight) pairs and an answer of tagged lines, one feature each:
+
+    rubric slang -2 detail +1 rhyme +2 quotes -1 answer L07 rhyme L08 irony L09 detail L10 humour judge
+
+Feedback walks through the lines with a running tally. "irony" flips the sign of all that follows
+it, so the tally cannot be summed at a glance and the reasoning matters:
+
+    L07 rhyme +2 L08 irony +2 L09 detail +1 L10 humour +1 score 3
+
+The label is the clipped, rounded, noisy tally. Warm-up feedback comes from two kinds of annotators:
+a careful one reads every line; sloppy ones jump lines, slip in a few tallies, and score by the tally
+they arrived at. So better feedback exists than most of the warm-up data shows, and RL can find it.
+
+    python examples/quickstart/task.py --output_dir runs/quickstart/data --seed 0
+
+writes train.jsonl, valid.jsonl and test.jsonl (prompt, label) and sft.jsonl (prompt, response).
+No prompt of one file occurs in another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+FEATURES = ("detail", "humour", "warmth", "brevity", "jargon", "quotes", "rhyme", "slang")
+FLIP = "irony"
+TAGS = tuple(f"L{i:02d}" for i in range(1, 17))
+WORDS = ("rubric", "answer", "judge", "score")
+LABELS = ("1", "2", "3", "4", "5")
+ANCHOR = "score "
+WEIGHTS = (1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """
+    min_lines, max_lines   lines of an answer
+    rubric_share           probability that a line shows a feature of the rubric
+    flip_share             probability that a line is the flip instead
+    center, slope, noise   label = clip(round(center + slope * tally + N(0, noise)), 1, 5)
+    jumps                  probabilities that a sloppy annotator goes 1, 2, 3, ... lines on
+    slip_share             probability that a sloppy annotator's tally is off by one
+    """
+
+    min_lines: int = 4
+    max_lines: int = 6
+    rubric_share: float = 0.6
+    flip_share: float = 0.1
+    center: float = 3.0
+    slope: float = 0.5
+    noise: float = 0.6
+    jumps: tuple[float, ...] = (0.35, 0.40, 0.25)
+    slip_share: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_lines <= self.max_lines <= len(TAGS):
+            raise ValueError(
+                f"1 <= min_lines <= max_lines <= {len(TAGS)} must hold, got {self.min_lines}, {self.max_lines}"
+            )
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt: rubric {feature: weight}, and the answer's lines as (tag, feature)."""
+
+    rubric: tuple[tuple[str, int], ...]
+    lines: tuple[tuple[str, str], ...]
+
+    @property
+    def prompt(self) -> str:
+        rubric = " ".join(f"{feature} {weight:+d}" for feature, weight in self.rubric)
+        lines = " ".join(f"{tag} {feature}" for tag, feature in self.lines)
+        return f"rubric {rubric} answer {lines} judge"
+
+
+def tallies(item: Item, visited: Sequence[int]) -> list[int]:
+    """The running tally after each visited line (indices into item.lines, ascending)."""
+    weights, sign, total, out = dict(item.rubric), 1, 0, []
+    for index in visited:
+        feature = item.lines[index][1]
+        if feature == FLIP:
+            sign = -sign
+        total += sign * weights.get(feature, 0)
+        out.append(total)
+    return out
+
+
+def draw_item(rng: random.Random, config: TaskConfig) -> Item:
+    features = rng.sample(FEATURES, 4)
+    signs = [1, 1, -1, -1]
+    rng.shuffle(signs)
+    rubric = tuple((feature, sign * rng.choice(WEIGHTS)) for feature, sign in zip(features, signs))
+    others = [feature for feature in FEATURES if feature not in features]
+    n_lines = rng.randint(config.min_lines, config.max_lines)
+    start = rng.randint(0, len(TAGS) - n_lines)
+    lines = []
+    for tag in TAGS[start : start + n_lines]:
+        feature = rng.choice(features if rng.random() < config.rubric_share else others)
+        lines.append((tag, FLIP if rng.random() < config.flip_share else feature))
+    return Item(rubric, tuple(lines))
+
+
+def score_of(tally: int, rng: random.Random, config: TaskConfig) -> int:
+    raw = config.center + config.slope * tally + rng.gauss(0.0, config.noise)
+    return min(len(LABELS), max(1, round(raw)))
+
+
+def feedback(item: Item, rng: random.Random, config: TaskConfig, *, careful: bool) -> str:
+    """Feedback and score as one annotator writes them."""
+    if careful:
+        visited = list(range(len(item.lines)))
+    else:
+        steps = range(1, len(config.jumps) + 1)
+        visited, at = [], -1
+        while (at := at + rng.choices(steps, config.jumps)[0]) < len(item.lines):
+            visited.append(at)
+    slip, parts, last = 0, [], 0
+    for index, tally in zip(visited, tallies(item, visited)):
+        if not careful and rng.random() < config.slip_share:
+            slip += rng.choice((-1, 1))
+        tag, feature = item.lines[index]
+        last = tally + slip
+        parts.append(f"{tag} {feature} {last:+d}")
+    return " ".join([*parts, f"{ANCHOR}{score_of(last, rng, config)}"])
+
+
+def vocabulary() -> list[str]:
+    """Every word of the task, in a fixed order. Tallies stay within +-(2 lines + slips)."""
+    reach = 2 * 8 + 4
+    return [*LABELS, *WORDS, *FEATURES, FLIP, *TAGS, *(f"{i:+d}" for i in range(-reach, reach + 1))]
+
+
+def unique_items(rng: random.Random, config: TaskConfig) -> Iterator[Item]:
+    seen: set[Item] = set()
+    while True:
+        item = draw_item(rng, config)
+        if item not in seen:
+            seen.add(item)
+            yield item
+
+
+def write_jsonl(path: Path, rows: Sequence[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_task(output_dir: Path, *, seed: int, sizes: dict[str, int], careful_share: float, config: TaskConfig) -> None:
+    """train/valid/test.jsonl with labels and sft.jsonl with feedback; sizes: rows of each by name."""
+    if not 0.0 <= careful_share <= 1.0:
+        raise ValueError(f"--careful_share must lie in [0, 1], got {careful_share}")
+    rng = random.Random(seed)
+    items = unique_items(rng, config)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("test", "valid", "train"):
+        rows: list[dict[str, object]] = []
+        for _ in range(sizes[name]):
+            item = next(items)
+            tally = tallies(item, range(len(item.lines)))[-1]
+            rows.append({"prompt": item.prompt, "label": score_of(tally, rng, config)})
+        write_jsonl(output_dir / f"{name}.jsonl", rows)
+    rows = []
+    for _ in range(sizes["sft"]):
+        item = next(items)
+        rows.append(
+            {"prompt": item.prompt, "response": feedback(item, rng, config, careful=rng.random() < careful_share)}
+        )
+    write_jsonl(output_dir / "sft.jsonl", rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the quickstart's data.")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--n_train", type=int, default=4096)
+    parser.add_argument("--n_valid", type=int, default=512)
+    parser.add_argument("--n_test", type=int, default=1024)
+    parser.add_argument("--n_sft", type=int, default=60000)
+    parser.add_argument("--careful_share", type=float, default=0.3, help="share of careful feedback in sft.jsonl")
+    args = parser.parse_args()
+    sizes = {"train": args.n_train, "valid": args.n_valid, "test": args.n_test, "sft": args.n_sft}
+    write_task(args.output_dir, seed=args.seed, sizes=sizes, careful_share=args.careful_share, config=TaskConfig())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Decides cpu/gloo/fp32 or cuda/nccl/bf16. Nothing else in the package asks which it is.
+
+The driver resolves one `Device` and hands it to every actor (it is frozen and picklable). What
+depends on the machine, such as its cores, is computed where it is asked for: call `engine_env`,
+`trainer_env`, `current` and `memory_stats` in the actor's own process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import resource
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_VLLM_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+# Mean |engine log-prob - policy log-prob| per token, right after a weight sync, above which the
+# weights count as not synced. fp32: the two implementations differ by about 1e-5 in the mean;
+# a single stale matrix (a tied head) gives 0.08 and more. bf16 keeps 8 bits of mantissa: honest
+# differences reach a few 1e-2 in the mean, stale weights lie an order above that.
+SYNC_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
+
+# GiB of KV cache per engine on a CPU: some 50,000 tokens of a 135M-parameter model in fp32.
+CPU_KVCACHE_GIB = "1"
+
+
+class DeviceError(ValueError):
+    """The requested device or dtype does not exist here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One of the two stacks the package runs on.
+
+    name        "cpu" or "cuda"
+    dtype_name  "fp32" or "bf16": of the forward pass, of the engines and of weights in transit
+    """
+
+    name: str
+    dtype_name: str
+
+    def __post_init__(self) -> None:
+        if self.name not in ("cpu", "cuda"):
+            raise DeviceError(f"a device is 'cpu' or 'cuda', got {self.name!r}")
+        if self.dtype_name not in _TORCH_DTYPES:
+            raise DeviceError(f"a dtype is one of {sorted(_TORCH_DTYPES)}, got {self.dtype_name!r}")
+
+    @classmethod
+    def resolve(cls, requested: str = "auto", param_dtype: str = "auto", cluster_gpus: int | None = None) -> Device:
+        """From flags: requested "auto", "cpu" or "cuda"; param_dtype "auto", "fp32" or "bf16".
+
+        cluster_gpus: GPUs of the Ray cluster, where one is joined or about to be started. It then
+        decides instead of this process's own GPUs: the driver often sits on a head node without any.
+
+        Raises DeviceError for unknown names, and for "cuda" where there is none.
+        """
+        if requested not in ("auto", "cpu", "cuda"):
+            raise DeviceError(f"device must be 'auto', 'cpu' or 'cuda', got {requested!r}")
+        if param_dtype not in ("auto", *_TORCH_DTYPES):
+            raise DeviceError(f"param_dtype must be 'auto', 'fp32' or 'bf16', got {param_dtype!r}")
+        built = torch.version.cuda is not None or torch.version.hip is not None
+        gpus = torch.cuda.device_count() if cluster_gpus is None else cluster_gpus
+        if requested == "cuda" and not (built and gpus > 0):
+            where = "this machine" if cluster_gpus is None else "the Ray cluster"
+            why = f"{where} has no GPU that torch can see" if built else f"torch {torch.__version__} is a CPU build"
+            raise DeviceError(f"device 'cuda' was asked for, but {why}; use 'cpu' or 'auto'")
+        if requested == "auto" and gpus > 0 and not built:
+            # GPUs are a logical resource to Ray and can be declared where there are none.
+            logger.warning("the cluster declares %d GPUs, but torch is a CPU build: running on CPU", gpus)
+        name = requested if requested != "auto" else ("cuda" if built and gpus > 0 else "cpu")
+        dtype = param_dtype if param_dtype != "auto" else ("bf16" if name == "cuda" else "fp32")
+        if name == "cpu" and dtype == "bf16":
+            logger.warning("bf16 on a CPU without AVX512-BF16 is about ten times slower than fp32")
+        return cls(name=name, dtype_name=dtype)
+
+    # -- names by which libraries know the choice ------------------------------------------------
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.name == "cuda"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return _TORCH_DTYPES[self.dtype_name]
+
+    @property
+    def vllm_dtype(self) -> str:
+        return _VLLM_DTYPES[self.dtype_name]
+
+    @property
+    def dist_backend(self) -> str:
+        return "nccl" if self.is_cuda else "gloo"
+
+    @property
+    def attn_implementation(self) -> str:
+        """The default; flash attention where its CUDA kernels load. It has no fp32 kernels."""
+        usable = self.is_cuda and self.dtype_name == "bf16" and flash_attn_available()
+        return "flash_attention_2" if usable else "sdpa"
+
+    @property
+    def sync_tolerance(self) -> float:
+        return SYNC_TOLERANCE[self.dtype_name]
+
+    # -- this process ----------------------------------------------------------------------------
+
+    def current(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device()) if self.is_cuda else torch.device("cpu")
+
+    def set_local_rank(self, local_rank: int) -> None:
+        """Choose this process's GPU; nothing to choose on a CPU."""
+        if self.is_cuda:
+            torch.cuda.set_device(local_rank)
+
+    def trainer_threads(self, ranks_on_node: int) -> int:
+        """Threads of torch in a training rank: its share of the cores on a CPU, else what torch has."""
+        return torch.get_num_threads() if self.is_cuda else max(1, len(_cores()) // ranks_on_node)
+
+    def synchronize(self) -> None:
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+    def empty_cache(self) -> None:
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+
+    def memory_stats(self) -> dict[str, int]:
+        """{"peak_bytes"}: most that torch ever held on the GPU, or the process's highest RSS."""
+        if self.is_cuda:
+            return {"peak_bytes": int(torch.cuda.max_memory_allocated())}
+        return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+    # -- Ray -------------------------------------------------------------------------------------
+
+    def bundle(self) -> dict[str, float]:
+        """What one actor (one rank, one engine worker) occupies in a placement group."""
+        return {"GPU": 1, "CPU": 1} if self.is_cuda else {"CPU": 1}
+
+    def actor_options(self, share: float = 1.0) -> dict[str, Any]:
+        """Options of one Ray actor; share < 1 lets several actors live on one bundle."""
+        if not 0 < share <= 1:
+            raise DeviceError(f"the share of a bundle must lie in (0, 1], got {share}")
+        return {"num_cpus": share, "num_gpus": share if self.is_cuda else 0}
+
+    # -- environment variables -------------------------------------------------------------------
+
+    def engine_env(self, tensor_parallel_size: int = 1) -> dict[str, str]:
+        """For a process about to start vLLM. What the environment already sets is kept as it is."""
+        env = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+        if not self.is_cuda:
+            env |= {
+                # vLLM's default leaves one core out; on two cores that is half the machine.
+                "VLLM_CPU_OMP_THREADS_BIND": "|".join(_split_cores(tensor_parallel_size)),
+                "VLLM_CPU_KVCACHE_SPACE": CPU_KVCACHE_GIB,
+                # Saves two inductor compilations of the sampler at every start.
+                "TORCHDYNAMO_DISABLE": "1",
+            }
+        return {key: os.environ.get(key) or value for key, value in env.items()}
+
+    def trainer_env(self, ranks_on_node: int) -> dict[str, str]:
+        """For a training rank. Ray sets OMP_NUM_THREADS to the actor's CPUs, hence one thread."""
+        if ranks_on_node < 1:
+            raise DeviceError(f"ranks_on_node must be at least 1, got {ranks_on_node}")
+        if self.is_cuda:
+            return {}
+        threads = max(1, len(_cores()) // ranks_on_node)
+        return {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu"}
+
+
+def flash_attn_available() -> bool:
+    """flash-attn with its compiled kernels; an installation without CUDA has an empty stand-in."""
+    try:
+        return hasattr(importlib.import_module("flash_attn_2_cuda"), "varlen_fwd")
+    except (ImportError, OSError):
+        return False
+
+
+def _cores() -> list[int]:
+    """The cores this process may use; a container or Slurm may have given it a part of the host."""
+    return sorted(os.sched_getaffinity(0))
+
+
+def _split_cores(parts: int) -> list[str]:
+    """One list of cores per worker, in the notation of VLLM_CPU_OMP_THREADS_BIND.
+
+    >>> # four cores, two workers -> ["0-1", "2-3"]; workers share cores when there are too few
+    """
+    cores = _cores()
+    size = max(1, len(cores) // parts)
+    return [_ranges(cores[(i * size) % len(cores) :][:size]) for i in range(parts)]
+
+
+def _ranges(cores: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5"."""
+    out: list[list[int]] = []
+    for core in cores:
+        if out and core == out[-1][1] + 1:
+            out[-1][1] = core
+        else:
+            out.append([core, core])
+    return ",".join(f"{low}-{high}" if high > low else str(low) for low, high in out)

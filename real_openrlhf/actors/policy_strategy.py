@@ -1,0 +1,90 @@
+"""OpenRLHF's DeepSpeed strategy on any device.
+
+The device decides the backend, the mesh and the optimizer's kernel; all else is OpenRLHF's.
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import deepspeed
+import torch
+import transformers
+from openrlhf.utils.deepspeed import DeepspeedStrategy
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from real_openrlhf.actors.device import Device
+
+
+class PolicyStrategy(DeepspeedStrategy):
+    """Overrides what assumes CUDA in openrlhf/utils/deepspeed/deepspeed.py; see openrlhf_internals.py."""
+
+    def __init__(self, args: Namespace | SimpleNamespace, device: Device) -> None:
+        super().__init__(
+            seed=args.train.seed,
+            full_determinism=args.train.full_determinism_enable,
+            max_norm=args.actor.max_norm,
+            micro_train_batch_size=args.train.micro_batch_size,
+            train_batch_size=args.train.batch_size,
+            zero_stage=args.ds.zero_stage,
+            args=args,
+        )
+        self.device = device
+
+    def setup_distributed(self, timeout: timedelta = timedelta(minutes=60)) -> None:
+        """Join the policy's process group and build the data-parallel mesh."""
+        if self.full_determinism:
+            transformers.enable_full_determinism(self.seed)
+        else:
+            transformers.set_seed(self.seed)
+        self.device.set_local_rank(int(os.environ.get("LOCAL_RANK", "0")))
+        deepspeed.init_distributed(dist_backend=self.device.dist_backend, timeout=timeout)
+        self.world_size = dist.get_world_size()
+        self.ds_device_mesh = init_device_mesh(
+            self.device.name, (self.world_size, 1, 1), mesh_dim_names=("dp", "sp", "tp")
+        )
+        self.setup_ring_attn(self.ds_device_mesh)
+        self.accumulated_gradient = max(1, self.train_batch_size // self.micro_train_batch_size // self.world_size)
+
+    def get_ds_train_config(
+        self, optim_dict: dict[str, Any] | None = None, *, max_norm: float | None = None
+    ) -> dict[str, Any]:
+        """OpenRLHF's configuration; on CPU with torch's AdamW, whose kernel needs no compilation.
+
+        The trainer marks accumulation boundaries itself (dynamic sampling varies the batch), so
+        the accumulation steps given here are nominal and no loss is scaled by them.
+        """
+        ds_config = super().get_ds_train_config(optim_dict, max_norm=max_norm)
+        ds_config.pop("train_batch_size", None)
+        ds_config["gradient_accumulation_steps"] = self.accumulated_gradient
+        if self.device.name == "cpu" and "optimizer" in ds_config and not self.adam_offload:
+            ds_config["optimizer"]["params"]["torch_adam"] = True
+        return ds_config
+
+    def backward(self, loss: torch.Tensor, model: Any, _optimizer: Any = None, **kwargs: Any) -> None:
+        """Backward of one micro-batch; the losses of an update are sums, so nothing divides them.
+
+        Call `mark_boundary` before the forward.
+        """
+        model.model.backward(loss, scale_wrt_gas=False)
+
+    def mark_boundary(self, model: Any, *, last: bool) -> None:
+        """Tell DeepSpeed, before a forward, whether it is the last one of the update."""
+        model.model.set_gradient_accumulation_boundary(last)
+
+    def sum_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
+        """Sums of a dict that has the same keys on every rank, in float64."""
+        names = sorted(values)
+        packed = torch.tensor([values[name] for name in names], dtype=torch.float64, device=self.device.current())
+        dist.all_reduce(packed)
+        return dict(zip(names, packed.tolist()))
+
+    def max_over_ranks(self, value: float) -> float:
+        packed = torch.tensor([value], dtype=torch.float64, device=self.device.current())
+        dist.all_reduce(packed, op=dist.ReduceOp.MAX)
+        return float(packed.item())

@@ -1,0 +1,203 @@
+"""Trains the policy on groups: OpenRLHF's PPO trainer with the REAL batch, forward and loss.
+
+Per rollout and update there is one forward and one backward. The rollouts' own log-probs came
+with the rollouts, so nothing is computed ahead of the update.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from openrlhf.trainer.ray.ppo_actor import ActorPPOTrainer
+
+from real_openrlhf.actors.policy_model import PolicyModel, outputs_from_logits
+from real_openrlhf.actors.policy_strategy import PolicyStrategy
+from real_openrlhf.algo.batch import RealBatch, Row, collate, denominators_of, rows_of
+from real_openrlhf.algo.loss import LossOptions, policy_loss
+from real_openrlhf.algo.types import Denominators, LossInputs, TrainGroup
+
+
+class RealTrainer(ActorPPOTrainer):
+    """Replaces the replay buffer by groups and PolicyLoss by the fused loss; one instance per rank."""
+
+    def __init__(
+        self,
+        strategy: PolicyStrategy,
+        actor: PolicyModel,
+        optimizer: Any,
+        scheduler: Any,
+        *,
+        values: torch.Tensor,
+        options: LossOptions,
+        trains_score_token: bool,
+        pad_id: int,
+        term_grad_norm_steps: int,
+    ) -> None:
+        # ActorPPOTrainer.__init__ builds a replay buffer, PolicyLoss and a CUDA weight-sync group;
+        # none of them is used here, so only its attributes are set.
+        self.strategy = strategy
+        self.args = strategy.args
+        self.actor = actor
+        self.actor_optim = optimizer
+        self.actor_scheduler = scheduler
+        self.max_epochs = self.args.train.max_epochs
+        self.micro_train_batch_size = self.args.train.micro_batch_size
+        self.values = values
+        self.options = options
+        self.trains_score_token = trains_score_token
+        self.pad_id = pad_id
+        self.term_grad_norm_steps = term_grad_norm_steps
+        self.n_calls = 0
+        self.n_updates = 0
+        self.n_forwards = 0
+        self.n_backwards = 0
+
+    def ppo_train(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
+        """All updates of one batch on this rank's groups; metrics over all ranks."""
+        self.actor.train()
+        rows = rows_of(groups)
+        per_update = self.args.train.batch_size // self.strategy.world_size
+        with_norms = self.term_grad_norm_steps > 0 and self.n_calls % self.term_grad_norm_steps == 0
+        updates = [
+            self._update(update, with_norms=with_norms)
+            for epoch in range(self.max_epochs)
+            for update in self._updates(rows, per_update, epoch)
+        ]
+        self.n_calls += 1
+        return _mean_of(updates)
+
+    def _updates(self, rows: Sequence[Row], per_update: int, epoch: int) -> Iterator[list[Row]]:
+        """The rows of each optimizer step. One update takes them all; several are drawn anew per epoch.
+
+        The last one is smaller when dynamic sampling without refill left fewer groups.
+        """
+        if len(rows) <= per_update:
+            yield list(rows)
+            return
+        generator = torch.Generator().manual_seed(hash((self.args.train.seed, self.n_calls, epoch)) % 2**31)
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        for start in range(0, len(rows), per_update):
+            yield [rows[i] for i in order[start : start + per_update]]
+
+    def _update(self, rows: list[Row], *, with_norms: bool) -> dict[str, float]:
+        denominators = self._global(denominators_of(rows, trains_score_token=self.trains_score_token))
+        # Neighbours in length share a micro-batch: less padding; the loss does not depend on it.
+        rows = sorted(rows, key=lambda r: r.group.group.prompt_ids.numel() + r.rollout.token_ids.numel())
+        size = self.micro_train_batch_size
+        sums: dict[str, float] = {}
+        largest = 0.0
+        for start in range(0, len(rows), size):
+            batch = collate(rows[start : start + size], pad_id=self.pad_id).to(self.strategy.device.current())
+            self.strategy.mark_boundary(self.actor, last=start + size >= len(rows))
+            part = self.training_step(batch, denominators, with_norms=with_norms)
+            largest = max(largest, part.pop("logprob_difference_max", 0.0))
+            for name, value in part.items():
+                sums[name] = sums.get(name, 0.0) + value
+        self.strategy.optimizer_step(self.actor_optim, self.actor, self.actor_scheduler, name="actor")
+        self.n_updates += 1
+        sums = self.strategy.sum_over_ranks(sums)
+        metrics = _metrics(sums, denominators, kl=self.options.kl_coef > 0)
+        metrics["rollout_gap/logprob_max"] = self.strategy.max_over_ranks(largest)
+        metrics["policy/grad_norm"] = self.strategy.get_grad_norm(self.actor)
+        metrics["policy/lr"] = float(self.actor_scheduler.get_last_lr()[0])
+        return metrics
+
+    def training_step(  # type: ignore[override]
+        self, batch: RealBatch, denominators: Denominators, *, with_norms: bool = False
+    ) -> dict[str, float]:
+        """One micro-batch: forward, loss, backward."""
+        entropy_grad = bool(self.args.actor.entropy_coef)
+        outputs = self.actor(batch, entropy_grad=entropy_grad)
+        self.n_forwards += len(batch.input_ids)
+        inputs = loss_inputs(batch, outputs.token_logprobs, outputs.label_logprobs, self.values, outputs.entropy)
+        # DeepSpeed averages gradients over ranks; the loss is a sum over them.
+        scale = float(self.strategy.world_size)
+        result = policy_loss(inputs, options=self.options, denominators=denominators, loss_scale=scale)
+        part = dict(result.sums)
+        part.update({f"loss/{name}": float(term.detach()) for name, term in result.terms.items()})
+        if with_norms:
+            part.update(self._term_norms(outputs.logits, batch, denominators))
+        self.strategy.backward(result.loss, self.actor, self.actor_optim)
+        self.n_backwards += len(batch.input_ids)
+        return part
+
+    def _term_norms(self, logits: torch.Tensor, batch: RealBatch, denominators: Denominators) -> dict[str, float]:
+        """Squared norm of each term's gradient with respect to the logits of this micro-batch.
+
+        At the logits, because there it needs no second backward through the network.
+        """
+        leaf = logits.detach().requires_grad_()
+        outputs = outputs_from_logits(leaf, batch, temperature=self.actor.temperature, entropy_grad=True)
+        inputs = loss_inputs(batch, outputs.token_logprobs, outputs.label_logprobs, self.values, outputs.entropy)
+        terms = policy_loss(inputs, options=self.options, denominators=denominators).terms
+        norms = {}
+        for name, term in terms.items():
+            (grad,) = torch.autograd.grad(term, leaf, retain_graph=True, allow_unused=True)
+            norms[f"square/{name}"] = 0.0 if grad is None else float(grad.float().square().sum())
+        return norms
+
+    def _global(self, local: Denominators) -> Denominators:
+        return Denominators(**self.strategy.sum_over_ranks(vars(local)))
+
+
+def loss_inputs(
+    batch: RealBatch,
+    token_logprobs: torch.Tensor,
+    label_logprobs: torch.Tensor,
+    values: torch.Tensor,
+    entropy: torch.Tensor | None = None,
+) -> LossInputs:
+    """The loss's view of a batch and of what the policy computed for it."""
+    return LossInputs(
+        token_logprobs=token_logprobs,
+        label_logprobs=label_logprobs,
+        readable=batch.readable,
+        cot_mask=batch.cot_mask,
+        score_mask=batch.score_mask,
+        response_mask=batch.response_mask,
+        cot=batch.cot,
+        score=batch.score,
+        squared_error=batch.squared_error,
+        likelihood=batch.likelihood,
+        target_value=batch.target_value,
+        target_low=batch.target_low,
+        target_high=batch.target_high,
+        target_weight=batch.target_weight,
+        values=values.to(token_logprobs),
+        rollout_logprobs=batch.rollout_logprobs,
+        entropy=entropy,
+    )
+
+
+def _metrics(sums: dict[str, float], denominators: Denominators, *, kl: bool) -> dict[str, float]:
+    """Sums over micro-batches and ranks -> means of one update."""
+    tokens = max(denominators.response_tokens, 1.0)
+    readable = max(sums["readable"], 1.0)
+    metrics = {name: value for name, value in sums.items() if name.startswith("loss/")}
+    metrics["loss/total"] = sum(metrics.values())
+    for name, value in sums.items():
+        if name.startswith("square/"):
+            metrics[f"logit_grad_norm/{name.removeprefix('square/')}"] = math.sqrt(value)
+    metrics["policy/expected_score"] = sums["expected_score"] / readable
+    metrics["policy/abs_error"] = sums["expected_error"] / readable
+    metrics["policy/mass"] = sums["mass"] / readable
+    metrics["policy/clipped_share"] = sums["clipped"] / max(denominators.action_tokens, 1.0)
+    metrics["rollout_gap/logprob_mean"] = sums["logprob_difference"] / tokens
+    metrics["rollout_gap/kl"] = sums["rollout_kl"] / tokens
+    if "entropy" in sums:
+        metrics["policy/entropy"] = sums["entropy"] / tokens
+    if kl:
+        metrics["policy/kl"] = sums["kl"] / tokens
+    return metrics
+
+
+def _mean_of(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean over the updates of a batch; the gap to the rollouts is that of the first, on-policy one."""
+    mean = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+    mean.update({name: value for name, value in updates[0].items() if name.startswith("rollout_gap/")})
+    mean["policy/lr"] = updates[-1]["policy/lr"]
+    mean["policy/updates"] = float(len(updates))
+    return mean

@@ -1,0 +1,86 @@
+"""What the controller sees of the actors. Fakes that fit these run the controller without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from real_openrlhf.algo.types import Group, TrainGroup
+from real_openrlhf.data.prompt import Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How responses are drawn. temperature 0 is greedy. seed: None leaves the engine's own."""
+
+    n: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncReport:
+    """One weight sync: its version, seconds, and how far engine and policy log-probs lie apart."""
+
+    version: int
+    seconds: float
+    check_seconds: float
+    mean_difference: float
+    max_difference: float
+    n_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalReport:
+    """One evaluation: metrics by flat name ("expected/pearson"), and a few judgements for the log."""
+
+    version: int
+    metrics: dict[str, float | None]
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+class RolloutGroup(Protocol):
+    """The rollout engines as one."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """One group of sampling.n rollouts per prompt, in the prompts' order."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class PolicyGroup(Protocol):
+    """The ranks of the policy as one."""
+
+    def train(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
+        """Every update that the configuration asks for on this batch; metrics of the batch."""
+        ...
+
+    def save_model(self, path: str) -> None:
+        """Write weights, config and tokenizer as a Hugging Face folder."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class WeightSync(Protocol):
+    """Brings the policy's weights to the engines and proves it."""
+
+    def sync(self, version: int) -> SyncReport: ...
+
+
+class Evaluator(Protocol):
+    """Runs the held-out set on some engines and computes metrics."""
+
+    def evaluate(self, version: int) -> EvalReport: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

@@ -1,0 +1,228 @@
+"""The one place where classes become Ray actors, and where handles become the controller's Protocols."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from real_openrlhf.actors.device import Device
+from real_openrlhf.actors.evaluator import EvaluatorActor, EvaluatorSpec
+from real_openrlhf.actors.policy_actor import PolicySpec, RealPolicyActor
+from real_openrlhf.actors.protocols import EvalReport, Sampling, SyncReport
+from real_openrlhf.actors.engine_spec import EngineSpec
+from real_openrlhf.actors.rollout_engine import RolloutEngine
+from real_openrlhf.actors.weight_sync import check_agreement, timed
+from real_openrlhf.actors.weight_transfer import to_wire
+from real_openrlhf.algo.types import Group, TrainGroup
+from real_openrlhf.data.prompt import Prompt
+
+
+def _remote(cls: type, group: PlacementGroup, bundle: int, bundles: int, device: Device, env: dict[str, str]) -> Any:
+    """cls as an actor on one bundle (or the first of several, for an engine over several GPUs)."""
+    options: dict[str, Any] = dict(
+        scheduling_strategy=PlacementGroupSchedulingStrategy(
+            placement_group=group, placement_group_bundle_index=bundle, placement_group_capture_child_tasks=True
+        ),
+        runtime_env={"env_vars": env},
+        max_restarts=0,
+    )
+    # An engine over several GPUs takes none itself: vLLM's own workers take the bundles.
+    options.update(device.actor_options() if bundles == 1 else {"num_cpus": 0, "num_gpus": 0})
+    return ray.remote(cls).options(**options)
+
+
+class RayRolloutGroup:
+    """Several engines as one: prompts are dealt in contiguous shares, results come back in order."""
+
+    def __init__(
+        self, spec: EngineSpec, *, n_engines: int, group: PlacementGroup, device: Device, env: dict[str, str]
+    ) -> None:
+        width = spec.tensor_parallel_size
+        self.world_size = n_engines * width
+        self.width = width
+        self.engines = [
+            _remote(RolloutEngine, group, i * width, width, device, env).remote(
+                replace(spec, seed=spec.seed + i),
+                bundle_indices=list(range(i * width, (i + 1) * width)) if width > 1 else None,
+            )
+            for i in range(n_engines)
+        ]
+
+    def ready(self) -> list[Any]:
+        """Refs that resolve once the engines have started."""
+        return [engine.ready.remote() for engine in self.engines]
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        return generate_on(self.engines, prompts, sampling)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"engines": ray.get([engine.state_dict.remote() for engine in self.engines])}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        ray.get([e.load_state_dict.remote(s) for e, s in zip(self.engines, state["engines"])])
+
+    def shutdown(self) -> None:
+        ray.get([engine.shutdown.remote() for engine in self.engines])
+
+
+def generate_on(engines: Sequence[Any], prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+    """Prompts over engine handles in contiguous shares of equal size (to one), results in order."""
+    bounds = [round(i * len(prompts) / len(engines)) for i in range(len(engines) + 1)]
+    refs = [
+        engine.generate.remote(list(prompts[a:b]), sampling)
+        for engine, a, b in zip(engines, bounds, bounds[1:])
+        if a < b
+    ]
+    return [group for share in ray.get(refs) for group in share]
+
+
+class RayPolicyGroup:
+    """The policy's ranks as one."""
+
+    def __init__(
+        self, spec: PolicySpec, *, n_ranks: int, group: PlacementGroup, device: Device, env: dict[str, str]
+    ) -> None:
+        env = {**env, **device.trainer_env(n_ranks)}
+
+        def start(rank: int, address: str | None, port: int | None) -> Any:
+            return _remote(RealPolicyActor, group, rank, 1, device, env).remote(n_ranks, rank, address, port)
+
+        first = start(0, None, None)
+        self.ranks = [first]
+        if n_ranks > 1:
+            address, port = ray.get(first.get_master_addr_port.remote())
+            self.ranks += [start(rank, address, port) for rank in range(1, n_ranks)]
+        self._built = self.call("build", spec)
+        self._tokenizer_path = spec.path
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """Refs of one method on every rank."""
+        return [getattr(rank, method).remote(*args) for rank in self.ranks]
+
+    def ready(self) -> list[Any]:
+        return self._built
+
+    def train(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
+        n = len(self.ranks)
+        if len(groups) % n:
+            raise ValueError(f"{len(groups)} groups cannot be shared evenly by {n} ranks")
+        share = len(groups) // n
+        refs = [rank.train.remote(list(groups[i * share : (i + 1) * share])) for i, rank in enumerate(self.ranks)]
+        return ray.get(refs)[0]
+
+    def counts(self) -> list[dict[str, int]]:
+        return ray.get(self.call("counts"))
+
+    def save_model(self, path: str) -> None:
+        ray.get(self.call("save_model", path, self._tokenizer_path))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ranks": ray.get(self.call("state_dict"))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        ray.get([rank.load_state_dict.remote(s) for rank, s in zip(self.ranks, state["ranks"])])
+
+
+class RayWeightSync:
+    """Policy -> engines: one call per actor and sync, one broadcast per bucket, then the agreement check."""
+
+    def __init__(
+        self,
+        policy: RayPolicyGroup,
+        groups: Sequence[RayRolloutGroup],
+        *,
+        probes: Sequence[Sequence[int]],
+        deadline_s: float,
+        max_mean_difference: float,
+        device: Device,
+    ) -> None:
+        self.policy = policy
+        self.groups = groups
+        self.probes = [list(p) for p in probes]
+        self.deadline_s = deadline_s
+        self.max_mean_difference = max_mean_difference
+        self.plan = ray.get(policy.call("weight_plan"))[0]
+        self.wire = to_wire(self.plan)
+        self._join(device.dist_backend)
+
+    def _engines(self) -> list[tuple[Any, int]]:
+        """Every engine with the rank of its first worker in the sync group."""
+        result, offset = [], 1
+        for group in self.groups:
+            for engine in group.engines:
+                result.append((engine, offset))
+                offset += group.width
+        return result
+
+    def _join(self, backend: str) -> None:
+        address, _ = ray.get(self.policy.ranks[0].get_master_addr_port.remote())
+        port = ray.get(self.policy.ranks[0].free_port.remote())
+        world = 1 + sum(group.world_size for group in self.groups)
+        refs = [
+            engine.init_sync_group.remote(address, port, offset, world, backend, self.deadline_s)
+            for engine, offset in self._engines()
+        ]
+        refs += self.policy.call("join_sync_group", address, port, world, self.deadline_s)
+        self._get(refs, "joining the weight-sync group")
+
+    def sync(self, version: int) -> SyncReport:
+        with timed() as transfer:
+            refs = [engine.receive_weights.remote(self.wire, version) for engine, _ in self._engines()]
+            sent = self._get([*self.policy.call("send_weights", self.plan), *refs], f"weight sync {version}")[0]
+            if sent != version:
+                raise RuntimeError(f"the policy sent version {sent} of its weights, the controller expected {version}")
+        with timed() as check:
+            mine = ray.get(self.policy.call("token_logprobs", self.probes))[0]
+            theirs = ray.get([engine.prompt_logprobs.remote(self.probes) for engine, _ in self._engines()])
+            mean, largest, tokens = check_agreement(mine, theirs, version, self.max_mean_difference)
+        return SyncReport(
+            version=version,
+            seconds=transfer.seconds,
+            check_seconds=check.seconds,
+            mean_difference=mean,
+            max_difference=largest,
+            n_tokens=tokens,
+        )
+
+    def _get(self, refs: list[Any], what: str) -> list[Any]:
+        try:
+            return ray.get(refs, timeout=self.deadline_s)
+        except ray.exceptions.GetTimeoutError:
+            waiting = ray.wait(refs, num_returns=len(refs), timeout=0)[1]
+            raise TimeoutError(
+                f"{what} did not end within {self.deadline_s:g} s (--sync.deadline); {len(waiting)} of {len(refs)} "
+                f"actors are still in it. Last parameter of the plan: {self.plan[-1].parameters[-1].name}"
+            ) from None
+
+
+class RayEvaluator:
+    """The evaluator actor behind the Protocol."""
+
+    def __init__(self, spec: EvaluatorSpec, engines: RayRolloutGroup, *, env: dict[str, str]) -> None:
+        # It only sends prompts and computes metrics: no CPU or GPU is reserved for it.
+        options = dict(num_cpus=0, runtime_env={"env_vars": env}, max_restarts=0)
+        self.actor = ray.remote(EvaluatorActor).options(**options).remote(spec, EngineHandles(engines.engines))
+
+    def evaluate(self, version: int) -> EvalReport:
+        return ray.get(self.actor.evaluate.remote(version))
+
+    def state_dict(self) -> dict[str, Any]:
+        return ray.get(self.actor.state_dict.remote())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        ray.get(self.actor.load_state_dict.remote(state))
+
+
+class EngineHandles:
+    """Engine handles as a generator of groups, to be given to another actor."""
+
+    def __init__(self, engines: Sequence[Any]) -> None:
+        self.engines = list(engines)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        return generate_on(self.engines, prompts, sampling)

@@ -1,0 +1,58 @@
+"""The proof that a sync reached the engines: their log-probs of the same text against the policy's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class StaleWeights(RuntimeError):
+    """An engine does not compute with the policy's weights."""
+
+
+@dataclass
+class Timed:
+    seconds: float = 0.0
+
+
+@contextmanager
+def timed() -> Iterator[Timed]:
+    result, start = Timed(), time.perf_counter()
+    yield result
+    result.seconds = time.perf_counter() - start
+
+
+def check_agreement(
+    policy: Sequence[Tensor], engines: Sequence[Sequence[Tensor]], version: int, max_mean_difference: float
+) -> tuple[float, float, int]:
+    """Mean and largest absolute log-prob difference over all tokens and engines, and the token count.
+
+    policy: one [L - 1] tensor per probe; engines: the same per engine. Parameter checksums would
+    prove nothing: an engine may keep a packed copy of a weight. Raises StaleWeights when the mean
+    of any engine exceeds max_mean_difference.
+    """
+    means, largest, n_tokens = [], 0.0, 0
+    mine = torch.cat([p.double() for p in policy])
+    for index, theirs in enumerate(engines):
+        other = torch.cat([t.double() for t in theirs])
+        if other.shape != mine.shape:
+            raise StaleWeights(f"engine {index} returned {other.numel()} log-probs for {mine.numel()} probe tokens")
+        difference = (mine - other).abs()
+        mean = float(difference.mean())
+        # not (a <= b): a NaN must fail too.
+        if not mean <= max_mean_difference:
+            raise StaleWeights(
+                f"after weight sync {version}, engine {index} differs from the policy by {mean:.2e} per token in the "
+                f"mean and {float(difference.max()):.2e} at most, over {mine.numel()} tokens; allowed is a mean of "
+                f"{max_mean_difference:.2e} (--sync.max_mean_difference). It does not compute with the weights that "
+                "were sent, or with another precision or attention."
+            )
+        means.append(mean)
+        largest = max(largest, float(difference.max()))
+        n_tokens += mine.numel()
+    return max(means), largest, n_tokens

@@ -1,0 +1,60 @@
+"""The REAL reward of each rollout, and the constant that an unreadable one gets."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from real_openrlhf.algo.score_stats import score_stats
+from real_openrlhf.algo.types import GroupScores
+
+AnswerReward = Literal["logprob", "prob"]
+
+# The likelihood that an unreadable rollout is given in its reward.
+FLOOR_PROBABILITY = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealRewards:
+    """[K] float64 each. regression = -(E[score] - y)^2; answer = log pi(y) or pi(y), without lambda.
+
+    For unreadable rollouts the two hold the parts of the floor.
+    """
+
+    regression: Tensor
+    answer: Tensor
+
+
+def real_rewards(
+    scores: GroupScores, *, answer: AnswerReward, invalid_penalty: float, renormalise: bool
+) -> RealRewards:
+    """Paper, Eq. 5, in its two parts, at the weights that sampled the rollouts.
+
+    An unreadable rollout gets -max over v in the scale and 0 of (v - y)^2 (minus the penalty)
+    and the answer reward of probability 1e-6.
+    """
+    target = scores.target
+    k = scores.label_logprobs.shape[0]
+    stats = score_stats(
+        scores.label_logprobs.double(),
+        scores.values.double(),
+        torch.full((k,), target.low),
+        torch.full((k,), target.high),
+        torch.full((k,), target.weight, dtype=torch.float64),
+        renormalise=renormalise,
+    )
+    regression = -((stats.expected - target.value) ** 2)
+    worst = max((v - target.value) ** 2 for v in (0.0, float(scores.values[0]), float(scores.values[-1])))
+    log_floor = math.log(FLOOR_PROBABILITY)
+    if answer == "logprob":
+        answer_reward, answer_floor = stats.likelihood, log_floor
+    else:
+        answer_reward, answer_floor = stats.likelihood.exp(), FLOOR_PROBABILITY
+    return RealRewards(
+        regression=torch.where(scores.readable, regression, -worst - invalid_penalty),
+        answer=torch.where(scores.readable, answer_reward, answer_floor),
+    )

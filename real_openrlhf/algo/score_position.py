@@ -1,0 +1,112 @@
+"""Finds the score in a response, from its token ids.
+
+The chain of thought ends where the last answer anchor ends; the next token is the score. Offsets
+from the end of the text are never used: a trailing newline, text after the score, a missing or an
+early end of text all leave the position where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from real_openrlhf.algo.score_scale import BoundAnchor, BoundScale, Tokenizer, decode
+from real_openrlhf.algo.types import NO_ANCHOR, OFF_SCALE, SPLIT_ANCHOR, TRUNCATED, ScoreReading
+
+# Tokens tried on both sides of a bisected position; no character has more bytes than 4.
+_SLACK = 4
+
+
+@dataclass(frozen=True)
+class ScoreReader:
+    """Reads score positions for one bound scale.
+
+    end_ids: ids that end a response (end of text, end of turn). The response ends at the first one.
+    """
+
+    bound: BoundScale
+    tokenizer: Tokenizer
+    end_ids: frozenset[int]
+
+    @classmethod
+    def build(cls, bound: BoundScale, tokenizer: Tokenizer, end_ids: Collection[int]) -> ScoreReader:
+        return cls(bound, tokenizer, frozenset(end_ids))
+
+    def read(self, token_ids: Sequence[int]) -> ScoreReading:
+        """The score of a response [T].
+
+        | response                                    | result                                      |
+        |---------------------------------------------|---------------------------------------------|
+        | "... score is 4", then anything or nothing  | position and label of the 4                 |
+        | several anchors                             | the last whole one counts, whatever follows |
+        | "... score is 7" or "is 45" on "1".."5"     | position, no label: "off_scale"             |
+        | end of text right after the anchor          | position, no label: "off_scale"             |
+        | cut after or inside the anchor              | invalid: "truncated"                        |
+        | the anchor never written                    | invalid: "no_anchor"                        |
+        | anchor and score share an unforeseen token  | invalid: "split_anchor"                     |
+        | text after the first end of text            | ignored                                     |
+        """
+        ids = list(token_ids)
+        end = next((i for i, token in enumerate(ids) if token in self.end_ids), None)
+        ended = end is not None
+        body = ids if end is None else ids[:end]
+        text = self._decode(body)
+        truncated_at_anchor = False
+        for index, anchor in enumerate(self.bound.anchors):
+            # A final space of the anchor may be missing: whether it is a token depends on the tokenizer.
+            if not ended and text.endswith((anchor.prefix, anchor.prefix.rstrip())):
+                return ScoreReading(position=None, label_index=None, reason=TRUNCATED, anchor_index=index)
+            if anchor.prefix in text:
+                return self._read_anchor(ids, body, text, index, anchor)
+            if not ended and _ends_inside(text, anchor.prefix):
+                truncated_at_anchor = True
+        reason = TRUNCATED if truncated_at_anchor else NO_ANCHOR
+        return ScoreReading(position=None, label_index=None, reason=reason, anchor_index=None)
+
+    def _read_anchor(self, ids: list[int], body: list[int], text: str, index: int, anchor: BoundAnchor) -> ScoreReading:
+        upto = text.rindex(anchor.prefix) + len(anchor.prefix)
+        position, tail = self._boundary(body, text[:upto]), text[upto:]
+        if position is None:
+            return ScoreReading(position=None, label_index=None, reason=SPLIT_ANCHOR, anchor_index=index)
+        label = self._label_at(ids, position, tail, anchor)
+        return ScoreReading(
+            position=position, label_index=label, reason=OFF_SCALE if label is None else None, anchor_index=index
+        )
+
+    def _boundary(self, body: list[int], head: str) -> int | None:
+        """The number of tokens that read `head`, if one of them ends where it ends.
+
+        Bisection: a few decodes for any length. The decoded length grows with the number of tokens,
+        but for characters that are split over tokens, hence the tokens around the place as well.
+        """
+        low, high = 0, len(body)
+        while low < high:
+            middle = (low + high) // 2
+            if len(self._decode(body[:middle])) < len(head):
+                low = middle + 1
+            else:
+                high = middle
+        for position in range(max(0, low - _SLACK), min(len(body), low + _SLACK) + 1):
+            if self._decode(body[:position]) == head:
+                return position
+        return None
+
+    def _label_at(self, ids: list[int], position: int, tail: str, anchor: BoundAnchor) -> int | None:
+        token = ids[position]
+        if token not in anchor.token_ids:
+            return None
+        index = anchor.token_ids.index(token)
+        label = self.bound.scale.labels[index]
+        rest = tail.lstrip()[len(label) :]
+        # "45", "4.5" and "Goodish" were not meant as "4" and "Good".
+        goes_on = rest[:1].isalnum() or (rest[:1] in (".", ",") and rest[1:2].isdigit())
+        return None if goes_on else index
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return decode(self.tokenizer, ids)
+
+
+def _ends_inside(text: str, anchor: str) -> bool:
+    """The text breaks off inside the anchor, at least its first word written."""
+    shortest = max(1, len(anchor.split(" ", 1)[0]))
+    return any(text.endswith(anchor[:n]) for n in range(len(anchor) - 1, shortest - 1, -1))

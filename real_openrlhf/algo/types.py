@@ -1,0 +1,267 @@
+"""The carriers of the algorithm: what a rollout, a group and a loss are made of.
+
+Axis letters, used in names and shapes throughout the package:
+
+    K  rollouts of one prompt (a group)      S  labels on the score scale
+    N  rollouts of a batch or micro-batch    M  inner nodes of the label trie
+    P  prompt tokens                         C  children of one trie node
+    T  response tokens                       R  score rows
+    V  vocabulary
+
+Torch is the only import here and in all of `real_openrlhf.algo`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from real_openrlhf.algo.dtypes import upcast
+from real_openrlhf.algo.score_rows import ScoreRows
+
+# Why a rollout has no score, or has one that cannot be decoded. Kept as words: they go to logs.
+NO_ANCHOR = "no_anchor"  # the answer anchor was never written
+TRUNCATED = "truncated"  # the response ended inside or right after the anchor, before a score token
+SPLIT_ANCHOR = "split_anchor"  # the anchor ends in the middle of a token: no row predicts the score alone
+OFF_SCALE = "off_scale"  # a score was written that is not a label; the score position still exists
+REASONS = (NO_ANCHOR, TRUNCATED, SPLIT_ANCHOR, OFF_SCALE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreReading:
+    """Where a response's score stands and what was written there.
+
+    position     index into the response of the (first) score token; None: the rollout is invalid
+    label_index  index of the written label on the scale; None: nothing that is a label was written
+    reason       one of REASONS when position or label_index is None, else None
+    anchor_index which of the template's anchors was found; None without one
+
+    A position without a label (reason "off_scale") is readable: the score distribution exists,
+    and REAL's reward is a function of that distribution, not of the sampled token. Only the
+    decoded score is missing.
+    """
+
+    position: int | None
+    label_index: int | None
+    reason: str | None
+    anchor_index: int | None
+
+    @property
+    def readable(self) -> bool:
+        return self.position is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One sampled response, exactly as the engine produced it (token in, token out).
+
+    token_ids       [T] int64, the sampled ids, a final end-of-text token included if it was sampled
+    logprobs        [T] float32, log-prob of each sampled id under the engine's weights
+    reading         where the score stands
+    score_rows      R = 0 rows for an unreadable rollout, one row per trie node that was read else
+    score_logprobs  [R, C] float32, log-probs of the candidate tokens at each score row
+    finish_reason   "stop" or "length"
+    text            the decoded response, for logs only
+
+    Example, scale "1".."3", response "ok Score: 2<eos>" with ids [7, 9, 4, 0]: logprobs has 4
+    entries, reading.position == 2, score_rows.position == [2], score_logprobs [[-2.1, -0.3, -2.0]].
+    """
+
+    token_ids: Tensor
+    logprobs: Tensor
+    reading: ScoreReading
+    score_rows: ScoreRows
+    score_logprobs: Tensor
+    finish_reason: str
+    text: str = ""
+
+    @property
+    def cot_length(self) -> int:
+        """Tokens of the chain of thought: all before the score, or all there are without one.
+
+        For a rollout without a score the whole response, end of text included, is what made it
+        invalid, so all of it carries Term 1.
+        """
+        return int(self.token_ids.numel()) if self.reading.position is None else self.reading.position
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """One prompt with its K rollouts: the unit that travels from the engines to the policy.
+
+    prompt_ids      [P] int64
+    label           the human score y, possibly between two labels of the scale
+    rollouts        K of them
+    row             index of the prompt in its data set
+    weight_version  version of the weights that sampled the rollouts
+    """
+
+    prompt_ids: Tensor
+    label: float
+    rollouts: tuple[Rollout, ...]
+    row: int
+    weight_version: int
+
+    def __len__(self) -> int:
+        return len(self.rollouts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A label y as the loss needs it: y = (1 - weight) * values[low] + weight * values[high]."""
+
+    value: float
+    low: int
+    high: int
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupScores:
+    """What an objective sees of one group.
+
+    values          [S] float64, the scale's values, ascending
+    label_logprobs  [K, S] float32, log-probs of the labels at each score position; 0 where not readable
+    readable        [K] bool, a score position exists
+    sampled         [K] int64, index of the written label, -1 where none was written
+    target          the group's label
+    """
+
+    values: Tensor
+    label_logprobs: Tensor
+    readable: Tensor
+    sampled: Tensor
+    target: Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coefficients:
+    """Detached weights of each rollout's terms, [K] float64 each, and what they were made from.
+
+    The loss of one rollout is, before aggregation,
+
+        - cot * sum_t log pi(c_t) - score * log pi(sampled score)
+        + squared_error * (E[score] - y)^2 - likelihood * log pi(y)
+
+    rewards and advantages ([K] float64) are for logs; floored counts readable rollouts whose
+    reward lies below that of an invalid one.
+    """
+
+    cot: Tensor
+    score: Tensor
+    squared_error: Tensor
+    likelihood: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    zero_variance: bool
+    floored: int = 0
+
+    def __post_init__(self) -> None:
+        shape = self.cot.shape
+        for name in ("score", "squared_error", "likelihood", "rewards", "advantages"):
+            if getattr(self, name).shape != shape:
+                raise ValueError(
+                    f"Coefficients.{name} has shape {tuple(getattr(self, name).shape)}, cot {tuple(shape)}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainGroup:
+    """A group with the coefficients its objective gave it: what the policy trains on."""
+
+    group: Group
+    target: Target
+    coefficients: Coefficients
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denominators:
+    """What sums are divided by, over all ranks and micro-batches of one optimizer step.
+
+    rollouts         number of rollouts, the invalid included
+    action_tokens    number of tokens that carry a policy-gradient coefficient (Term 1)
+    response_tokens  number of response tokens
+    """
+
+    rollouts: float
+    action_tokens: float
+    response_tokens: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossInputs:
+    """Everything the fused loss reads for N rollouts. See `real_openrlhf.algo.loss`.
+
+    float32 stands for float32 or wider; what is narrower is cast up. Padding may hold anything.
+
+    token_logprobs    [N, T] float32 with grad: log pi of the sampled ids at temperature T
+    label_logprobs    [N, S] float32 with grad: log pi of the labels at the score positions
+    readable          [N] bool
+    cot_mask          [N, T] bool: tokens of the chain of thought
+    score_mask        [N, T] bool: the sampled score token (all False where not readable)
+    response_mask     [N, T] bool
+    cot, score, squared_error, likelihood   [N] float32: the coefficients
+    target_value, target_low, target_high, target_weight   [N]
+    values            [S] the scale's values
+    rollout_logprobs  [N, T] float32: log-probs at sampling time; needed for ratio and importance weights
+    ref_logprobs      [N, T] float32: log-probs under the reference policy; needed for KL
+    entropy           [N, T] float32 with grad: entropy of each row; needed for the bonus
+    """
+
+    token_logprobs: Tensor
+    label_logprobs: Tensor
+    readable: Tensor
+    cot_mask: Tensor
+    score_mask: Tensor
+    response_mask: Tensor
+    cot: Tensor
+    score: Tensor
+    squared_error: Tensor
+    likelihood: Tensor
+    target_value: Tensor
+    target_low: Tensor
+    target_high: Tensor
+    target_weight: Tensor
+    values: Tensor
+    rollout_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOutputs:
+    """loss: scalar with grad. terms: each summand with grad, they add up to loss (before loss_scale).
+
+    sums: detached sums over this micro-batch, to be added over micro-batches and ranks before
+    they are divided (metrics never average averages).
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    sums: dict[str, float] = field(default_factory=dict)
+
+
+def group_scores(group: Group, values: Tensor, target: Target) -> GroupScores:
+    """The objective's view of a group, from the log-probs that came back with the rollouts."""
+    label_logprobs = torch.stack([r.score_rows.label_logprobs(r.score_logprobs)[0] for r in group.rollouts])
+    sampled = [-1 if r.reading.label_index is None else r.reading.label_index for r in group.rollouts]
+    return GroupScores(
+        values=values,
+        label_logprobs=upcast(label_logprobs),
+        readable=torch.tensor([r.reading.readable for r in group.rollouts], dtype=torch.bool),
+        sampled=torch.tensor(sampled, dtype=torch.int64),
+        target=target,
+    )
+
+
+def count_reasons(groups: Sequence[Group]) -> dict[str, int]:
+    """How many rollouts have each reason in REASONS (also the readable ones that are off the scale)."""
+    counts = dict.fromkeys(REASONS, 0)
+    for group in groups:
+        for rollout in group.rollouts:
+            if rollout.reading.reason is not None:
+                counts[rollout.reading.reason] += 1
+    return counts

@@ -1,0 +1,1 @@
+"""Configuration: schema, presets, command line, checks, plan, and the adapter to OpenRLHF's arguments."""

@@ -1,0 +1,175 @@
+"""From a command line to a resolved configuration: defaults < preset < --config FILE < flags."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from real_openrlhf.config.convert import (
+    build_config,
+    coerce,
+    config_from_dict,
+    config_to_dict,
+    flags_by_name,
+    nearest,
+    values_of_mapping,
+)
+from real_openrlhf.config.flags import ConfigError, Flag, describe
+from real_openrlhf.config.presets import PRESETS
+from real_openrlhf.config.schema import Config
+from real_openrlhf.config.unsupported import why_unsupported
+
+__all__ = ["build_parser", "config_from_dict", "config_to_dict", "parse_args", "resolve"]
+
+_EPILOG = (
+    "Order of precedence: defaults, the preset (--real.preset), --config, flags. Booleans take --x, --no-x or "
+    "--x true|false; 'none' unsets a flag that can be unset."
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+class _BoolAction(argparse.BooleanOptionalAction):
+    """--x, --no-x, and --x true|false as scripts write it."""
+
+    def __init__(self, *args: Any, flag: Flag, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.nargs = "?"
+        self.flag = flag
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        negated = (option_string or "").startswith("--no-")
+        if negated and values is not None:
+            raise ConfigError(f"{option_string} takes no value, got {values!r}")
+        value = coerce(self.flag, values if values is not None else not negated)
+        setattr(namespace, self.dest, value)
+
+    def format_usage(self) -> str:
+        return " | ".join(self.option_strings)
+
+
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """Values are kept as given (None: not given); `resolve` gives them their types."""
+    parser = _Parser(
+        prog=prog, allow_abbrev=False, epilog=_EPILOG, argument_default=argparse.SUPPRESS, usage="%(prog)s [flags]"
+    )
+    parser.add_argument("--config", metavar="FILE", help="JSON or YAML file of flags, nested or with dotted keys")
+    groups: dict[str, Any] = {}
+    for name, item in flags_by_name().items():
+        head = name.partition(".")[0] if "." in name else ""
+        group = groups.setdefault(head, parser.add_argument_group(head) if head and head not in groups else parser)
+        _add(group, item)
+    return parser
+
+
+def _add(group: Any, item: Flag) -> None:
+    default = item.default
+    if isinstance(default, tuple):
+        default = " ".join(repr(v) if isinstance(v, str) else str(v) for v in default)
+    shown = "required" if item.required else f"default: {'none' if default is None else default!s}"
+    text = f"{item.help} [{describe(item)}; {shown}]".replace("%", "%%")
+    if item.kind is bool:
+        group.add_argument(f"--{item.name}", action=_BoolAction, flag=item, metavar="BOOL", help=text)
+        return
+    metavar = item.metavar or {int: "N", float: "X", str: "TEXT"}[item.kind]
+    # "+" also for pairs: the message about their number is then ours.
+    group.add_argument(f"--{item.name}", metavar=metavar, nargs="+" if item.many else None, help=text)
+
+
+def parse_args(argv: Sequence[str]) -> Config:
+    """Raises ConfigError for unknown flags, values of the wrong type or out of bounds, and bad files.
+
+    Contradictions between flags are left to `validate`.
+    """
+    namespace, rest = build_parser().parse_known_args(list(argv))
+    if rest:
+        raise ConfigError(_explain(rest, argv))
+    given = vars(namespace)
+    path = given.pop("config", None)
+    known = flags_by_name()
+    explicit = {name: coerce(known[name], _many(known[name], value)) for name, value in given.items()}
+    return resolve(explicit, read_config_file(path) if path is not None else {})
+
+
+def _many(item: Flag, value: Any) -> Any:
+    return "none" if item.many and item.optional and value == ["none"] else value
+
+
+def resolve(explicit: dict[str, Any], from_file: dict[str, Any] | None = None) -> Config:
+    """Apply the preset and note what overrides it. explicit, from_file: flag name -> typed value."""
+    chosen = {**(from_file or {}), **explicit}
+    preset = PRESETS[chosen.get("real.preset", "paper")]
+    if chosen.get("real.keep_groups") == "all":
+        # Without dynamic sampling nothing is refilled; only an explicit wish for both is a contradiction.
+        chosen.setdefault("real.refill", False)
+    values = {**preset, **chosen}
+    overridden = [name for name, value in preset.items() if values[name] != value]
+    return build_config(values, overridden=overridden)
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """Flag name -> typed value from a JSON or YAML file. Raises ConfigError."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config: cannot read {path}: {error}") from None
+    content = _parse_yaml(text, path) if path.suffix in (".yaml", ".yml") else _parse_json(text, path)
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"--config: {path} must hold one mapping of flags to values")
+    # Files written by a run record what was overridden; that is worked out anew.
+    content.pop("overridden", None)
+    return values_of_mapping(content, source=f"--config {path}")
+
+
+def _parse_json(text: str, path: Path) -> Any:
+    def no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise ConfigError(f"--config {path} gives {key!r} twice")
+            result[key] = value
+        return result
+
+    try:
+        return json.loads(text, object_pairs_hook=no_duplicates)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--config: {path} is not JSON: {error}") from None
+
+
+def _parse_yaml(text: str, path: Path) -> Any:
+    try:
+        import yaml
+    except ImportError:
+        raise ConfigError(f"--config: {path} is YAML, which needs the package pyyaml; or write it as JSON") from None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config: {path} is not YAML: {error}") from None
+
+
+def _explain(rest: Sequence[str], argv: Sequence[str]) -> str:
+    """What is wrong with the arguments that the parser left over."""
+    unknown = [text.partition("=")[0] for text in rest if text.startswith("-") and not text[1:2].isdigit()]
+    if not unknown:
+        before = argv[: list(argv).index(rest[0])]
+        last = next((text.partition("=")[0] for text in reversed(before) if text.startswith("--")), None)
+        where = f" after {last}, which takes one value; quote text with spaces" if last else ""
+        return f"unexpected {shlex.join(rest)}{where}"
+    messages = []
+    for text in unknown:
+        name = text.lstrip("-").removeprefix("no-")
+        reason = why_unsupported(name)
+        if reason is not None:
+            messages.append(f"{text} is a flag of OpenRLHF that is not used here: {reason}")
+            continue
+        hint = nearest(name, flags_by_name())
+        messages.append(f"unknown flag {text}{hint}" if hint else f"unknown flag {text}; --help lists all flags")
+    return "\n".join(messages)

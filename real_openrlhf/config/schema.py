@@ -1,0 +1,334 @@
+"""The configuration of a run: one frozen dataclass per flag prefix, the flag's name is the path.
+
+Names are OpenRLHF's wherever it has the flag; REAL's own stand under `real`, `sync` and `ray`.
+Defaults are those of the preset `paper` where the preset has a say (see `presets`). Values that are
+impossible on their own are refused here, contradictions between flags in `validate`.
+"""
+
+# ruff: noqa: RUF009  (flag() makes a dataclass field)
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from real_openrlhf.algo.kl import KLEstimator
+from real_openrlhf.algo.loss import Aggregation
+from real_openrlhf.algo.rewards import AnswerReward
+from real_openrlhf.algo.score_scale import DEFAULT_ANCHOR, ScaleError, ScoreScale
+from real_openrlhf.config.flags import ConfigError, Section, flag
+
+__all__ = ["Config", "ConfigError"]
+
+PresetName = Literal["paper", "reference"]
+# Schedulers of transformers that need no further arguments.
+SCHEDULERS = (
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamConfig(Section):
+    prefix: ClassVar[str] = "actor.adam"
+    lr: float = flag(1e-6, "learning rate (5e-8 for Mistral-7B in the paper, 1e-6 for Qwen3, about 10x for LoRA)", ge=0)
+    betas: tuple[float, float] = flag((0.9, 0.95), "Adam's betas", ge=0, lt=1)
+    eps: float = flag(1e-8, "Adam's epsilon", gt=0)
+    weight_decay: float = flag(0.1, "decoupled weight decay", ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorConfig(Section):
+    prefix: ClassVar[str] = "actor"
+    model_name_or_path: str = flag("", "the model to train: hub name or Hugging Face folder", required=True)
+    num_nodes: int = flag(1, "nodes of the policy", ge=1)
+    num_gpus_per_node: int = flag(1, "ranks of the policy per node: GPUs, or processes on a CPU", ge=1)
+    gradient_checkpointing_enable: bool = flag(False, "recompute activations in the backward pass")
+    gradient_checkpointing_reentrant: bool = flag(False, "use the reentrant form of gradient checkpointing")
+    adam: AdamConfig = field(default_factory=AdamConfig)
+    lr_scheduler: str = flag("constant", "learning-rate schedule of transformers", choices=SCHEDULERS)
+    lr_warmup_ratio: float = flag(0.0, "share of all updates used for warm-up", ge=0, le=1)
+    min_lr_ratio: float = flag(0.1, "lowest learning rate of the *_with_min_lr schedules, as a share", ge=0, le=1)
+    max_norm: float = flag(1.0, "gradient norm above which gradients are scaled down; 0: off", ge=0)
+    eps_clip: float = flag(0.2, "clipped ratio: half width of the band around 1", gt=0, lt=1)
+    eps_clip_low_high: tuple[float, float] | None = flag(None, "clipped ratio: the band's two half widths", gt=0)
+    entropy_coef: float | None = flag(None, "weight of the entropy bonus; 0: log entropy only; none: off", ge=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.clip_bounds[0] >= 1:
+            self.reject(
+                "eps_clip_low_high", f"must start below 1, or the ratio has no lower bound, got {self.clip_bounds}"
+            )
+
+    @property
+    def clip_bounds(self) -> tuple[float, float]:
+        """Half widths (low, high) of the clipped ratio's band."""
+        return self.eps_clip_low_high or (self.eps_clip, self.eps_clip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefConfig(Section):
+    prefix: ClassVar[str] = "ref"
+    num_nodes: int = flag(1, "nodes of the reference group", ge=1)
+    num_gpus_per_node: int = flag(1, "ranks of the reference group per node", ge=1)
+    offload: bool = flag(False, "keep the reference model's weights in CPU memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmConfig(Section):
+    prefix: ClassVar[str] = "vllm"
+    num_engines: int = flag(1, "rollout engines", ge=1)
+    tensor_parallel_size: int = flag(1, "GPUs per engine", ge=1)
+    enable_prefix_caching: bool = flag(True, "compute a prompt's cache once for its rollouts")
+    enforce_eager: bool = flag(False, "no CUDA graphs in the engines")
+    gpu_memory_utilization: float = flag(0.9, "share of GPU memory that an engine may take", gt=0, le=1)
+    enable_sleep: bool = flag(False, "engines release GPU memory while the policy trains")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(Section):
+    prefix: ClassVar[str] = "ds.lora"
+    rank: int = flag(0, "rank of the adapters; 0: full-parameter training", ge=0)
+    alpha: int = flag(16, "scale of the adapters", ge=1)
+    target_modules: tuple[str, ...] = flag(("all-linear",), "modules that get an adapter")
+    dropout: float = flag(0.0, "dropout inside the adapters", ge=0, lt=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DsConfig(Section):
+    prefix: ClassVar[str] = "ds"
+    zero_stage: int = flag(2, "DeepSpeed ZeRO stage", ge=0, le=3)
+    param_dtype: Literal["auto", "fp32", "bf16"] = flag("auto", "auto: bf16 on GPUs, fp32 on a CPU")
+    attn_implementation: str = flag("auto", "attention of transformers: auto, eager, sdpa, flash_attention_2, ...")
+    adam_offload: bool = flag(False, "keep the optimizer in CPU memory")
+    zpg: int = flag(1, "ZeRO++: size of the groups that hold a secondary copy of the shards", ge=1)
+    overlap_comm: bool = flag(False, "overlap gradient reduction with the backward pass")
+    grad_accum_dtype: Literal["fp32", "bf16"] | None = flag(None, "dtype of accumulated gradients; none: DeepSpeed's")
+    packing_samples: bool = flag(False, "remove padding from micro-batches (flash attention)")
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Section):
+    prefix: ClassVar[str] = "train"
+    batch_size: int | None = flag(None, "rollouts per update over all ranks; none: see --real.mini_batches", ge=1)
+    micro_batch_size: int = flag(8, "rollouts per forward pass and rank", ge=1)
+    max_epochs: int = flag(1, "passes over each step's rollouts", ge=1)
+    num_episodes: int = flag(1, "passes over the prompts", ge=1)
+    max_steps: int | None = flag(None, "stop after this many steps; 0: evaluate and export only", ge=0)
+    seed: int = flag(42, "seed of data order, engines and policy", ge=0)
+    full_determinism_enable: bool = flag(False, "seed every sampling request and use deterministic kernels; slower")
+    colocate_all: bool = flag(False, "engines and policy share their GPUs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(Section):
+    prefix: ClassVar[str] = "rollout"
+    batch_size: int = flag(256, "prompts per step", ge=1)
+    n_samples_per_prompt: int = flag(16, "K, rollouts per prompt", ge=1)
+    max_new_tokens: int = flag(1024, "longest response in tokens", ge=1)
+    temperature: float = flag(1.0, "sampling temperature T; log-probs are taken at T as well", gt=0)
+    top_p: float = flag(1.0, "nucleus sampling; below 1, sampling and log-probs no longer agree", gt=0, le=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    prefix: ClassVar[str] = "data"
+    prompt_dataset: str = flag("", "training prompts: a JSONL, JSON, CSV or parquet file, or a hub id", required=True)
+    input_key: str = flag("prompt", "column of the prompt: text, or chat messages")
+    label_key: str = flag("label", "column of the human score")
+    apply_chat_template: bool = flag(False, "wrap prompts in the tokenizer's chat template")
+    input_template: str | None = flag(None, "text around the prompt, with one {} for it")
+    enable_thinking: bool | None = flag(None, "passed to the chat template (Qwen3); none: not passed")
+    max_len: int = flag(3072, "longest prompt and response together, in tokens", ge=2)
+    max_samples: int | None = flag(None, "use the first so many rows", ge=1)
+    skip_bad_rows: bool = flag(False, "count and list bad rows and go on without them")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.input_template is not None and self.input_template.count("{}") != 1:
+            self.reject("input_template", f"needs exactly one {{}} where the prompt goes, got {self.input_template!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(Section):
+    prefix: ClassVar[str] = "eval"
+    dataset: str | None = flag(None, "held-out prompts, in the form of --data.prompt_dataset; none: no evaluation")
+    steps: int = flag(10, "evaluate every so many steps, besides before and after training; -1: never in between")
+    temperature: float = flag(1.0, "sampling temperature of evaluation; 0: greedy", ge=0)
+    top_p: float = flag(1.0, "nucleus sampling of evaluation", gt=0, le=1)
+    n_samples_per_prompt: int = flag(1, "generations per held-out prompt", ge=1)
+    max_samples: int | None = flag(None, "use the first so many held-out rows", ge=1)
+    engine: Literal["shared", "own"] = flag("shared", "borrow the rollout engines between steps, or start an own one")
+    seed: int = flag(42, "seed of evaluation", ge=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps != -1 and self.steps < 1:
+            self.reject("steps", f"must be a whole number >= 1, or -1 for never in between, got {self.steps}")
+        if self.temperature == 0 and self.n_samples_per_prompt > 1:
+            self.reject("temperature", "0 is greedy: --eval.n_samples_per_prompt must be 1, all samples would be equal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CkptConfig(Section):
+    prefix: ClassVar[str] = "ckpt"
+    output_dir: str = flag("", "folder of the trained model, logs and samples; needed unless --dry_run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLConfig(Section):
+    prefix: ClassVar[str] = "algo.kl"
+    init_coef: float = flag(0.0, "weight of the KL to a reference policy; 0: no reference group", ge=0)
+    estimator: KLEstimator = flag("k3", "estimator of the KL's value; its gradient is unbiased by either")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageConfig(Section):
+    prefix: ClassVar[str] = "algo.advantage"
+    is_correction_level: Literal["off", "token"] = flag("off", "truncated importance weights trainer / engine")
+    is_correction_threshold: float = flag(2.0, "C of the weight min(C, pi_trainer / pi_rollout)", gt=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgoConfig(Section):
+    prefix: ClassVar[str] = "algo"
+    kl: KLConfig = field(default_factory=KLConfig)
+    dynamic_filtering_enable: bool | None = flag(
+        None, "OpenRLHF's name for dynamic sampling; --real.keep_groups decides, this must agree with it"
+    )
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealConfig(Section):
+    prefix: ClassVar[str] = "real"
+    preset: PresetName = flag("paper", "named settings; flags and --config override single values")
+    objective: str = flag("real", "what is trained", choices=("real",))
+    scale: str = flag("1-5", "the score scale: '1-5', '0,1,2' or '1=Bad,2=Good'")
+    anchor: tuple[str, ...] = flag((DEFAULT_ANCHOR,), "text right before the score; the last one written counts")
+    lam: float = flag(1.0, "lambda, weight of the label's likelihood in the reward", ge=0)
+    beta: float = flag(0.01, "weight of Term 2, the reward's own gradient; 1 is the exact gradient", ge=0)
+    answer_reward: AnswerReward = flag(
+        "logprob", "log-prob of the label in one joint advantage, or its prob in a second"
+    )
+    standardise: bool = flag(True, "divide advantages by their standard deviation within the group")
+    advantage_clip: float | None = flag(1.0, "clip advantages to [-this, this]; none: off", gt=0)
+    tolerance: float = flag(1e-6, "a group whose rewards differ by less gets advantages of exactly 0", ge=0)
+    invalid_penalty: float = flag(0.0, "taken off the reward of a rollout without a score", ge=0)
+    renormalise: bool = flag(False, "E[score] from the probabilities on the scale alone, made to sum to 1")
+    aggregation: Aggregation = flag("token_sum", "Term 1: sum over tokens per rollout, or mean over all tokens")
+    ratio: Literal["auto", "clip", "none"] = flag("auto", "off-policy ratio; auto: clip, or none with a single update")
+    mini_batches: int = flag(1, "updates per epoch over a step's rollouts, unless --train.batch_size says so", ge=1)
+    keep_groups: Literal["partial", "some_right", "some_wrong", "all"] = flag(
+        "partial", "dynamic sampling, by the share of correct scores a: 0 < a < 1, a > 0, a < 1, or off"
+    )
+    refill: bool = flag(True, "sample further prompts until the batch is full of kept groups")
+    max_refills: int = flag(10, "further waves of generation that a step may take", ge=0)
+    min_mass: float = flag(0.05, "stop after the first rollouts with less mean mass on the scale", ge=0, le=1)
+    min_readable: float = flag(0.02, "stop after the first rollouts with a smaller share of scores", ge=0, le=1)
+    dead_steps: int = flag(20, "stop after this many steps in a row without any advantage; 0: never", ge=0)
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to train")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for anchor in self.anchor:
+            if not anchor.strip():
+                self.reject("anchor", f"is blank: {anchor!r}; give the text that stands right before the score")
+        try:
+            ScoreScale.parse(self.scale)
+        except ScaleError as error:
+            self.reject("scale", f"cannot be used: {error}")
+
+    @property
+    def score_scale(self) -> ScoreScale:
+        return ScoreScale.parse(self.scale)
+
+    @property
+    def filters_groups(self) -> bool:
+        """Dynamic sampling is on."""
+        return self.keep_groups != "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig(Section):
+    prefix: ClassVar[str] = "logger.wandb"
+    project: str = flag("real_openrlhf", "W&B project")
+    run_name: str | None = flag(None, "W&B run name; none: W&B's choice")
+    group: str | None = flag(None, "W&B group")
+    org: str | None = flag(None, "W&B team or user")
+    mode: Literal["disabled", "online", "offline"] = flag("disabled", "whether and how to log to W&B")
+    key: str | None = flag(None, "W&B API key; better set WANDB_API_KEY, flags are visible to others", secret=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggerConfig(Section):
+    prefix: ClassVar[str] = "logger"
+    logging_steps: int = flag(1, "log every so many steps", ge=1)
+    tensorboard_dir: str | None = flag(None, "write TensorBoard events here")
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    samples: int = flag(4, "judgements per step that are written out", ge=0)
+    term_grad_norm_steps: int = flag(10, "log the gradient norm of each loss term every so many steps; 0: never", ge=0)
+    progress: bool = flag(True, "show a progress bar")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncConfig(Section):
+    prefix: ClassVar[str] = "sync"
+    deadline: float = flag(600.0, "seconds a weight sync may take", gt=0)
+    check_sequences: int = flag(4, "sequences on which engine and policy are compared after each sync", ge=1)
+    check_tokens: int = flag(128, "tokens of each of these sequences", ge=1)
+    max_mean_difference: float | None = flag(None, "largest mean log-prob difference; none: by dtype", gt=0)
+    bucket_mb: int = flag(256, "megabytes of weights sent at a time", ge=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayConfig(Section):
+    prefix: ClassVar[str] = "ray"
+    address: str | None = flag(None, "cluster to join; none: RAY_ADDRESS or the job's cluster, else an own one")
+    placement_timeout: float = flag(600.0, "seconds to wait for the cluster to have room", gt=0)
+    num_cpus: int | None = flag(None, "CPUs of an own cluster; none: all", ge=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Section):
+    """A run. overridden: flags that differ from the preset; set by the parser."""
+
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    ref: RefConfig = field(default_factory=RefConfig)
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    ds: DsConfig = field(default_factory=DsConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    ckpt: CkptConfig = field(default_factory=CkptConfig)
+    algo: AlgoConfig = field(default_factory=AlgoConfig)
+    real: RealConfig = field(default_factory=RealConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+    dry_run: bool = flag(False, "check everything, print the plan and stop")
+    overridden: tuple[str, ...] = ()
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of the policy."""
+        return self.actor.num_nodes * self.actor.num_gpus_per_node
+
+    @property
+    def samples_per_step(self) -> int:
+        """Rollouts of a full step."""
+        return self.rollout.batch_size * self.rollout.n_samples_per_prompt
+
+    @property
+    def samples_per_update(self) -> int:
+        """Rollouts per optimizer update over all ranks: --train.batch_size, or what --real.mini_batches makes of it."""
+        return self.train.batch_size or max(self.samples_per_step // self.real.mini_batches, 1)

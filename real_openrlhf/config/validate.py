@@ -1,0 +1,189 @@
+"""Contradictions between flags, found before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from real_openrlhf.config.convert import flags_by_name, get_value
+from real_openrlhf.config.flags import ConfigError
+from real_openrlhf.config.plan import resolve_ratio
+from real_openrlhf.config.schema import Config
+
+__all__ = ["NOT_YET", "ConfigError", "validate"]
+
+# Features whose flags exist but whose code does not: flag -> (is it asked for, what to do instead).
+NOT_YET: dict[str, tuple[Callable[[Config], bool], str]] = {
+    "ds.lora.rank": (lambda c: c.ds.lora.rank > 0, "leave it at 0 for full-parameter training"),
+    "ds.packing_samples": (lambda c: c.ds.packing_samples, "leave it off; micro-batches are padded"),
+    "train.colocate_all": (lambda c: c.train.colocate_all, "leave it off; engines and policy are placed apart"),
+    "vllm.enable_sleep": (lambda c: c.vllm.enable_sleep, "leave it off; engines keep their memory"),
+    "algo.kl.init_coef": (lambda c: c.algo.kl.init_coef > 0, "leave it at 0; there is no reference group"),
+}
+
+
+def validate(config: Config, *, device: Literal["cpu", "cuda"] | None = None) -> list[str]:
+    """Raise ConfigError for flags that contradict each other; return warnings.
+
+    device: what the run will use, if known; else --real.device counts, and under "auto" the checks
+    that depend on the device are left out.
+    """
+    for name, item in flags_by_name().items():
+        if item.required and not get_value(config, name):
+            raise ConfigError(f"--{name} is required: {item.help}")
+    if not config.ckpt.output_dir and not config.dry_run:
+        raise ConfigError("--ckpt.output_dir is required: the folder of the trained model and logs")
+    for name, (asked_for, instead) in NOT_YET.items():
+        if asked_for(config):
+            raise ConfigError(f"--{name} is not supported yet: {instead}")
+    if device is None and config.real.device != "auto":
+        device = config.real.device
+    warnings: list[str] = []
+    for check in (_batch, _sampling, _groups, _off_policy, _optimizer, _deepspeed, _lengths, _evaluation):
+        warnings += check(config)
+    if device is not None:
+        warnings += _device(config, device)
+    return warnings
+
+
+def _batch(config: Config) -> list[str]:
+    samples, ranks = config.samples_per_step, config.ranks
+    prompts, k, update = config.rollout.batch_size, config.rollout.n_samples_per_prompt, config.train.batch_size
+    what = f"{prompts} prompts x {k} rollouts = {samples} rollouts per step"
+    if prompts % ranks:
+        raise ConfigError(
+            f"--rollout.batch_size {prompts} must be a multiple of the {ranks} policy ranks "
+            f"(--actor.num_nodes {config.actor.num_nodes} x --actor.num_gpus_per_node {config.actor.num_gpus_per_node})"
+        )
+    if update is None and samples % config.real.mini_batches:
+        raise ConfigError(f"--real.mini_batches {config.real.mini_batches} must divide {what}")
+    if update is not None and samples % update:
+        raise ConfigError(f"--train.batch_size {update} must divide {what} (--rollout.*)")
+    per_pass = config.train.micro_batch_size * ranks
+    if config.samples_per_update % per_pass:
+        divisors = [m for m in range(1, config.train.micro_batch_size) if config.samples_per_update % (m * ranks) == 0]
+        advice = f"; --train.micro_batch_size {divisors[-1]} would" if divisors else ""
+        raise ConfigError(
+            f"--train.micro_batch_size {config.train.micro_batch_size} x {ranks} ranks must divide the "
+            f"{config.samples_per_update} rollouts of an update (--train.batch_size){advice}"
+        )
+    return []
+
+
+def _sampling(config: Config) -> list[str]:
+    if config.rollout.n_samples_per_prompt < 2:
+        raise ConfigError(
+            "--rollout.n_samples_per_prompt must be at least 2: advantages compare rollouts of one prompt"
+        )
+    if config.rollout.top_p >= 1:
+        return []
+    if config.rollout.temperature != 1:
+        raise ConfigError(
+            f"--rollout.top_p {config.rollout.top_p:g} needs --rollout.temperature 1, got "
+            f"{config.rollout.temperature:g}: only raw log-probs are over the full vocabulary"
+        )
+    if config.algo.advantage.is_correction_level != "off":
+        raise ConfigError(
+            f"--rollout.top_p {config.rollout.top_p:g} forbids --algo.advantage.is_correction_level "
+            f"{config.algo.advantage.is_correction_level}: log-probs are not those of the sampler"
+        )
+    return [
+        f"--rollout.top_p {config.rollout.top_p:g}: log-probs are over the full vocabulary, not the nucleus that is "
+        "sampled from, so gradients are biased"
+    ]
+
+
+def _groups(config: Config) -> list[str]:
+    real, named = config.real, config.algo.dynamic_filtering_enable
+    if named is True and not real.filters_groups:
+        raise ConfigError(
+            "--algo.dynamic_filtering_enable contradicts --real.keep_groups all; "
+            "choose partial, some_right or some_wrong"
+        )
+    if named is False and real.filters_groups:
+        raise ConfigError(
+            f"--no-algo.dynamic_filtering_enable contradicts --real.keep_groups {real.keep_groups}; "
+            "switch dynamic sampling off by --real.keep_groups all"
+        )
+    if real.refill and not real.filters_groups:
+        raise ConfigError("--real.refill needs dynamic sampling, but --real.keep_groups is all: nothing is dropped")
+    if real.refill and real.max_refills == 0:
+        raise ConfigError("--real.refill with --real.max_refills 0 can never refill; use --no-real.refill")
+    return []
+
+
+def _off_policy(config: Config) -> list[str]:
+    ratio = resolve_ratio(config)
+    if ratio == "clip" and config.algo.advantage.is_correction_level != "off":
+        return [
+            "--algo.advantage.is_correction_level has no effect with the clipped ratio, which is taken against the "
+            "engines' own log-probs"
+        ]
+    if ratio == "none":
+        return ["--real.ratio none: several updates per batch without an off-policy correction"]
+    return []
+
+
+def _optimizer(config: Config) -> list[str]:
+    actor = config.actor
+    if actor.lr_scheduler == "constant" and actor.lr_warmup_ratio > 0:
+        raise ConfigError(
+            f"--actor.lr_scheduler constant has no warm-up, but --actor.lr_warmup_ratio is {actor.lr_warmup_ratio:g}; "
+            "use constant_with_warmup"
+        )
+    if actor.gradient_checkpointing_reentrant and not actor.gradient_checkpointing_enable:
+        raise ConfigError("--actor.gradient_checkpointing_reentrant needs --actor.gradient_checkpointing_enable")
+    if actor.adam.lr == 0:
+        return ["--actor.adam.lr 0: nothing is learned"]
+    return []
+
+
+def _deepspeed(config: Config) -> list[str]:
+    ds = config.ds
+    if ds.adam_offload and ds.zero_stage == 0:
+        raise ConfigError("--ds.adam_offload needs --ds.zero_stage 1, 2 or 3")
+    if ds.zpg > 1 and ds.zero_stage != 3:
+        raise ConfigError(f"--ds.zpg {ds.zpg} needs --ds.zero_stage 3, got {ds.zero_stage}")
+    if config.ranks % ds.zpg:
+        raise ConfigError(f"--ds.zpg {ds.zpg} must divide the {config.ranks} policy ranks")
+    if ds.param_dtype == "fp32" and "flash_attention" in ds.attn_implementation:
+        raise ConfigError(f"--ds.attn_implementation {ds.attn_implementation} cannot run in --ds.param_dtype fp32")
+    return []
+
+
+def _lengths(config: Config) -> list[str]:
+    if config.data.max_len <= config.rollout.max_new_tokens:
+        raise ConfigError(
+            f"--data.max_len {config.data.max_len} (prompt and response) must be larger than --rollout.max_new_tokens "
+            f"{config.rollout.max_new_tokens}, or no prompt fits"
+        )
+    if config.data.enable_thinking is not None and not config.data.apply_chat_template:
+        raise ConfigError("--data.enable_thinking is a choice of the chat template; add --data.apply_chat_template")
+    if config.data.input_template is not None and "\\n" in config.data.input_template:
+        return ["--data.input_template holds a backslash and an n, not a line break; in bash write $'...\\n...'"]
+    return []
+
+
+def _evaluation(config: Config) -> list[str]:
+    if config.eval.dataset is None:
+        if config.eval.engine == "own":
+            raise ConfigError("--eval.engine own starts an engine for evaluation, but --eval.dataset is not given")
+        return ["--eval.dataset is not given: there is no evaluation"]
+    return []
+
+
+def _device(config: Config, device: str) -> list[str]:
+    if device == "cuda":
+        if config.ds.param_dtype == "fp32":
+            return ["--ds.param_dtype fp32 on GPUs: twice the memory and several times the time of bf16"]
+        return []
+    if config.vllm.tensor_parallel_size > 1:
+        raise ConfigError(f"--vllm.tensor_parallel_size {config.vllm.tensor_parallel_size} needs GPUs")
+    if "flash_attention" in config.ds.attn_implementation:
+        raise ConfigError(f"--ds.attn_implementation {config.ds.attn_implementation} needs GPUs; use sdpa or auto")
+    warnings = []
+    if config.ds.param_dtype == "bf16":
+        warnings.append("--ds.param_dtype bf16 on a CPU: about 10 times slower than fp32 unless it has AVX512-BF16")
+    if config.ds.adam_offload:
+        warnings.append("--ds.adam_offload on a CPU: the optimizer is in CPU memory anyway")
+    return warnings

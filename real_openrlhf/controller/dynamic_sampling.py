@@ -1,0 +1,120 @@
+"""Dynamic sampling: which groups are worth training on, and how a batch is filled with them.
+
+A group whose rollouts are all right or all wrong says little (paper, Table 6). Accuracy counts
+the written score: right when it is the label nearest to y.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.algo.types import Group
+from real_openrlhf.data.prompt import Prompt
+
+Keep = Literal["partial", "some_right", "some_wrong", "all"]
+
+# A refill draws for the pass rate seen so far in the step, but never for less than this one.
+LOWEST_RATE = 0.25
+
+
+class CannotFill(RuntimeError):
+    """The data did not yield enough groups to train on."""
+
+
+class PromptSource(Protocol):
+    def take(self, n: int) -> list[Prompt]: ...
+
+    def put_back(self, prompts: Sequence[Prompt]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """kept: the batch. sampled: every group that was generated, for statistics. waves: generations."""
+
+    kept: list[Group]
+    sampled: list[Group] = field(repr=False)
+    waves: int
+
+    @property
+    def pass_rate(self) -> float:
+        return len(self.kept) / len(self.sampled) if self.sampled else 0.0
+
+
+def accuracy(group: Group, scale: ScoreScale) -> float:
+    """Share of the group's rollouts whose written score is nearest to the label."""
+    target = scale.target(group.label)
+    right = sum(scale.is_correct(r.reading.label_index, target) for r in group.rollouts)
+    return right / len(group)
+
+
+def keeps(keep: Keep, value: float) -> bool:
+    """Whether a group of this accuracy is trained on."""
+    if keep == "partial":
+        return 0.0 < value < 1.0
+    if keep == "some_right":
+        return value > 0.0
+    if keep == "some_wrong":
+        return value < 1.0
+    return True
+
+
+def collect(
+    source: PromptSource,
+    generate: Callable[[Sequence[Prompt]], list[Group]],
+    scale: ScoreScale,
+    *,
+    batch_size: int,
+    multiple_of: int,
+    keep: Keep,
+    refill: bool,
+    max_refills: int,
+) -> Collected:
+    """Groups for one step.
+
+    With refill, prompts are drawn until batch_size groups are kept; groups beyond that lose their
+    rollouts, and their prompts go back to the source, to be sampled again by newer weights.
+    Without it, what is kept of one wave is the batch, cut to a multiple of `multiple_of` (ranks).
+    Raises CannotFill when max_refills waves were not enough, or nothing was kept.
+    """
+    prompts_of: dict[int, Prompt] = {}
+    kept: list[Group] = []
+    sampled: list[Group] = []
+    waves = 0
+    wanted = batch_size
+    while True:
+        prompts = source.take(wanted)
+        groups = generate(prompts)
+        waves += 1
+        for prompt, group in zip(prompts, groups):
+            prompts_of[id(group)] = prompt
+            if keeps(keep, accuracy(group, scale)):
+                kept.append(group)
+        sampled += groups
+        if len(kept) >= batch_size or not refill:
+            break
+        if waves > max_refills:
+            raise CannotFill(_explain(kept, sampled, batch_size, keep, waves, scale))
+        rate = max(len(kept) / len(sampled), LOWEST_RATE)
+        wanted = min(batch_size, math.ceil((batch_size - len(kept)) / rate))
+    size = batch_size if len(kept) >= batch_size else len(kept) // multiple_of * multiple_of
+    if size == 0:
+        raise CannotFill(_explain(kept, sampled, batch_size, keep, waves, scale))
+    source.put_back([prompts_of[id(group)] for group in kept[size:]])
+    return Collected(kept=kept[:size], sampled=sampled, waves=waves)
+
+
+def _explain(
+    kept: Sequence[Group], sampled: Sequence[Group], batch_size: int, keep: Keep, waves: int, scale: ScoreScale
+) -> str:
+    shares = [accuracy(group, scale) for group in sampled]
+    wrong, right = sum(a == 0 for a in shares), sum(a == 1 for a in shares)
+    return (
+        f"dynamic sampling kept {len(kept)} of {len(sampled)} groups in {waves} generation waves, {batch_size} are "
+        f"needed: {wrong} groups have no right rollout, {right} have only right ones (--real.keep_groups {keep}). "
+        "Train on more of them (--real.keep_groups all, some_right or some_wrong), allow more waves "
+        "(--real.max_refills), sample more rollouts per prompt, or start from a model that already scores."
+    )

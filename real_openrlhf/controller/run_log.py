@@ -1,0 +1,389 @@
+"""The record of a run: JSONL always, TensorBoard and Weights & Biases on request.
+
+    metrics.jsonl   one flat object per line: step, phase, time (unix seconds), then the metrics
+    samples.jsonl   one judgement per line: step, then what `rollout_stats.judgement_samples` gives
+    run_config.json the resolved configuration, secrets taken out
+
+A number that is NaN or infinite is written as null and its name listed under "not_finite"; a null
+without that is a metric that is undefined (the correlation of constant labels).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import numbers
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, get_args
+
+logger = logging.getLogger(__name__)
+
+Phase = Literal["train", "eval", "sync"]
+WandbMode = Literal["online", "offline", "disabled"]
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+# Not config.json: the trained model may be saved into the same folder.
+CONFIG_FILE = "run_config.json"
+WANDB_ID_FILE = "wandb_id"
+REDACTED = "<redacted>"
+
+_RESERVED = ("step", "phase", "time", "not_finite")
+_SECRET_NAMES = {"key", "apikey", "api_key", "password", "secret", "token", "hf_token", "access_token", "auth_token"}
+_SECRET_VARIABLES = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+
+
+class RunLogError(ValueError):
+    """The run cannot be recorded as asked; raised before training starts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbSettings:
+    """Weights & Biases. key: None leaves WANDB_API_KEY or an earlier login; it is never written anywhere."""
+
+    mode: WandbMode = "disabled"
+    project: str = "real_openrlhf"
+    run_name: str | None = None
+    group: str | None = None
+    org: str | None = None
+    key: str | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(WandbMode):
+            raise RunLogError(f"--logger.wandb.mode {self.mode!r} is unknown; use one of {list(get_args(WandbMode))}")
+        if self.mode != "disabled" and not self.project:
+            raise RunLogError("--logger.wandb.project is empty; name a project")
+
+
+def redact(config: Any, secrets: Iterable[str] = ()) -> Any:
+    """A copy without secrets: values under names such as "key" or "hf_token", and the given strings anywhere.
+
+    Dotted names are judged by their last part ("logger.wandb.key"). Empty values stay, so that one
+    sees that none was given; "label_key" or "max_new_tokens" are no secrets.
+    """
+    secrets = [s for s in secrets if s]
+
+    def clean(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(k): clean(str(k), v) for k, v in value.items()}
+        if isinstance(value, (list, tuple, set, frozenset)):
+            items = sorted(value, key=repr) if isinstance(value, (set, frozenset)) else value
+            return [clean("", v) for v in items]
+        if value and isinstance(value, str):
+            if name.rsplit(".", 1)[-1].lower() in _SECRET_NAMES:
+                return REDACTED
+            for secret in secrets:
+                value = value.replace(secret, REDACTED)
+        return value
+
+    return clean("", config)
+
+
+def check_output_dir(output_dir: str | Path, *, append: bool = False, overwrite: bool = False) -> Path:
+    """Make the directory and prove that it can be written; refuse one that holds something else.
+
+    append: the directory of this run, to be continued. overwrite: start the records anew.
+    """
+    path = Path(output_dir)
+    if append and overwrite:
+        raise RunLogError("a run either continues an output directory or overwrites it, not both")
+    _make_writable(path, "--ckpt.output_dir")
+    if append and not (path / METRICS_FILE).is_file():
+        logger.warning("%s holds no %s: the records start here", path, METRICS_FILE)
+    if not append and not overwrite and any(path.iterdir()):
+        found = ", ".join(sorted(p.name for p in path.iterdir())[:5])
+        raise RunLogError(
+            f"--ckpt.output_dir {str(path)!r} is not empty ({found}); choose a new directory, "
+            "continue that run, or ask for it to be overwritten"
+        )
+    return path
+
+
+def _make_writable(path: Path, flag: str) -> None:
+    if path.exists() and not path.is_dir():
+        raise RunLogError(f"{flag} {str(path)!r} is a file; give a directory")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(b"x")
+            probe.flush()
+    except OSError as error:
+        raise RunLogError(f"{flag} {str(path)!r} cannot be written: {error.strerror or error}") from error
+
+
+class RunLog:
+    """Writes the records of one run. Use as a context manager, or call `close`.
+
+    output_dir       created if missing; see `check_output_dir`
+    tensorboard_dir  None: no TensorBoard
+    config           the resolved configuration, any nesting
+    append           continue the run that is recorded in output_dir
+    resume_step      with append: the last step that counts; later lines are dropped, they come again
+    overwrite        start the records in output_dir anew
+
+    Start-up problems raise RunLogError. Later ones (a full disk, a lost connection) are logged and
+    never stop the training.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        *,
+        tensorboard_dir: str | None,
+        wandb: WandbSettings,
+        config: Mapping[str, Any],
+        append: bool = False,
+        resume_step: int | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        if resume_step is not None and not append:
+            raise RunLogError("resume_step needs append: there is nothing to resume")
+        self.output_dir = check_output_dir(output_dir, append=append, overwrite=overwrite)
+        secrets = [wandb.key or "", *(os.environ.get(name, "") for name in _SECRET_VARIABLES)]
+        config = redact(config, secrets)
+        _write_config(self.output_dir / CONFIG_FILE, config, keep_old=append)
+        self._metrics = _JsonLines(self.output_dir / METRICS_FILE, append=append, last_step=resume_step)
+        self._samples = _JsonLines(self.output_dir / SAMPLES_FILE, append=append, last_step=resume_step)
+        self._sinks: list[_TensorBoard | _Wandb] = []
+        try:
+            if tensorboard_dir:
+                self._sinks.append(_TensorBoard(tensorboard_dir, purge_after=resume_step))
+            if wandb.mode != "disabled":
+                self._sinks.append(_Wandb(wandb, self.output_dir, config, append=append, secrets=secrets))
+        except BaseException:
+            self.close()
+            raise
+
+    def log(self, step: int, phase: Phase, metrics: Mapping[str, Any]) -> None:
+        """One line. Values: numbers (also of torch and numpy) or None for an undefined metric."""
+        if phase not in get_args(Phase):
+            raise ValueError(f"phase {phase!r} is not one of {list(get_args(Phase))}")
+        line: dict[str, Any] = {"step": step, "phase": phase, "time": time.time()}
+        bad: list[str] = []
+        for name, value in metrics.items():
+            if name in _RESERVED:
+                raise ValueError(f"a metric cannot be named {name!r}: the line has that field already")
+            number = _number(name, value)
+            if isinstance(number, float) and not math.isfinite(number):
+                bad.append(name)
+                number = None
+            line[name] = number
+        if bad:
+            line["not_finite"] = bad
+            logger.warning("step %d, %s: not finite, recorded as null: %s", step, phase, ", ".join(bad))
+        self._metrics.write(line)
+        shown = {_tag(phase, name): line[name] for name in metrics if line[name] is not None}
+        for sink in list(self._sinks):
+            try:
+                sink.log(step, shown)
+            except Exception as error:
+                # Training goes on: metrics.jsonl has everything, and the cause rarely mends itself.
+                self._sinks.remove(sink)
+                logger.warning("%s stopped recording at step %d: %s", sink.name, step, error)
+
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """One line per judgement."""
+        for sample in samples:
+            bad: list[str] = []
+            line = {"step": step, **_finite(dict(sample), "", bad)}
+            if bad:
+                line["not_finite"] = bad
+            self._samples.write(line)
+
+    def close(self) -> None:
+        """Flush and close everything; safe to call twice."""
+        for sink in self._sinks:
+            try:
+                sink.close()
+            except Exception as error:
+                logger.warning("%s could not be closed: %s", sink.name, error)
+        self._sinks = []
+        self._metrics.close()
+        self._samples.close()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _tag(phase: str, name: str) -> str:
+    return name if name.startswith(f"{phase}/") else f"{phase}/{name}"
+
+
+def _number(name: str, value: Any) -> int | float | None:
+    if value is None or type(value) in (int, float):
+        return value
+    if isinstance(value, numbers.Integral):  # bool and numpy integers
+        return int(value)
+    if isinstance(value, (str, bytes)):
+        raise TypeError(f"metric {name!r} is the text {value!r}; metrics are numbers")
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"metric {name!r} is a {type(value).__name__}, not one number") from error
+
+
+def _finite(value: Any, path: str, bad: list[str]) -> Any:
+    """The value with NaN and infinities as None; their paths are added to `bad`."""
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v, f"{path}.{k}" if path else str(k), bad) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v, f"{path}[{i}]", bad) for i, v in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        bad.append(path)
+        return None
+    return value
+
+
+def _write_config(path: Path, config: Any, *, keep_old: bool) -> None:
+    text = json.dumps(config, indent=2, ensure_ascii=False, default=str) + "\n"
+    if keep_old and path.exists() and path.read_text(encoding="utf-8") != text:
+        number = 1
+        while (kept := path.with_name(f"run_config.{number}.json")).exists():
+            number += 1
+        os.replace(path, kept)
+        logger.warning("the configuration differs from the one this run began with, which is now %s", kept.name)
+    path.write_text(text, encoding="utf-8")
+
+
+class _JsonLines:
+    """A JSONL file in which every line is whole: a write that fails half way is taken back."""
+
+    def __init__(self, path: Path, *, append: bool, last_step: int | None) -> None:
+        self.path = path
+        try:
+            if append and path.exists():
+                _keep_lines(path, last_step)
+            # Unbuffered: a line is in the file when write() returns, or not at all.
+            self._file = open(path, "ab" if append else "wb", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise RunLogError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        if self._file.closed:
+            raise ValueError(f"{self.path.name} is closed")
+        data = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
+        start = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(data) != len(data):
+                raise OSError("only a part of the line was written")
+        except OSError as error:
+            self._file.truncate(start)
+            logger.error("a line of %s is lost: %s", self.path, error)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _keep_lines(path: Path, last_step: int | None) -> None:
+    """Drop a torn last line and, with last_step, every line of a later step. Atomic."""
+    partial = path.with_name(path.name + ".partial")
+    changed = False
+    with open(path, "rb") as source, open(partial, "wb") as kept:
+        for number, line in enumerate(source, start=1):
+            if not line.endswith(b"\n"):
+                logger.warning("%s: the last line was cut off and is dropped", path)
+                changed = True
+                continue
+            try:
+                step = json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise RunLogError(f"{path}, line {number} is not a record of a run; it cannot be continued") from error
+            if last_step is not None and step > last_step:
+                changed = True
+                continue
+            kept.write(line)
+        kept.flush()
+        os.fsync(kept.fileno())
+    if changed:
+        os.replace(partial, path)
+    else:
+        partial.unlink()
+
+
+class _TensorBoard:
+    name = "TensorBoard"
+
+    def __init__(self, folder: str, *, purge_after: int | None) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise RunLogError("--logger.tensorboard_dir needs the package tensorboard (pip install it)") from error
+        if "://" not in folder:
+            _make_writable(Path(folder), "--logger.tensorboard_dir")
+        purge_step = None if purge_after is None else purge_after + 1
+        self._writer = SummaryWriter(folder, purge_step=purge_step)  # type: ignore[no-untyped-call]
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+        self._writer.flush()  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+
+class _Wandb:
+    name = "W&B"
+
+    def __init__(
+        self, settings: WandbSettings, output_dir: Path, config: Any, *, append: bool, secrets: Sequence[str]
+    ) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise RunLogError(
+                f"--logger.wandb.mode {settings.mode} needs the package wandb (pip install it, or use disabled)"
+            ) from error
+        id_file = output_dir / WANDB_ID_FILE
+        run_id = id_file.read_text(encoding="utf-8").strip() if append and id_file.exists() else None
+        try:
+            if settings.mode == "online" and not settings.key and not wandb.api.api_key:
+                raise RunLogError("no key was found; give --logger.wandb.key, set WANDB_API_KEY, or run `wandb login`")
+            # wandb.login would put the key into ~/.netrc, and W&B's metadata hold the command line.
+            options = wandb.Settings(
+                api_key=settings.key,
+                console="off",
+                silent=True,
+                x_disable_meta=any(s and s in word for s in secrets for word in sys.argv),
+            )
+            self._run = wandb.init(
+                mode=settings.mode,
+                project=settings.project,
+                name=settings.run_name,
+                group=settings.group,
+                entity=settings.org,
+                dir=str(output_dir),
+                config=config,
+                id=run_id,
+                resume="allow" if run_id and settings.mode == "online" else None,
+                reinit="create_new",
+                settings=options,
+            )
+            for phase in get_args(Phase):
+                self._run.define_metric(f"{phase}/*", step_metric="global_step")
+            id_file.write_text(self._run.id, encoding="utf-8")
+        except Exception as error:
+            # `from None`: what W&B raises may quote the key.
+            raise RunLogError(
+                f"W&B cannot start with --logger.wandb.mode {settings.mode}: {redact(str(error), secrets)} "
+                "(offline records without a connection; disabled records nothing)"
+            ) from None
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({**values, "global_step": step})
+
+    def close(self) -> None:
+        self._run.finish()

@@ -1,0 +1,272 @@
+"""The controller: a synchronous loop over rollouts, advantages, updates, weight sync and evaluation.
+
+    prompts ──► rollout engines ──► groups ──► objective ──► coefficients ──► policy ranks
+                     ▲                                                            │
+                     └──────────── weights, version n, agreement check ◄──────────┘
+                     │
+                     └──► evaluator ──► metrics
+
+It sees Protocols only (actors/protocols.py); tests run it with fakes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from real_openrlhf.actors.protocols import Evaluator, PolicyGroup, RolloutGroup, Sampling, WeightSync
+from real_openrlhf.algo.objectives import Objective
+from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.algo.types import Group, TrainGroup, group_scores
+from real_openrlhf.controller.dynamic_sampling import Collected, Keep, PromptSource, collect
+from real_openrlhf.controller.first_look import check_first_rollouts
+from real_openrlhf.controller.progress import PhaseTimer
+from real_openrlhf.controller.rollout_stats import judgement_samples, rollout_metrics
+from real_openrlhf.data.prompt import Prompt
+from real_openrlhf.data.stream import StreamExhausted
+
+logger = logging.getLogger(__name__)
+
+
+class NothingLearned(RuntimeError):
+    """Too many steps in a row without a single non-zero advantage."""
+
+
+class Log(Protocol):
+    def log(self, step: int, phase: Literal["train", "eval", "sync"], metrics: Mapping[str, Any]) -> None: ...
+
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None: ...
+
+
+class Progress(Protocol):
+    def step(self, step: int, metrics: Mapping[str, float | None]) -> None: ...
+
+    def evaluated(self, step: int, metrics: Mapping[str, float | None]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControllerSettings:
+    """
+    total_steps        steps of the run; 0 evaluates and saves only
+    batch_size         groups per step
+    ranks              policy ranks; batches are multiples of it
+    sampling           of the rollouts; seeds are set per step when `seeded`
+    eval_steps         evaluate every n steps; -1: only before and after
+    min_mass, min_readable   the first rollouts must reach both
+    dead_steps         stop after n steps in a row without advantage; 0 never
+    """
+
+    total_steps: int
+    batch_size: int
+    ranks: int
+    sampling: Sampling
+    seed: int
+    seeded: bool
+    keep: Keep
+    refill: bool
+    max_refills: int
+    eval_steps: int
+    min_mass: float
+    min_readable: float
+    dead_steps: int
+    renormalise: bool
+    n_samples: int
+    logging_steps: int
+    output_dir: str
+
+
+class Controller:
+    def __init__(
+        self,
+        settings: ControllerSettings,
+        *,
+        scale: ScoreScale,
+        objective: Objective,
+        prompts: PromptSource,
+        rollouts: RolloutGroup,
+        policy: PolicyGroup,
+        weight_sync: WeightSync,
+        evaluator: Evaluator | None,
+        log: Log,
+        progress: Progress,
+        decode: Callable[[list[int]], str] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.scale = scale
+        self.objective = objective
+        self.prompts = prompts
+        self.rollouts = rollouts
+        self.policy = policy
+        self.weight_sync = weight_sync
+        self.evaluator = evaluator
+        self.log = log
+        self.progress = progress
+        self.decode = decode
+        self.timer = PhaseTimer()
+        self.step_number = 0
+        self.dead_steps = 0
+        self.last_eval: dict[str, float | None] = {}
+        self._evaluated_at = -1
+
+    def fit(self) -> dict[str, float | None]:
+        """The whole run; returns the metrics of the last evaluation."""
+        self._sync()
+        self._evaluate()
+        while self.step_number < self.settings.total_steps:
+            try:
+                self.step()
+            except StreamExhausted:
+                logger.info("the prompts of all episodes are used up after %d steps", self.step_number)
+                break
+        self._evaluate()
+        self.policy.save_model(self.settings.output_dir)
+        return self.last_eval
+
+    def step(self) -> None:
+        """One step, from prompts to a new version of the weights."""
+        # 1. Rollouts: groups sampled by the newest weights, filtered by accuracy.
+        with self.timer.phase("generate"):
+            collected = self._collect()
+        # 2. Rewards and advantages, from the score distributions that came with the rollouts.
+        with self.timer.phase("advantages"):
+            groups = [self._train_group(group) for group in collected.kept]
+            stats = rollout_metrics(collected.sampled, groups, self.scale, renormalise=self.settings.renormalise)
+        if self.step_number == 0:
+            self._first_look(collected)
+        # 3. Policy updates.
+        with self.timer.phase("train"):
+            trained = self.policy.train(groups)
+        self.step_number += 1
+        # 4. The engines get the new weights and prove it.
+        synced = self._sync()
+        # 5. Logs.
+        metrics = {**stats, **trained, **self._sampling_stats(collected), **synced}
+        metrics.update(self._speed(collected))
+        self._log_step(metrics, collected, groups)
+        self._guard_against_nothing(groups)
+        # 6. Evaluation.
+        every = self.settings.eval_steps
+        if every > 0 and self.step_number % every == 0:
+            self._evaluate()
+
+    def _collect(self) -> Collected:
+        s = self.settings
+        wave = 0
+
+        def generate(prompts: Sequence[Prompt]) -> list[Group]:
+            nonlocal wave
+            seed = (s.seed * 1_000_003 + self.step_number) * 101 + wave if s.seeded else None
+            wave += 1
+            sampling = Sampling(
+                n=s.sampling.n,
+                temperature=s.sampling.temperature,
+                top_p=s.sampling.top_p,
+                max_new_tokens=s.sampling.max_new_tokens,
+                seed=seed,
+            )
+            groups = self.rollouts.generate(prompts, sampling)
+            stale = {group.weight_version for group in groups} - {self.step_number}
+            if stale:
+                raise RuntimeError(f"rollouts of step {self.step_number} come from weight versions {sorted(stale)}")
+            return groups
+
+        return collect(
+            self.prompts,
+            generate,
+            self.scale,
+            batch_size=s.batch_size,
+            multiple_of=s.ranks,
+            keep=s.keep,
+            refill=s.refill,
+            max_refills=s.max_refills,
+        )
+
+    def _train_group(self, group: Group) -> TrainGroup:
+        target = self.scale.target(group.label)
+        coefficients = self.objective(group_scores(group, self.scale.tensor(), target))
+        return TrainGroup(group=group, target=target, coefficients=coefficients)
+
+    def _first_look(self, collected: Collected) -> None:
+        report = check_first_rollouts(
+            collected.sampled,
+            self.scale,
+            min_mass=self.settings.min_mass,
+            min_readable=self.settings.min_readable,
+            top_p=self.settings.sampling.top_p,
+        )
+        logger.info("%s", report)
+
+    def _sync(self) -> dict[str, float]:
+        with self.timer.phase("sync"):
+            report = self.weight_sync.sync(self.step_number)
+        return {
+            "sync/logprob_mean": report.mean_difference,
+            "sync/logprob_max": report.max_difference,
+            "sync/transfer_seconds": report.seconds,
+            "sync/check_seconds": report.check_seconds,
+        }
+
+    def _evaluate(self) -> None:
+        if self.evaluator is None or self._evaluated_at == self.step_number:
+            return
+        with self.timer.phase("evaluate"):
+            report = self.evaluator.evaluate(self.step_number)
+        self._evaluated_at = self.step_number
+        self.last_eval = report.metrics
+        metrics: dict[str, Any] = {f"eval/{name}": value for name, value in report.metrics.items()}
+        metrics["weight_version"] = report.version
+        metrics.update(self.timer.pop())
+        self.log.log(self.step_number, "eval", metrics)
+        self.progress.evaluated(self.step_number, report.metrics)
+
+    def _sampling_stats(self, collected: Collected) -> dict[str, float]:
+        return {
+            "sampling/pass_rate": collected.pass_rate,
+            "sampling/waves": float(collected.waves),
+            "sampling/groups": float(len(collected.sampled)),
+            "sampling/kept": float(len(collected.kept)),
+        }
+
+    def _speed(self, collected: Collected) -> dict[str, float]:
+        seconds = self.timer.pop()
+        generated = sum(r.token_ids.numel() for g in collected.sampled for r in g.rollouts)
+        trained = sum(g.prompt_ids.numel() + r.token_ids.numel() for g in collected.kept for r in g.rollouts)
+        speed = dict(seconds)
+        speed["tokens_per_second"] = generated / max(sum(seconds.values()), 1e-9)
+        speed["tokens_per_second/generate"] = generated / max(seconds["seconds/generate"], 1e-9)
+        speed["tokens_per_second/train"] = trained / max(seconds["seconds/train"], 1e-9)
+        return speed
+
+    def _log_step(self, metrics: dict[str, Any], collected: Collected, groups: Sequence[TrainGroup]) -> None:
+        if self.step_number % self.settings.logging_steps == 0:
+            self.log.log(self.step_number, "train", metrics)
+            samples = judgement_samples(
+                collected.kept,
+                groups,
+                self.settings.n_samples,
+                self.scale,
+                decode=self.decode,
+                renormalise=self.settings.renormalise,
+            )
+            self.log.log_samples(self.step_number, samples)
+        self.progress.step(self.step_number, metrics)
+
+    def _guard_against_nothing(self, groups: Sequence[TrainGroup]) -> None:
+        dead = all(group.coefficients.zero_variance for group in groups)
+        self.dead_steps = self.dead_steps + 1 if dead else 0
+        if self.settings.dead_steps and self.dead_steps >= self.settings.dead_steps:
+            raise NothingLearned(
+                f"{self.dead_steps} steps in a row had no group whose rewards differ: nothing explores. Raise "
+                "--rollout.temperature, sample more rollouts per prompt, or look at the judgements in samples.jsonl "
+                "(--real.dead_steps sets this limit, 0 switches it off)."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step_number": self.step_number, "dead_steps": self.dead_steps, "last_eval": self.last_eval}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step_number = state["step_number"]
+        self.dead_steps = state["dead_steps"]
+        self.last_eval = state["last_eval"]

@@ -1,0 +1,156 @@
+"""A judge's data set: prompts with human scores, every row checked, nothing imputed."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+
+from real_openrlhf.algo.score_scale import ScaleError, ScoreScale
+from real_openrlhf.data.prompt import Prompt
+from real_openrlhf.data.sources import BadRow, DataError, Row, lookup, read_rows, shorten
+from real_openrlhf.data.template import ChatTokenizer, PromptError, PromptTemplate
+
+logger = logging.getLogger(__name__)
+LISTED = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeDataset:
+    """source: as given. prompts: in the source's order. skipped: the rows left out, if that was allowed.
+    sha256: of the prompts' token ids and labels, in order."""
+
+    source: str
+    prompts: tuple[Prompt, ...]
+    skipped: tuple[BadRow, ...]
+    sha256: str
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @classmethod
+    def load(
+        cls,
+        source: str,
+        *,
+        input_key: str,
+        label_key: str,
+        scale: ScoreScale,
+        tokenizer: ChatTokenizer,
+        template: PromptTemplate,
+        max_prompt_tokens: int,
+        max_samples: int | None = None,
+        skip_bad_rows: bool = False,
+    ) -> JudgeDataset:
+        """Read, check and tokenise.
+
+        input_key, label_key: columns; a dotted name reaches into nested objects. max_prompt_tokens: longer prompts are
+        bad rows (never cut). max_samples: stop after that many good rows; later rows are not read. Prompt.row is the
+        row's index in the source, counted from 0, bad rows included.
+
+        Raises DataError at the first bad row (file, row, column, reason); with skip_bad_rows only when no row is left,
+        or when a file as a whole cannot be read.
+        """
+        if max_prompt_tokens < 1:
+            raise DataError(
+                f"{max_prompt_tokens} tokens are left for the prompt; raise --data.max_len or lower "
+                "--rollout.max_new_tokens"
+            )
+        if max_samples is not None and max_samples < 1:
+            raise DataError(f"--data.max_samples must be at least 1, got {max_samples}")
+        template.check(tokenizer)
+        prompts: list[Prompt] = []
+        skipped: list[BadRow] = []
+        for index, row in enumerate(read_rows(source)):
+            if isinstance(row, Row):
+                item = _prompt(row, index, input_key, label_key, scale, tokenizer, template, max_prompt_tokens)
+            else:
+                item = row
+            if isinstance(item, Prompt):
+                prompts.append(item)
+                if len(prompts) == max_samples:
+                    break
+            elif skip_bad_rows:
+                skipped.append(item)
+            else:
+                raise DataError(f"{item}. Repair the row, or pass --data.skip_bad_rows to leave such rows out.")
+        _report(source, len(prompts), skipped)
+        return cls(source=source, prompts=tuple(prompts), skipped=tuple(skipped), sha256=content_hash(prompts))
+
+
+def content_hash(prompts: Sequence[Prompt]) -> str:
+    """sha256 over every prompt's token ids and label, in order; text and row do not count."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        ids = prompt.token_ids
+        digest.update(struct.pack(f"<q{len(ids)}qd", len(ids), *ids, prompt.label))
+    return digest.hexdigest()
+
+
+def read_label(value: object, scale: ScoreScale) -> float:
+    """A number or a numeric string as a label on the scale. Raises ValueError, with the scale, for all else."""
+    on = f"a label is a number from {scale.values[0]:g} to {scale.values[-1]:g} (scale {scale})"
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise ValueError(f"the label is missing; {on}")
+    wrong = f"{shorten(value)} is not a number; {on}"
+    # bool is an int to Python; "1_0" is 10 to float().
+    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal, str)) or "_" in str(value):
+        raise ValueError(wrong)
+    try:
+        label = float(value)
+    except (ValueError, OverflowError):
+        raise ValueError(wrong) from None
+    if not math.isfinite(label):
+        raise ValueError(f"{shorten(value)} is not a finite number; {on}")
+    try:
+        return scale.target(label).value
+    except ScaleError as error:
+        raise ValueError(f"{error}; {on}") from error
+
+
+def _prompt(
+    row: Row,
+    index: int,
+    input_key: str,
+    label_key: str,
+    scale: ScoreScale,
+    tokenizer: ChatTokenizer,
+    template: PromptTemplate,
+    max_prompt_tokens: int,
+) -> Prompt | BadRow:
+    column = input_key
+    try:
+        raw = lookup(row.values, input_key)
+        column = label_key
+        label = read_label(lookup(row.values, label_key), scale)
+        column = input_key
+        text, token_ids = template.render(tokenizer, raw)
+    except KeyError as error:
+        return BadRow(place=row.place, column=column, reason=str(error.args[0]))
+    except PromptError as error:
+        return BadRow(place=row.place, column=column, reason=str(error))
+    except DataError:
+        raise  # the template as a whole, not this row
+    except ValueError as error:
+        return BadRow(place=row.place, column=column, reason=str(error))
+    if len(token_ids) > max_prompt_tokens:
+        reason = (
+            f"the prompt has {len(token_ids)} tokens, but {max_prompt_tokens} are left for it; raise --data.max_len or "
+            "lower --rollout.max_new_tokens"
+        )
+        return BadRow(place=row.place, column=input_key, reason=reason)
+    return Prompt(token_ids=token_ids, label=label, row=index, text=text)
+
+
+def _report(source: str, kept: int, skipped: list[BadRow]) -> None:
+    if not skipped:
+        return
+    shown = "\n".join(f"  {bad}" for bad in skipped[:LISTED])
+    more = f"\n  and {len(skipped) - LISTED} more" if len(skipped) > LISTED else ""
+    if not kept:
+        raise DataError(f"{source}: no usable row is left; all {len(skipped)} are bad:\n{shown}{more}")
+    logger.warning("%s: skipped %d bad rows, kept %d:\n%s%s", source, len(skipped), kept, shown, more)

@@ -1,0 +1,308 @@
+"""Read a data set (a file, a folder or a hub id) into rows, each with the place it came from."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SPLIT_WORDS = ("train", "validation", "valid", "val", "dev", "test", "eval")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+class DataError(ValueError):
+    """The data cannot be used; the message names file, row and column as far as they are known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a row stands. unit "line": counted from 1, as editors do (jsonl, csv); "row": counted from 0."""
+
+    file: str
+    index: int
+    unit: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, {self.unit} {self.index}" + (" (counted from 0)" if self.unit == "row" else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row as read: column name to value."""
+
+    place: Place
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadRow:
+    """A row that cannot be used. row: as its file counts (see Place). column: None when the whole row is at fault."""
+
+    place: Place
+    column: str | None
+    reason: str
+
+    @property
+    def row(self) -> int:
+        return self.place.index
+
+    def __str__(self) -> str:
+        column = "" if self.column is None else f", column {self.column!r}"
+        return f"{self.place}{column}: {self.reason}"
+
+
+def shorten(value: object, limit: int = 80) -> str:
+    """repr, cut to `limit` characters, for messages."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """ " (did you mean 'x'?)" or nothing, to end a message with."""
+    close = difflib.get_close_matches(name.lower(), {k.lower(): k for k in known}, n=1, cutoff=0.6)
+    match = next((k for k in known if close and k.lower() == close[0]), None)
+    return f" (did you mean {match!r}?)" if match else ""
+
+
+def lookup(values: Mapping[str, Any], key: str) -> Any:
+    """The value at a column name; a dotted name also reaches into nested objects, the literal name first.
+
+    Raises KeyError with the whole message when there is no such column.
+
+    >>> lookup({"reward_model": {"ground_truth": 4}}, "reward_model.ground_truth")
+    4
+    """
+    if key in values:
+        return values[key]
+    node: Any = values
+    path = ""
+    for part in key.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            columns = [path + name for name in node] if isinstance(node, Mapping) else []
+            inside = f" in {path[:-1]!r}" if path else ""
+            if not isinstance(node, Mapping):
+                raise KeyError(f"no such column: {path[:-1]!r} holds {shorten(node)}, not an object")
+            raise KeyError(f"no such column; the columns{inside} are {columns}{nearest(path + part, columns)}")
+        node, path = node[part], f"{path}{part}."
+    return node
+
+
+def read_rows(source: str) -> Iterator[Row | BadRow]:
+    """The rows of a .jsonl, .json (a list), .csv or .parquet file (text ones also as .gz), of a folder of such files
+    or of a `save_to_disk` folder, or of a hub id "owner/name". "@split" chooses a split of a folder or a hub id.
+
+    Rows that cannot be read come out as BadRow; a file that cannot be read raises DataError.
+    """
+    if not source.strip():
+        raise DataError("no data set is given; pass a file, a folder or a hub id")
+    path, split = Path(source).expanduser(), None
+    if not path.exists() and "@" in source:
+        head, _, split = source.rpartition("@")
+        path = Path(head).expanduser()
+    name = str(path)
+    if path.is_file():
+        if split is not None:
+            raise DataError(f"{name} is a file and has no splits; drop '@{split}'")
+        yield from _read_file(path)
+    elif path.is_dir():
+        yield from _read_folder(path, split)
+    elif HUB_ID.fullmatch(name) and _suffix(path) is None and path.suffix != ".gz":
+        yield from _read_hub(name, split)
+    else:
+        found = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"{name}: there is no such file or folder{nearest(path.name, found)}")
+
+
+def _suffix(path: Path) -> str | None:
+    """The known extension, without a final .gz; None for others. A parquet file is never gzipped as a whole."""
+    suffixes = [s.lower() for s in path.suffixes]
+    zipped = suffixes[-1:] == [".gz"]
+    last = suffixes[-2:-1] if zipped else suffixes[-1:]
+    if not last or last[0] not in SUFFIXES or (zipped and last[0] == ".parquet"):
+        return None
+    return last[0]
+
+
+def _read_file(path: Path) -> Iterator[Row | BadRow]:
+    suffix = _suffix(path)
+    if suffix is None:
+        raise DataError(
+            f"{path}: cannot tell the format from the extension {''.join(path.suffixes)!r}; known are "
+            f"{', '.join(SUFFIXES)}, and .gz after each but .parquet"
+        )
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty")
+    reader = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}[suffix]
+    count = 0
+    try:
+        for row in reader(path):
+            count += 1
+            yield row
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: broken gzip after {count} rows: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    if count == 0:
+        raise DataError(f"{path}: the file is empty: it has no rows")
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _row(place: Place, value: object) -> Row | BadRow:
+    if isinstance(value, dict):
+        return Row(place=place, values=value)
+    return BadRow(place=place, column=None, reason=f"a row must be an object, not {shorten(value)}")
+
+
+def _read_jsonl(path: Path) -> Iterator[Row | BadRow]:
+    with _open(path) as file:
+        # Bytes, so that one line that is not UTF-8 is one bad row; and lines end at "\n" only, not at U+2028.
+        for number, line in enumerate(file, start=1):
+            place = Place(file=str(path), index=number, unit="line")
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.strip():
+                    yield _row(place, json.loads(text))
+            except UnicodeDecodeError as error:
+                yield BadRow(place=place, column=None, reason=f"not UTF-8 at byte {error.start} of the line")
+            except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
+                yield BadRow(place=place, column=None, reason=f"broken JSON: {error}: {shorten(text.strip())}")
+
+
+def _read_json(path: Path) -> Iterator[Row | BadRow]:
+    with _open(path) as file:
+        data = file.read()
+    try:
+        rows = json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: broken JSON: {error}; a file of one object per line is called .jsonl") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: a .json file must hold a list of objects, not {shorten(rows)}")
+    for index, value in enumerate(rows):
+        yield _row(Place(file=str(path), index=index, unit="row"), value)
+
+
+def _read_csv(path: Path) -> Iterator[Row | BadRow]:
+    with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            header = next(reader, [])
+            if not any(name.strip() for name in header):
+                raise DataError(f"{path}, line 1: there is no header")
+            doubled = sorted({name for name in header if header.count(name) > 1})
+            if doubled:
+                raise DataError(f"{path}, line 1: the columns {doubled} occur more than once")
+            start = reader.line_num + 1
+            for fields in reader:
+                # A quoted field may span lines: name the one where the row begins.
+                place = Place(file=str(path), index=start, unit="line")
+                start = reader.line_num + 1
+                if not fields:
+                    continue
+                if len(fields) != len(header):
+                    reason = f"{len(fields)} fields, but the header has {len(header)}: {header}"
+                    yield BadRow(place=place, column=None, reason=reason)
+                else:
+                    yield Row(place=place, values=dict(zip(header, fields)))
+        except csv.Error as error:
+            # After a broken quote nobody can say where the next row begins.
+            raise DataError(f"{path}, line {reader.line_num}: broken CSV: {error}") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 after line {reader.line_num}") from error
+
+
+def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    index = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for values in batch.to_pylist():
+                    yield Row(place=Place(file=str(path), index=index, unit="row"), values=values)
+                    index += 1
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: broken parquet at or after row {index} (counted from 0): {error}") from error
+
+
+def _read_folder(path: Path, split: str | None) -> Iterator[Row | BadRow]:
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        datasets = _datasets(str(path))
+        try:
+            data = datasets.load_from_disk(str(path))
+        except Exception as error:  # the library raises many kinds
+            raise DataError(f"{path}: cannot be read as a saved data set: {error}") from error
+        yield from _read_dataset(str(path), data, split)
+        return
+    files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".") and _suffix(p))
+    if not files:
+        raise DataError(f"{path}: the folder has no file that ends in {', '.join(SUFFIXES)}")
+    splits = sorted({word for word in map(_split_of, files) if word})
+    if split is not None:
+        files = [p for p in files if _split_of(p) == split]
+        if not files:
+            raise DataError(f"{path}: no file is called {split}.*; splits there: {splits or 'none'}")
+    elif len(splits) > 1:
+        # Reading train and test as one would leak without a word.
+        raise DataError(f"{path}: the folder holds several splits, {splits}; name one: '{path}@{splits[-1]}'")
+    kinds = sorted({str(_suffix(p)) for p in files})
+    if len(kinds) > 1:
+        raise DataError(f"{path}: the folder mixes {', '.join(kinds)}; name one of its files")
+    for file in files:
+        yield from _read_file(file)
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that a file name such as train-00000-of-00002.parquet speaks of."""
+    word = re.split(r"[^A-Za-z]", path.name, maxsplit=1)[0].lower()
+    return word if word in SPLIT_WORDS else None
+
+
+def _datasets(source: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"{source}: reading this needs the package 'datasets'; pip install datasets") from error
+    return datasets
+
+
+def _read_hub(name: str, split: str | None) -> Iterator[Row | BadRow]:
+    datasets = _datasets(name)
+    try:
+        data = datasets.load_dataset(name)
+    except Exception as error:  # the library raises many kinds: offline, unknown id, broken files
+        raise DataError(
+            f"{name}: there is no such file or folder, and as a hub id it could not be loaded: {error}"
+        ) from error
+    yield from _read_dataset(name, data, split)
+
+
+def _read_dataset(name: str, data: Any, split: str | None) -> Iterator[Row | BadRow]:
+    if isinstance(data, dict):
+        splits = list(data)
+        if split is None and len(splits) != 1:
+            raise DataError(f"{name}: the data set has the splits {splits}; name one: '{name}@{splits[0]}'")
+        if split is not None and split not in data:
+            raise DataError(f"{name}: no split {split!r}; there are {splits}{nearest(split, splits)}")
+        data = data[splits[0] if split is None else split]
+        name = name if split is None else f"{name}@{split}"
+    elif split is not None:
+        raise DataError(f"{name}: the saved data set has no splits; drop '@{split}'")
+    if len(data) == 0:
+        raise DataError(f"{name}: the data set is empty: it has no rows")
+    for index, values in enumerate(data):
+        yield Row(place=Place(file=name, index=index, unit="row"), values=values)

@@ -1,0 +1,174 @@
+"""From a raw prompt (a string or chat messages) to the text and the token ids that the engine gets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from jinja2 import TemplateError as JinjaError
+
+from real_openrlhf.data.sources import DataError, shorten
+
+logger = logging.getLogger(__name__)
+SLOT = "{}"
+
+
+class ChatTokenizer(Protocol):
+    """What is used of a Hugging Face tokenizer to make prompts."""
+
+    chat_template: Any
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **kwargs: Any) -> Any: ...
+
+
+class TemplateError(DataError):
+    """The template cannot be used at all: a contradiction in its flags, or a tokenizer that does not fit."""
+
+
+class PromptError(DataError):
+    """One prompt cannot be rendered; the message says why, the caller adds file, row and column."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTemplate:
+    """How raw prompts become token ids.
+
+    input_template       text with exactly one "{}" that takes a string prompt (other braces stay as they are); None:
+                         the string as it is. With a chat template the result is the user's message.
+    apply_chat_template  render with the tokenizer's chat template; a string counts as one user message
+    enable_thinking      handed to the chat template when not None
+    """
+
+    input_template: str | None = None
+    apply_chat_template: bool = False
+    enable_thinking: bool | None = None
+
+    def __post_init__(self) -> None:
+        template = self.input_template
+        if template is not None and template.count(SLOT) != 1:
+            raise TemplateError(
+                f"--data.input_template must contain exactly one {SLOT!r} where the prompt goes, but "
+                f"{shorten(template)} has {template.count(SLOT)}"
+            )
+        if template is not None and "\\n" in template:
+            logger.warning(
+                "--data.input_template %s holds a backslash and an n, not a line break; in bash write $'...\\n...'",
+                shorten(template),
+            )
+        if self.enable_thinking is not None and not self.apply_chat_template:
+            raise TemplateError("enable_thinking is an option of the chat template; pass --data.apply_chat_template")
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the settings. The chat template itself belongs to the tokenizer and is not part of it."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def check(self, tokenizer: ChatTokenizer) -> None:
+        """Raise TemplateError when the tokenizer cannot serve this template."""
+        if self.apply_chat_template and not tokenizer.chat_template:
+            raise TemplateError(
+                "--data.apply_chat_template is set, but the tokenizer has no chat template; use an instruction-tuned "
+                "model's tokenizer, or drop the flag and write the prompt's form into --data.input_template"
+            )
+
+    def render(self, tokenizer: ChatTokenizer, raw: object) -> tuple[str, tuple[int, ...]]:
+        """The prompt's text and token ids, ready for generation.
+
+        raw: a string, or a list of {"role": str, "content": str}.
+        Raises PromptError for this prompt, TemplateError when no prompt could be rendered.
+        """
+        self.check(tokenizer)
+        if isinstance(raw, str):
+            if not raw.strip():
+                raise PromptError("the prompt is empty")
+            text = raw if self.input_template is None else self.input_template.replace(SLOT, raw)
+            messages = [{"role": "user", "content": text}]
+        elif isinstance(raw, Sequence) and not isinstance(raw, (bytes, bytearray)):
+            messages = _messages(raw)
+            if not self.apply_chat_template:
+                raise PromptError("the prompt is a list of chat messages; pass --data.apply_chat_template to render it")
+            if self.input_template is not None:
+                raise PromptError(
+                    "the prompt is a list of chat messages, which --data.input_template cannot wrap; drop that flag"
+                )
+        else:
+            raise PromptError(f"a prompt is a string or a list of chat messages, not {_kind(raw)} {shorten(raw)}")
+        if self.apply_chat_template:
+            text = self._chat(tokenizer, messages)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            # JSON can spell half a surrogate pair, which tokenizers refuse.
+            raise PromptError(f"the prompt is not valid Unicode: {error.reason} at {error.start}") from error
+        if self.apply_chat_template:
+            # The chat template writes BOS itself.
+            ids = list(tokenizer.encode(text, add_special_tokens=False))
+        else:
+            ids = _encode_plain(tokenizer, text)
+        if not ids:
+            raise PromptError(f"the tokenizer makes no token of {shorten(text)}")
+        return text, tuple(ids)
+
+    def _chat(self, tokenizer: ChatTokenizer, messages: list[dict[str, Any]]) -> str:
+        options = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+        except (JinjaError, ValueError, TypeError, KeyError) as error:
+            # Templates refuse what they do not know, such as a system message or two user turns in a row.
+            raise PromptError(f"the tokenizer's chat template refuses the messages: {error}") from error
+        return str(text)
+
+
+def _encode_plain(tokenizer: ChatTokenizer, text: str) -> list[int]:
+    """Special tokens as the tokenizer adds them in front, each once, and none behind."""
+    ids = list(tokenizer.encode(text, add_special_tokens=True))
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    doubled = bos is not None and ids[:2] == [bos, bos]
+    ended = eos is not None and ids[-1:] == [eos]
+    if doubled or ended:
+        bare = list(tokenizer.encode(text, add_special_tokens=False))
+        # Only what the tokenizer added goes; a special token that the text itself spells out stays.
+        while eos is not None and _trailing(ids, eos) > _trailing(bare, eos):
+            ids.pop()
+        if doubled and bare[:1] == [bos] and bare[:2] != [bos, bos]:
+            ids.pop(0)
+    return ids
+
+
+def _trailing(ids: Sequence[int], token: int) -> int:
+    count = 0
+    while count < len(ids) and ids[-1 - count] == token:
+        count += 1
+    return count
+
+
+def _messages(raw: Sequence[object]) -> list[dict[str, Any]]:
+    if not raw:
+        raise PromptError("the list of chat messages is empty")
+    messages: list[dict[str, Any]] = []
+    for i, message in enumerate(raw):
+        if not isinstance(message, Mapping):
+            raise PromptError(
+                f"message {i} is {_kind(message)}, not an object with 'role' and 'content': {shorten(message)}"
+            )
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise PromptError(f"message {i} needs a text {key!r}, but has {shorten(message.get(key))}")
+        messages.append(dict(message))
+    if messages[-1]["role"] == "assistant":
+        raise PromptError("the last message is the assistant's; a prompt ends before the answer")
+    if not any(message["content"].strip() for message in messages):
+        raise PromptError("the prompt is empty")
+    return messages
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else type(value).__name__

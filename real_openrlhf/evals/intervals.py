@@ -1,0 +1,267 @@
+"""Bootstrap intervals for a metric and for the difference of two judges on the same rows.
+
+Percentile intervals. numpy instead of scipy.stats.bootstrap: that one knows no clusters, turns one undefined resample
+(a constant one has no correlation) into a NaN interval, and cannot return both estimates; where it does apply, the
+tests compare with it. A resample is a vector of counts per row, so clusters and rows share one path, and metrics made
+of weighted means (of values or ranks) are computed for all resamples at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from real_openrlhf.evals.metrics import METRICS, Floats, Metric
+
+# Resamples times rows held at once.
+CHUNK = 2_000_000
+Scores = Sequence["float | None"] | Floats
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleInterval:
+    """A metric with its percentile interval.
+
+    estimate, low, high: None where undefined. n: rows used; excluded: rows left out for a missing prediction.
+    undefined: resamples without a value; they are left out, and when they could be the whole tail there are no bounds.
+    """
+
+    estimate: float | None
+    low: float | None
+    high: float | None
+    n: int
+    excluded: int
+    undefined: int
+    confidence: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """Two judges on the same rows: difference = estimate_b - estimate_a, low and high bound that difference.
+
+    The other fields are as in SingleInterval.
+    """
+
+    estimate_a: float | None
+    estimate_b: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+    n: int
+    excluded: int
+    undefined: int
+    confidence: float
+
+
+def bootstrap(
+    metric: str | Metric,
+    predictions: Scores,
+    labels: Sequence[float] | Floats,
+    *,
+    seed: int,
+    n_resamples: int = 2000,
+    confidence: float = 0.95,
+    clusters: Sequence[Hashable] | None = None,
+) -> SingleInterval:
+    """Interval of one metric.
+
+    metric: a name in METRICS or a function (predictions [n], labels [n]) -> float or None. predictions: None or NaN is
+    missing, and its row left out. clusters: one key per row; whole clusters are drawn instead of rows.
+    Raises ValueError for different lengths, labels that are not finite, and options out of range.
+    """
+    (x,), y, groups, excluded = _prepare([predictions], labels, clusters)
+    estimate, values = _estimate(metric, x, y), np.empty(0)
+    if len(y):
+        values = _resampled(metric, [x], y, groups, n_resamples, seed)[0]
+    low, high, undefined = _bounds(values, groups, n_resamples, confidence)
+    if estimate is None:
+        low = high = None
+    return SingleInterval(
+        estimate=estimate,
+        low=low,
+        high=high,
+        n=len(y),
+        excluded=excluded,
+        undefined=undefined,
+        confidence=confidence,
+    )
+
+
+def paired_bootstrap(
+    metric_fn: str | Metric,
+    a: Scores,
+    b: Scores,
+    labels: Sequence[float] | Floats,
+    *,
+    seed: int,
+    n_resamples: int = 2000,
+    confidence: float = 0.95,
+    clusters: Sequence[Hashable] | None = None,
+) -> Interval:
+    """Interval of metric(b) - metric(a): every resample draws the same rows (or clusters) for both.
+
+    Rows where either prediction is missing (None or NaN) are left out of both estimates and counted. Arguments and
+    errors as in `bootstrap`.
+    """
+    (x_a, x_b), y, groups, excluded = _prepare([a, b], labels, clusters)
+    estimate_a, estimate_b = _estimate(metric_fn, x_a, y), _estimate(metric_fn, x_b, y)
+    values = np.empty(0)
+    if len(y):
+        values_a, values_b = _resampled(metric_fn, [x_a, x_b], y, groups, n_resamples, seed)
+        values = values_b - values_a
+    low, high, undefined = _bounds(values, groups, n_resamples, confidence)
+    difference = None
+    if estimate_a is not None and estimate_b is not None:
+        difference = estimate_b - estimate_a
+    else:
+        low = high = None
+    return Interval(
+        estimate_a=estimate_a,
+        estimate_b=estimate_b,
+        difference=difference,
+        low=low,
+        high=high,
+        n=len(y),
+        excluded=excluded,
+        undefined=undefined,
+        confidence=confidence,
+    )
+
+
+def _prepare(
+    predictions: list[Scores], labels: Sequence[float] | Floats, clusters: Sequence[Hashable] | None
+) -> tuple[list[Floats], Floats, np.ndarray, int]:
+    """Complete rows only: predictions, labels [n], the cluster number of each row [n], and how many rows went."""
+    y = np.asarray(labels, dtype=np.float64)
+    columns = [np.asarray(column, dtype=np.float64) for column in predictions]  # None becomes NaN
+    lengths = [len(column) for column in columns] + [len(y)] + ([] if clusters is None else [len(clusters)])
+    if len(set(lengths)) != 1:
+        raise ValueError(f"predictions, labels (and clusters) must be equally long, got {lengths}")
+    if not np.isfinite(y).all():
+        raise ValueError(f"labels[{int(np.flatnonzero(~np.isfinite(y))[0])}] is not a finite number")
+    if any(np.isinf(column).any() for column in columns):
+        raise ValueError("a prediction is infinite")
+    keep = np.logical_and.reduce([~np.isnan(column) for column in columns])
+    if clusters is None:
+        groups = np.arange(int(keep.sum()))
+    else:
+        numbers: dict[Hashable, int] = {}
+        groups = np.asarray([numbers.setdefault(key, len(numbers)) for key, k in zip(clusters, keep) if k], dtype=int)
+    return [column[keep] for column in columns], y[keep], groups, int((~keep).sum())
+
+
+def _function(metric: str | Metric) -> Metric:
+    if callable(metric):
+        return metric
+    if metric not in METRICS:
+        raise ValueError(f"there is no metric {metric!r}; known are {', '.join(METRICS)}")
+    return METRICS[metric]
+
+
+def _estimate(metric: str | Metric, x: Floats, y: Floats) -> float | None:
+    function = _function(metric)
+    value = function(x, y) if len(y) else None
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _resampled(
+    metric: str | Metric, columns: list[Floats], y: Floats, groups: np.ndarray, n_resamples: int, seed: int
+) -> list[Floats]:
+    """The metric of every column on every resample, [n_resamples] each, NaN where undefined."""
+    function = _function(metric)
+    weighted = WEIGHTED.get(function)
+    results: list[list[Floats]] = [[] for _ in columns]
+    for counts in _draws(groups, n_resamples, seed):
+        if weighted is not None:
+            for result, x in zip(results, columns):
+                result.append(weighted(x, y, counts))
+            continue
+        rows = [np.repeat(np.arange(len(y)), count) for count in counts]
+        for result, x in zip(results, columns):
+            # A None becomes NaN here.
+            result.append(np.asarray([function(x[r], y[r]) for r in rows], dtype=np.float64))
+    return [np.concatenate(result) if result else np.empty(0) for result in results]
+
+
+def _draws(groups: np.ndarray, n_resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often every row is drawn, in chunks [resamples, n]; clusters are drawn whole."""
+    rng = np.random.default_rng(seed)
+    n_groups = int(groups.max()) + 1
+    chunk = max(1, CHUNK // len(groups))
+    for start in range(0, n_resamples, chunk):
+        size = min(chunk, n_resamples - start)
+        drawn = rng.integers(0, n_groups, size=(size, n_groups)) + n_groups * np.arange(size)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=size * n_groups).reshape(size, n_groups)[:, groups]
+
+
+def _bounds(
+    values: Floats, groups: np.ndarray, n_resamples: int, confidence: float
+) -> tuple[float | None, float | None, int]:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+    if n_resamples < 1:
+        raise ValueError(f"n_resamples must be at least 1, got {n_resamples}")
+    defined = values[np.isfinite(values)]
+    undefined = len(values) - len(defined)
+    tail = (1 - confidence) / 2
+    # One row or cluster has no spread to resample.
+    if len(np.unique(groups)) < 2 or len(defined) == 0 or undefined > tail * len(values):
+        return None, None, undefined
+    low, high = np.quantile(defined, [tail, 1 - tail])
+    return float(low), float(high), undefined
+
+
+def _means(counts: np.ndarray, *columns: Floats) -> list[Floats]:
+    """Mean of every [n] column under every row of counts [resamples, n]."""
+    sums = counts.astype(np.float64) @ np.stack(columns, axis=1)
+    return list((sums / counts.sum(axis=1, keepdims=True)).T)
+
+
+def _weighted_pearson(x: Floats, y: Floats, counts: np.ndarray) -> Floats:
+    # Centring on the whole sample first keeps the differences of means accurate.
+    x, y = x - x.mean(), y - y.mean()
+    mx, my, xx, yy, xy = _means(counts, x, y, x * x, y * y, x * y)
+    var_x, var_y = xx - mx * mx, yy - my * my
+    # A constant resample leaves rounding noise only.
+    defined = (var_x > 1e-12 * xx) & (var_y > 1e-12 * yy)
+    result = np.full(len(counts), np.nan)
+    np.divide(xy - mx * my, np.sqrt(np.where(defined, var_x * var_y, 1.0)), out=result, where=defined)
+    return np.clip(result, -1.0, 1.0)
+
+
+def _weighted_spearman(x: Floats, y: Floats, counts: np.ndarray) -> Floats:
+    rank_x, rank_y = _centred_ranks(x, counts), _centred_ranks(y, counts)
+    var_x, var_y = (counts * rank_x**2).sum(axis=1), (counts * rank_y**2).sum(axis=1)
+    defined = (var_x > 0) & (var_y > 0)
+    result = np.full(len(counts), np.nan)
+    np.divide((counts * rank_x * rank_y).sum(axis=1), np.sqrt(var_x * var_y), out=result, where=defined)
+    return np.clip(result, -1.0, 1.0)
+
+
+def _centred_ranks(x: Floats, counts: np.ndarray) -> Floats:
+    """Rank of every row's value within every resample [resamples, n], ties at their mean, less the mean rank."""
+    unique, inverse = np.unique(x, return_inverse=True)
+    order = np.argsort(inverse, kind="stable")
+    starts = np.searchsorted(inverse[order], np.arange(len(unique)))
+    tied = np.add.reduceat(counts[:, order], starts, axis=1)
+    ranks = np.cumsum(tied, axis=1) - (tied - 1) / 2
+    return (ranks - (counts.sum(axis=1, keepdims=True) + 1) / 2)[:, inverse]
+
+
+def _weighted_rmse(x: Floats, y: Floats, counts: np.ndarray) -> Floats:
+    return np.sqrt(_means(counts, (x - y) ** 2)[0])
+
+
+def _weighted_mae(x: Floats, y: Floats, counts: np.ndarray) -> Floats:
+    return _means(counts, np.abs(x - y))[0]
+
+
+WEIGHTED: dict[Metric, Callable[[Floats, Floats, np.ndarray], Floats]] = {
+    METRICS["pearson"]: _weighted_pearson,
+    METRICS["spearman"]: _weighted_spearman,
+    METRICS["rmse"]: _weighted_rmse,
+    METRICS["mae"]: _weighted_mae,
+}

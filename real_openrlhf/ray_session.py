@@ -1,0 +1,83 @@
+"""Joins a running Ray cluster, or starts one and ends it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+
+logger = logging.getLogger(__name__)
+
+# Variables of the driver that actors get too. Ray passes nothing on by itself, and a setting that
+# stays behind (NCCL's interface, a proxy of the hub) shows up as a hang much later.
+PASSED_PREFIXES = ("NCCL_", "GLOO_", "VLLM_", "HF_", "WANDB_", "UCX_", "FI_")
+PASSED = ("TOKENIZERS_PARALLELISM", "CUDA_DEVICE_MAX_CONNECTIONS", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
+NEVER_PASSED = ("WANDB_API_KEY", "HF_TOKEN")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """owned: this process started the cluster. gpus, cpus: of the whole cluster."""
+
+    owned: bool
+    address: str
+    nodes: int
+    cpus: float
+    gpus: float
+
+    def __str__(self) -> str:
+        kind = "own cluster" if self.owned else f"cluster at {self.address}"
+        return f"Ray {ray.__version__}, {kind}: {self.nodes} nodes, {self.cpus:g} CPUs, {self.gpus:g} GPUs"
+
+
+def passed_environment() -> dict[str, str]:
+    """The allow-listed variables as they are set here, plus what every actor needs."""
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if (name in PASSED or name.startswith(PASSED_PREFIXES)) and name not in NEVER_PASSED
+    }
+    env.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return env
+
+
+@contextmanager
+def ray_session(address: str | None, *, num_cpus: int | None, needed_cpus: float) -> Iterator[Session]:
+    """Join the cluster at `address`, RAY_ADDRESS or the job's; else start one here.
+
+    An own cluster counts CPUs as slots for actors and has at least needed_cpus of them: on a small
+    machine engines and policy take turns on the same cores. It is shut down at the end; a joined
+    cluster is left as it was, but for this driver's actors.
+    """
+    already = ray.is_initialized()
+    join = address or os.environ.get("RAY_ADDRESS")
+    if not already:
+        if join:
+            try:
+                ray.init(address=join, log_to_driver=True, logging_level=logging.WARNING)
+            except ConnectionError as error:
+                raise ConnectionError(
+                    f"no Ray cluster answers at {join!r} (--ray.address or RAY_ADDRESS): {error}. Start one with "
+                    "`ray start --head`, or leave the address out to have one started here"
+                ) from error
+        else:
+            slots = max(num_cpus or os.cpu_count() or 1, int(-(-needed_cpus // 1)))
+            ray.init(num_cpus=slots, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
+    total = ray.cluster_resources()
+    session = Session(
+        owned=not already and not join,
+        address=ray.get_runtime_context().gcs_address,
+        nodes=sum(node["Alive"] for node in ray.nodes()),
+        cpus=total.get("CPU", 0.0),
+        gpus=total.get("GPU", 0.0),
+    )
+    logger.info("%s", session)
+    try:
+        yield session
+    finally:
+        if not already:
+            ray.shutdown()

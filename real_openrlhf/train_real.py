@@ -1,0 +1,134 @@
+"""Train a judge with REAL.
+
+    python -m real_openrlhf.train_real --actor.model_name_or_path MODEL --data.prompt_dataset FILE ...
+    ray job submit -- python -m real_openrlhf.train_real ...
+
+Everything that can be wrong with the input is found before anything starts; --dry_run stops there.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from real_openrlhf.algo.score_scale import BoundScale, bind_scale
+from real_openrlhf.config.cli import parse_args
+from real_openrlhf.config.schema import Config
+from real_openrlhf.config.validate import validate
+from real_openrlhf.data.dataset import JudgeDataset
+from real_openrlhf.data.template import PromptTemplate
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What the flags name, loaded and checked."""
+
+    config: Config
+    tokenizer: PreTrainedTokenizerBase
+    bound: BoundScale
+    end_ids: frozenset[int]
+    template: PromptTemplate
+    train_set: JudgeDataset
+    eval_set: JudgeDataset | None
+    warnings: tuple[str, ...]
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Check flags against each other, then load tokenizer, scale and data sets."""
+    warnings = validate(config)
+    tokenizer = load_tokenizer(config.actor.model_name_or_path)
+    bound = bind_scale(config.real.score_scale, tokenizer, config.real.anchor)
+    template = PromptTemplate(
+        input_template=config.data.input_template,
+        apply_chat_template=config.data.apply_chat_template,
+        enable_thinking=config.data.enable_thinking,
+    )
+
+    def load(source: str, max_samples: int | None) -> JudgeDataset:
+        return JudgeDataset.load(
+            source,
+            input_key=config.data.input_key,
+            label_key=config.data.label_key,
+            scale=config.real.score_scale,
+            tokenizer=tokenizer,
+            template=template,
+            max_prompt_tokens=config.data.max_len - config.rollout.max_new_tokens,
+            max_samples=max_samples,
+            skip_bad_rows=config.data.skip_bad_rows,
+        )
+
+    return Inputs(
+        config=config,
+        tokenizer=tokenizer,
+        bound=bound,
+        end_ids=end_token_ids(config.actor.model_name_or_path, tokenizer),
+        template=template,
+        train_set=load(config.data.prompt_dataset, config.data.max_samples),
+        eval_set=load(config.eval.dataset, config.eval.max_samples) if config.eval.dataset else None,
+        warnings=tuple(warnings),
+    )
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, or ValueError that says what is missing."""
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--actor.model_name_or_path {path!r} has no tokenizer that loads: {error}") from error
+
+
+def end_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The ids that end a response: the tokenizer's, and those of the generation config if there is one."""
+    ids: set[int] = set()
+    if tokenizer.eos_token_id is not None:
+        ids.add(int(tokenizer.eos_token_id))
+    try:
+        named = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:
+        named = None
+    ids.update([named] if isinstance(named, int) else (named or []))
+    if not ids:
+        raise ValueError(f"{path!r}: neither the tokenizer nor the generation config names an end-of-text token")
+    return frozenset(ids)
+
+
+def run(inputs: Inputs) -> dict[str, Any]:
+    """Start the actors, train, export. Returns the metrics of the last evaluation."""
+    from real_openrlhf.launch import launch
+
+    return launch(inputs)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 the input is wrong, 1 the run failed."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
+    for noisy in ("httpx", "filelock", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        config = parse_args(list(sys.argv[1:] if argv is None else argv))
+        inputs = load_inputs(config)
+        if config.dry_run:
+            from real_openrlhf.launch import describe
+
+            sys.stdout.write(describe(inputs) + "\n")
+            return 0
+        if not config.ckpt.output_dir:
+            raise ValueError("--ckpt.output_dir is needed: the folder for the trained model and the run's records")
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    run(inputs)
+    logger.info("done: the judge is in %s", Path(config.ckpt.output_dir) / "model")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

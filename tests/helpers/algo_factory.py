@@ -1,0 +1,224 @@
+"""Scripted tokenizers, groups and loss inputs for the tests of the algorithm. No file, no network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from real_openrlhf.algo.batch import RealBatch
+from real_openrlhf.algo.score_position import ScoreReader
+from real_openrlhf.algo.score_rows import ScoreRows
+from real_openrlhf.algo.score_scale import ScoreScale, bind_scale
+from real_openrlhf.algo.types import Coefficients, Group, LossInputs, Rollout, ScoreReading, TrainGroup
+
+
+class PieceTokenizer:
+    """Encodes by the longest matching piece, decodes by concatenation of bytes (as byte-level BPE does).
+
+    Pieces are strings or bytes. An unknown byte becomes `unk` when that is given, an error otherwise.
+    `n_decodes` counts calls, `n_decoded` the tokens in them.
+    """
+
+    def __init__(self, pieces: Sequence[str | bytes], *, unk: str | None = None, cleans_up: bool = False) -> None:
+        self.pieces = [p if isinstance(p, bytes) else p.encode() for p in pieces]
+        self.ids = {p: i for i, p in enumerate(self.pieces)}
+        self.unk = None if unk is None else self.ids[unk.encode()]
+        self.cleans_up = cleans_up
+        self.n_decodes = 0
+        self.n_decoded = 0
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        data, out = text.encode(), []
+        while data:
+            best = max((p for p in self.pieces if p and data.startswith(p)), key=len, default=None)
+            if best is None and self.unk is None:
+                raise AssertionError(f"no piece for {data!r}")
+            out.append(self.unk if best is None else self.ids[best])
+            data = data[1 if best is None else len(best) :]
+        return out
+
+    def decode(self, token_ids: Sequence[int], **kwargs: bool) -> str:
+        self.n_decodes += 1
+        self.n_decoded += len(token_ids)
+        text = b"".join(self.pieces[i] for i in token_ids).decode(errors="replace")
+        return text.replace(" :", ":") if kwargs.get("clean_up_tokenization_spaces", self.cleans_up) else text
+
+    def id(self, piece: str) -> int:
+        return self.ids[piece.encode()]
+
+
+class WordTokenizer:
+    """Word level: splits at spaces, joins with one space, unknown words become <unk> (id 0)."""
+
+    def __init__(self, words: str) -> None:
+        self.words = ["<unk>", *words.split()]
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        return [self.words.index(w) if w in self.words else 0 for w in text.split()]
+
+    def decode(self, token_ids: Sequence[int], **kwargs: bool) -> str:
+        return " ".join(self.words[i] for i in token_ids)
+
+
+ANCHOR = "So the overall score is "
+ANCHOR_WORDS = ["So", " the", " overall", " score", " is"]
+LETTERS = [*"abcdefghijklmnopqrstuvwxyzSG", " ", "\n", ".", ",", "/", "!"]
+
+
+def merged_tokenizer(extra: Sequence[str | bytes] = ()) -> PieceTokenizer:
+    """Space and digit are one token, as in GPT-2's vocabulary. Id 0 ends the text."""
+    digits = [*"0123456789", *(f" {d}" for d in range(10))]
+    return PieceTokenizer(["<eos>", *ANCHOR_WORDS, *digits, *LETTERS, *extra])
+
+
+def spaced_tokenizer(extra: Sequence[str | bytes] = ()) -> PieceTokenizer:
+    """Space and digit are two tokens, as in Qwen's and Llama 3's vocabularies. Id 0 ends the text."""
+    return PieceTokenizer(["<eos>", *ANCHOR_WORDS, *"0123456789", *LETTERS, *extra])
+
+
+def reader_of(tokenizer: Any, scale: str = "1-5", anchors: Sequence[str] = (ANCHOR,)) -> ScoreReader:
+    return ScoreReader.build(bind_scale(ScoreScale.parse(scale), tokenizer, anchors), tokenizer, {0})
+
+
+def make_rollout(
+    token_ids: Sequence[int],
+    *,
+    position: int | None = None,
+    label: int | None = None,
+    n_labels: int = 3,
+    score_logprobs: Tensor | None = None,
+    logprobs: Tensor | None = None,
+    reason: str | None = None,
+) -> Rollout:
+    """A rollout with labels at ids 1..n_labels; by default log-probs -0.1 (i + 1) and a uniform score row."""
+    length = len(token_ids)
+    if position is None:
+        rows, reason = ScoreRows.empty(n_labels), reason or "no_anchor"
+        score_logprobs = torch.zeros(0, n_labels)
+    else:
+        rows = ScoreRows.single(position, range(1, n_labels + 1))
+        reason = reason or ("off_scale" if label is None else None)
+        if score_logprobs is None:
+            score_logprobs = torch.full((1, n_labels), 1 / (n_labels + 1)).log()
+    return Rollout(
+        token_ids=torch.tensor(list(token_ids), dtype=torch.int64),
+        logprobs=-0.1 * torch.arange(1.0, length + 1) if logprobs is None else logprobs,
+        reading=ScoreReading(
+            position=position, label_index=label, reason=reason, anchor_index=None if position is None else 0
+        ),
+        score_rows=rows,
+        score_logprobs=score_logprobs,
+        finish_reason="stop",
+    )
+
+
+def make_group(prompt: Sequence[int], rollouts: Sequence[Rollout], *, label: float = 2.0, row: int = 0) -> Group:
+    return Group(
+        prompt_ids=torch.tensor(list(prompt)), label=label, rollouts=tuple(rollouts), row=row, weight_version=0
+    )
+
+
+def make_train_group(group: Group, scale: ScoreScale, **coefficients: Sequence[float]) -> TrainGroup:
+    """Coefficients not named are 0."""
+    names = ("cot", "score", "squared_error", "likelihood", "rewards", "advantages")
+    values = {n: torch.tensor(list(coefficients.get(n, [0.0] * len(group))), dtype=torch.float64) for n in names}
+    return TrainGroup(
+        group=group, target=scale.target(group.label), coefficients=Coefficients(**values, zero_variance=False)
+    )
+
+
+def make_inputs(token_logprobs: Tensor, label_logprobs: Tensor, **fields: Any) -> LossInputs:
+    """Loss inputs [N, T], [N, S]: all readable, the last token is the score, targets on values 1..S, label 2."""
+    n, width = token_logprobs.shape
+    dtype = torch.float64 if token_logprobs.dtype == torch.float64 else torch.float32
+    score_mask = torch.zeros(n, width, dtype=torch.bool)
+    score_mask[:, -1] = True
+    zeros = torch.zeros(n, dtype=dtype)
+    defaults: dict[str, Any] = {
+        "readable": torch.ones(n, dtype=torch.bool),
+        "cot_mask": ~score_mask,
+        "score_mask": score_mask,
+        "response_mask": torch.ones(n, width, dtype=torch.bool),
+        "cot": zeros,
+        "score": zeros,
+        "squared_error": zeros,
+        "likelihood": zeros,
+        "target_value": zeros + 2.0,
+        "target_low": torch.ones(n, dtype=torch.int64),
+        "target_high": torch.ones(n, dtype=torch.int64),
+        "target_weight": zeros,
+        "values": torch.arange(1, label_logprobs.shape[1] + 1, dtype=torch.float64),
+    }
+    return LossInputs(token_logprobs=token_logprobs, label_logprobs=label_logprobs, **(defaults | fields))
+
+
+class TinyPolicy(torch.nn.Module):
+    """Logits from the running mean of the embeddings seen so far: causal, and blind to masked columns."""
+
+    def __init__(self, vocabulary: int = 8, width: int = 6, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(7)
+        self.embed = torch.nn.Parameter(torch.randn(vocabulary, width, generator=generator, dtype=dtype))
+        self.head = torch.nn.Parameter(torch.randn(width, vocabulary, generator=generator, dtype=dtype))
+
+    def forward(self, batch: RealBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """-> token log-probs [N, T], label log-probs [N, S], entropy [N, T]."""
+        mask = batch.attention_mask[..., None].to(self.embed.dtype)
+        seen = (self.embed[batch.input_ids] * mask).cumsum(1) / mask.cumsum(1).clamp(min=1)
+        logits = torch.tanh(seen)[:, batch.logit_columns] @ self.head
+        logprobs = logits.log_softmax(-1)
+        rows = batch.score_rows
+        labels = rows.label_logprobs(rows.gather(logits[rows.rollout, rows.position]))
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(-1, batch.response_ids[..., None])[..., 0], labels, entropy
+
+
+def inputs_of(policy: torch.nn.Module, batch: RealBatch, values: Tensor, *, reference: bool = True) -> LossInputs:
+    """A forward of the policy over a batch; reference log-probs are made from the token ids."""
+    token_logprobs, label_logprobs, entropy = policy(batch)
+    names = (
+        *("readable", "cot_mask", "score_mask", "response_mask", "cot", "score", "squared_error", "likelihood"),
+        *("target_value", "target_low", "target_high", "target_weight", "rollout_logprobs"),
+    )
+    return LossInputs(
+        token_logprobs=token_logprobs,
+        label_logprobs=label_logprobs,
+        values=values,
+        ref_logprobs=-0.4 * (batch.response_ids + 1.0) if reference else None,
+        entropy=entropy if reference else None,
+        **{name: getattr(batch, name) for name in names},
+    )
+
+
+def random_groups(seed: int, n_groups: int, k: int, scale: ScoreScale) -> list[TrainGroup]:
+    """Prompts of 1 to 4 tokens, responses of 1 to 6, readable or not, with random coefficients and log-probs."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def integer(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=rng))
+
+    groups = []
+    for row in range(n_groups):
+        rollouts = []
+        for _ in range(k):
+            length = integer(1, 6)
+            position = integer(0, length - 1) if integer(0, 3) else None
+            rollouts.append(
+                make_rollout(
+                    torch.randint(0, 8, (length,), generator=rng).tolist(),
+                    position=position,
+                    n_labels=len(scale),
+                    logprobs=-1.5 * torch.rand(length, generator=rng) - 0.5,
+                )
+            )
+        label = scale.values[0] + (scale.values[-1] - scale.values[0]) * float(torch.rand((), generator=rng))
+        group = make_group([integer(0, 7) for _ in range(integer(1, 4))], rollouts, label=label, row=row)
+        names = ("cot", "score", "squared_error", "likelihood")
+        coefficients = {name: torch.randn(k, generator=rng).tolist() for name in names}
+        groups.append(make_train_group(group, scale, **coefficients))
+    return groups

@@ -1,0 +1,297 @@
+"""A real vLLM engine on tiny random models, fed by a sender in this process, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from real_openrlhf.actors.device import Device
+from real_openrlhf.actors.engine_spec import EngineSpec, EngineSpecError, logprobs_mode_for
+from real_openrlhf.actors.protocols import Sampling
+from real_openrlhf.actors.weight_transfer import SyncError, SyncGroup, free_port, make_plan, send_bucket, to_wire
+from real_openrlhf.algo.score_scale import ScoreScale, bind_scale
+from real_openrlhf.data.prompt import Prompt
+
+pytestmark = pytest.mark.integration
+
+ANCHOR = "Score: "
+WORDS = ["<unk>", "<eos>", "Score:", "1", "2", "3", "4", "5"] + [f"w{i}" for i in range(88)]
+MAX_LEN = 160
+
+
+def make_model(folder: Path, tied: bool) -> torch.nn.Module:
+    """A random Llama with a tied head, or one with a head of its own and biases."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        attention_bias=not tied,
+        bos_token_id=None,
+        eos_token_id=1,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).float().eval()
+    model.save_pretrained(folder)
+    return model
+
+
+class Stack:
+    """One engine and the policy whose weights it gets."""
+
+    def __init__(self, folder: Path, tied: bool, logprobs_mode: str = "raw_logprobs") -> None:
+        from transformers import AutoTokenizer
+
+        from real_openrlhf.actors.rollout_engine import RolloutEngine
+
+        self.model = make_model(folder, tied)
+        self.bound = bind_scale(ScoreScale.parse("1-5"), AutoTokenizer.from_pretrained(folder), [ANCHOR])
+        self.spec = EngineSpec(
+            model=str(folder),
+            device=Device.resolve("cpu"),
+            bound=self.bound,
+            max_model_len=MAX_LEN,
+            logprobs_mode=logprobs_mode,
+        )
+        self.loop = asyncio.new_event_loop()
+        self.engine = RolloutEngine(self.spec)
+        self.group: SyncGroup | None = None
+
+    def run(self, coroutine):
+        return self.loop.run_until_complete(coroutine)
+
+    def beside(self, work, coroutine):
+        """Run the sender's work in a thread while the engine's coroutine runs; both must succeed."""
+        errors = []
+
+        def target():
+            try:
+                work()
+            except Exception as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=target)
+        thread.start()
+        try:
+            return self.run(coroutine)
+        finally:
+            thread.join()
+            assert not errors, errors
+
+    def connect(self) -> None:
+        port = free_port()
+
+        def sender():
+            self.group = SyncGroup.create("127.0.0.1", port, 0, 2, "gloo", 60)
+
+        ranks = self.beside(sender, self.engine.init_sync_group("127.0.0.1", port, 1, 2, "gloo", 60))
+        assert ranks == [1]
+
+    def sync(self, version: int, rename: tuple[str, str] | None = None, drop: str | None = None) -> int:
+        tensors = {n: p for n, p in self.model.named_parameters() if n != drop}
+        if rename:
+            tensors = {rename[1] if n == rename[0] else n: p for n, p in tensors.items()}
+        plan = make_plan([(n, p.shape, "float32") for n, p in tensors.items()], bucket_bytes=40_000)
+        assert len(plan) > 3
+
+        def sender():
+            for bucket in plan:
+                send_bucket(self.group, bucket, [tensors[p.name] for p in bucket.parameters])
+
+        wire = json.loads(json.dumps(to_wire(plan)))
+        return self.beside(sender, self.engine.receive_weights(wire, version))
+
+    def perturb(self) -> None:
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+
+    @torch.no_grad()
+    def exact(self, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
+        """[L, V]: row t predicts token t + 1."""
+        return (self.model(torch.tensor([ids])).logits[0].float() / temperature).log_softmax(-1)
+
+    def difference(self) -> float:
+        """Largest |engine - transformers| over the tokens of a few random sequences."""
+        generator = torch.Generator().manual_seed(5)
+        # 140 tokens: more than one block of the KV cache, which is what a prefix cache would serve.
+        texts = [torch.randint(0, len(WORDS), (n,), generator=generator).tolist() for n in (2, 17, 140)]
+        out = self.run(self.engine.prompt_logprobs(texts))
+        worst = 0.0
+        for ids, got in zip(texts, out):
+            want = self.exact(ids)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+            assert got.shape == want.shape and got.dtype == torch.float32
+            worst = max(worst, float((got - want).abs().max()))
+        return worst
+
+    def check_groups(self, groups, temperature: float) -> int:
+        """Every log-prob of every rollout against transformers; the number of scores read."""
+        n_read = 0
+        labels = torch.tensor(self.bound.anchors[0].token_ids)
+        for group in groups:
+            prompt = group.prompt_ids.tolist()
+            for rollout in group.rollouts:
+                ids = rollout.token_ids.tolist()
+                rows = self.exact(prompt + ids, temperature)[len(prompt) - 1 : -1]
+                want = rows.gather(1, rollout.token_ids[:, None])[:, 0]
+                torch.testing.assert_close(rollout.logprobs, want, atol=1e-4, rtol=0)
+                position = rollout.reading.position
+                # Found by an independent look: the token after the last anchor (index 2).
+                anchors = [i for i, token in enumerate(ids) if token == 2]
+                assert position == (anchors[-1] + 1 if anchors and anchors[-1] + 1 < len(ids) else None)
+                assert rollout.finish_reason == ("stop" if ids[-1] == 1 else "length")
+                if position is not None:
+                    n_read += 1
+                    torch.testing.assert_close(rollout.score_logprobs[0], rows[position, labels], atol=1e-4, rtol=0)
+        return n_read
+
+    def close(self) -> None:
+        self.run(self.engine.shutdown())
+        if self.group is not None:
+            self.group.destroy()
+        self.loop.close()
+
+
+def prompts(n: int, length: int = 12) -> list[Prompt]:
+    ids = torch.randint(3, len(WORDS), (n, length), generator=torch.Generator().manual_seed(1)).tolist()
+    return [Prompt(token_ids=tuple(row), label=2.0, row=10 + i, text="") for i, row in enumerate(ids)]
+
+
+@pytest.fixture
+def stack(tmp_path, request):
+    """The engine of the requested kind; its processes are ended, whatever happens."""
+    environment, others = dict(os.environ), {p.pid for p in psutil.Process().children(recursive=True)}
+    made = Stack(tmp_path, **request.param)
+    mine = [p for p in psutil.Process().children(recursive=True) if p.pid not in others]
+    # multiprocessing's own helper lives as long as this process.
+    mine = [p for p in mine if "resource_tracker" not in " ".join(p.cmdline())]
+    try:
+        yield made
+    finally:
+        made.close()
+        os.environ.clear()
+        os.environ.update(environment)
+        _, alive = psutil.wait_procs(mine, timeout=20)
+        for process in alive:
+            process.kill()
+    assert mine and not alive
+
+
+@pytest.mark.parametrize("stack", [{"tied": True}], indirect=True, ids=["tied"])
+def test_sync_and_generate(stack: Stack) -> None:
+    engine, sampling = stack.engine, Sampling(n=4, temperature=1.0, top_p=1.0, max_new_tokens=24, seed=7)
+    assert stack.run(engine.ready())
+    assert stack.run(engine.sync_version()) == -1
+    with pytest.raises(SyncError, match="no weights"):
+        stack.run(engine.generate(prompts(1), sampling))
+    stack.connect()
+
+    # The first sync replaces dummy weights; the next ones replace stale ones.
+    assert stack.difference() > 0.1
+    assert stack.sync(1) == 1
+    assert stack.difference() < 1e-3
+    stack.perturb()
+    assert stack.difference() > 0.05
+    assert stack.sync(2) == 2 == stack.run(engine.sync_version())
+    assert stack.difference() < 1e-3
+
+    # Rollouts: exact log-probs, of this version, one group per prompt in order.
+    batch = prompts(6)
+    groups = stack.run(engine.generate(batch, sampling))
+    assert [g.row for g in groups] == [p.row for p in batch]
+    assert [tuple(g.prompt_ids.tolist()) for g in groups] == [p.token_ids for p in batch]
+    assert {len(g) for g in groups} == {4} and {g.weight_version for g in groups} == {2}
+    assert stack.check_groups(groups, 1.0) >= 1
+
+    # The same seed gives the same responses, alone and in another order; samples differ among themselves.
+    again = stack.run(engine.generate(list(reversed(batch)), sampling))[::-1]
+    alone = stack.run(engine.generate(batch[2:3], sampling))[0]
+    for one, two in zip([*groups, groups[2]], [*again, alone]):
+        assert [r.token_ids.tolist() for r in one.rollouts] == [r.token_ids.tolist() for r in two.rollouts]
+        assert len({tuple(r.token_ids.tolist()) for r in one.rollouts}) == 4
+    other = stack.run(engine.generate(batch, replace(sampling, seed=8)))
+    assert other[0].rollouts[0].token_ids.tolist() != groups[0].rollouts[0].token_ids.tolist()
+
+    # Greedy: the argmax, with the log-probs of temperature 1.
+    greedy = stack.run(engine.generate(batch, Sampling(n=1, temperature=0.0, top_p=1.0, max_new_tokens=24)))
+    stack.check_groups(greedy, 1.0)
+    for group in greedy:
+        ids = group.rollouts[0].token_ids
+        rows = stack.exact(group.prompt_ids.tolist() + ids.tolist())[len(group.prompt_ids) - 1 : -1]
+        assert torch.equal(rows.argmax(-1), ids)
+
+    # What cannot be answered exactly is refused.
+    with pytest.raises(EngineSpecError, match="raw_logprobs"):
+        stack.run(engine.generate(batch, replace(sampling, temperature=0.7)))
+    with pytest.raises(EngineSpecError, match="row 10"):
+        stack.run(engine.generate(batch, replace(sampling, max_new_tokens=MAX_LEN)))
+
+    # A failed sync names the parameter, leaves the engine without a version, and the next one heals it.
+    with pytest.raises(Exception, match=r"model\.layers\.0\.nonsense"):
+        stack.sync(3, rename=("model.layers.0.self_attn.q_proj.weight", "model.layers.0.nonsense"))
+    with pytest.raises(SyncError, match="no weights"):
+        stack.run(engine.generate(batch, sampling))
+    with pytest.raises(Exception, match=r"no value to 1 parameters of the engine: .*norm"):
+        stack.sync(4, drop="model.norm.weight")
+    assert stack.sync(5) == 5
+    assert stack.difference() < 1e-3
+
+    state = engine.state_dict()
+    assert state["weight_version"] == 5 and state["requests"] > 0
+    engine.load_state_dict({"requests": 3, "weight_version": 1})
+    assert engine.state_dict() == {"requests": 3, "weight_version": 5}
+
+    # A sender that never comes: an error after the deadline, and the engine still answers.
+    with pytest.raises(Exception, match="not formed within 1 s"):
+        stack.run(engine.init_sync_group("127.0.0.1", free_port(), 1, 2, "gloo", 1.0))
+    assert stack.run(engine.ready())
+
+
+@pytest.mark.parametrize(
+    "stack", [{"tied": False, "logprobs_mode": logprobs_mode_for(0.7, 1.0)}], indirect=True, ids=["untied"]
+)
+def test_untied_head_and_other_temperatures(stack: Stack) -> None:
+    stack.connect()
+    assert stack.difference() > 0.1
+    stack.sync(1)
+    assert stack.difference() < 1e-3  # prompt log-probs are at temperature 1 in this mode, too
+    stack.perturb()
+    assert stack.difference() > 0.05
+    stack.sync(2)
+    assert stack.difference() < 1e-3
+
+    sampling = Sampling(n=4, temperature=0.7, top_p=1.0, max_new_tokens=24, seed=7)
+    groups = stack.run(stack.engine.generate(prompts(6), sampling))
+    assert stack.check_groups(groups, 0.7) >= 1
+    greedy = replace(sampling, n=1, temperature=0.0)
+
+    async def mixed():
+        # Greedy and sampled requests in one engine batch.
+        return await asyncio.gather(
+            stack.engine.generate(prompts(6), sampling), stack.engine.generate(prompts(6), greedy)
+        )
+
+    sampled, best = stack.run(mixed())
+    stack.check_groups(sampled, 0.7)
+    stack.check_groups(best, 1.0)
+    with pytest.raises(EngineSpecError, match="use top_p 1"):
+        stack.run(stack.engine.generate(prompts(1), replace(sampling, top_p=0.9)))

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import types
+
+import pytest
+import torch
+
+from real_openrlhf.actors import device as module
+from real_openrlhf.actors.device import SYNC_TOLERANCE, Device, DeviceError
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """Pretend that torch was built for CUDA or not, and that this process sees so many GPUs."""
+
+    def set_build(cuda: bool, gpus: int) -> None:
+        monkeypatch.setattr(torch.version, "cuda", "12.8" if cuda else None)
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+
+    return set_build
+
+
+@pytest.mark.parametrize(
+    ("cuda", "local", "cluster", "requested", "expected"),
+    [
+        (False, 0, None, "auto", "cpu"),
+        (True, 2, None, "auto", "cuda"),
+        (True, 2, None, "cpu", "cpu"),
+        (True, 2, None, "cuda", "cuda"),
+        (True, 0, None, "auto", "cpu"),
+        # A head node without GPUs in front of a cluster that has some, and the other way round.
+        (True, 0, 8, "auto", "cuda"),
+        (True, 0, 8, "cuda", "cuda"),
+        (True, 2, 0, "auto", "cpu"),
+        # GPUs declared to Ray where torch is a CPU build.
+        (False, 0, 4, "auto", "cpu"),
+    ],
+)
+def test_resolve(build, cuda, local, cluster, requested, expected):
+    build(cuda, local)
+    device = Device.resolve(requested, "auto", cluster)
+    assert device.name == expected
+    assert device.dtype_name == {"cpu": "fp32", "cuda": "bf16"}[expected]
+    assert device.dist_backend == {"cpu": "gloo", "cuda": "nccl"}[expected]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "local", "cluster", "says"),
+    [(False, 0, None, "CPU build"), (True, 0, None, "this machine"), (True, 2, 0, "Ray cluster"), (False, 0, 8, "CPU")],
+)
+def test_cuda_where_there_is_none(build, cuda, local, cluster, says):
+    build(cuda, local)
+    with pytest.raises(DeviceError, match=says):
+        Device.resolve("cuda", "auto", cluster)
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("gpu", "auto"), ("cpu", "fp16"), ("", "fp32")])
+def test_unknown_names(device, dtype):
+    with pytest.raises(DeviceError, match="must be"):
+        Device.resolve(device, dtype)
+
+
+def test_dtypes(build, caplog):
+    build(True, 1)
+    fp32, bf16 = Device.resolve("cuda", "fp32"), Device.resolve("cuda")
+    assert (fp32.torch_dtype, fp32.vllm_dtype, fp32.sync_tolerance) == (torch.float32, "float32", 1e-3)
+    assert (bf16.torch_dtype, bf16.vllm_dtype, bf16.sync_tolerance) == (torch.bfloat16, "bfloat16", 5e-2)
+    assert set(SYNC_TOLERANCE) == {"fp32", "bf16"}
+    assert Device.resolve("cpu", "bf16").torch_dtype == torch.bfloat16 and "slower" in caplog.text
+
+
+def test_flash_attention_only_with_its_kernels(monkeypatch):
+    cpu, bf16, fp32 = (Device(name=n, dtype_name=d) for n, d in (("cpu", "bf16"), ("cuda", "bf16"), ("cuda", "fp32")))
+    # The stand-in of an installation without CUDA: the module exists and is empty.
+    monkeypatch.setitem(sys.modules, "flash_attn_2_cuda", types.ModuleType("flash_attn_2_cuda"))
+    assert bf16.attn_implementation == "sdpa"
+    monkeypatch.setitem(sys.modules, "flash_attn_2_cuda", None)  # an import of None fails
+    assert bf16.attn_implementation == "sdpa"
+    kernels = types.ModuleType("flash_attn_2_cuda")
+    kernels.varlen_fwd = lambda: None
+    monkeypatch.setitem(sys.modules, "flash_attn_2_cuda", kernels)
+    assert [d.attn_implementation for d in (cpu, bf16, fp32)] == ["sdpa", "flash_attention_2", "sdpa"]
+
+
+def test_ray_resources():
+    cpu, cuda = Device(name="cpu", dtype_name="fp32"), Device(name="cuda", dtype_name="bf16")
+    assert cpu.bundle() == {"CPU": 1} and cuda.bundle() == {"GPU": 1, "CPU": 1}
+    assert cpu.actor_options() == {"num_cpus": 1, "num_gpus": 0}
+    assert cuda.actor_options(0.2) == {"num_cpus": 0.2, "num_gpus": 0.2}
+    with pytest.raises(DeviceError, match="share"):
+        cuda.actor_options(0)
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "bind"),
+    [
+        ({0, 1}, 1, "0-1"),
+        ({0, 1, 2, 3}, 2, "0-1|2-3"),
+        ({0, 2, 3, 7}, 1, "0,2-3,7"),
+        ({5}, 2, "5|5"),
+        ({0, 1, 2}, 2, "0|1"),
+    ],
+)
+def test_engine_env_binds_the_cores_there_are(monkeypatch, cores, workers, bind):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores)
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    env = Device(name="cpu", dtype_name="fp32").engine_env(workers)
+    assert env["VLLM_CPU_OMP_THREADS_BIND"] == bind
+    assert env["VLLM_CPU_KVCACHE_SPACE"] == "7"  # the environment has the last word
+    assert env["TORCHDYNAMO_DISABLE"] == "1"
+    assert not [key for key in Device(name="cuda", dtype_name="bf16").engine_env() if "CPU" in key or "DYNAMO" in key]
+
+
+def test_trainer_env(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    cpu = Device(name="cpu", dtype_name="fp32")
+    assert cpu.trainer_env(2) == {"OMP_NUM_THREADS": "4", "DS_ACCELERATOR": "cpu"}
+    assert cpu.trainer_env(99)["OMP_NUM_THREADS"] == "1"
+    assert Device(name="cuda", dtype_name="bf16").trainer_env(2) == {}
+    with pytest.raises(DeviceError, match="ranks_on_node"):
+        cpu.trainer_env(0)
+
+
+def test_this_process():
+    cpu = Device(name="cpu", dtype_name="fp32")
+    assert cpu.current() == torch.device("cpu")
+    cpu.synchronize()
+    cpu.empty_cache()
+    before = cpu.memory_stats()["peak_bytes"]
+    block = torch.ones(64 * 2**20)  # 256 MiB
+    assert cpu.memory_stats()["peak_bytes"] >= before and cpu.memory_stats()["peak_bytes"] > block.nbytes
+
+
+def test_travels_between_processes():
+    device = Device(name="cuda", dtype_name="bf16")
+    assert pickle.loads(pickle.dumps(device)) == device
+    with pytest.raises(AttributeError):
+        device.name = "cpu"
+    for bad in ({"name": "tpu", "dtype_name": "bf16"}, {"name": "cpu", "dtype_name": "fp64"}):
+        with pytest.raises(DeviceError):
+            Device(**bad)
+
+
+def test_module_names_every_dtype():
+    assert set(module._TORCH_DTYPES) == set(module._VLLM_DTYPES) == set(SYNC_TOLERANCE)

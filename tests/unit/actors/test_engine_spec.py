@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from real_openrlhf.actors.device import Device
+from real_openrlhf.actors.engine_spec import (
+    EngineSpec,
+    EngineSpecError,
+    check_sampling,
+    logprobs_mode_for,
+    make_rollout,
+    request_seed,
+)
+from real_openrlhf.actors.protocols import Sampling
+from real_openrlhf.algo.score_position import ScoreReader
+from real_openrlhf.algo.score_scale import BoundAnchor, BoundScale, ScoreScale, bind_scale
+
+
+class Words:
+    """One token per word: <eos> is 0, "A" 1, "B" 2, "is" 3, then the digits 1 .. 5 as 4 .. 8."""
+
+    words = ("<eos>", "A", "B", "is", "1", "2", "3", "4", "5")
+
+    def encode(self, text, *, add_special_tokens):
+        return [self.words.index(word) for word in text.split()]
+
+    def decode(self, token_ids, **_):
+        return " ".join(self.words[i] for i in token_ids)
+
+
+@pytest.fixture
+def bound():
+    return bind_scale(ScoreScale.parse("1-3"), Words(), ["is "])
+
+
+@pytest.fixture
+def spec(bound):
+    return EngineSpec(model="m", device=Device(name="cpu", dtype_name="fp32"), bound=bound, max_model_len=8)
+
+
+def test_spec_refuses(spec):
+    for change, says in [
+        ({"load_format": "pt"}, "load_format"),
+        ({"logprobs_mode": "raw_logits"}, "logprobs_mode"),
+        ({"max_model_len": 1}, "max_model_len"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size"),
+    ]:
+        with pytest.raises(EngineSpecError, match=says):
+            replace(spec, **change)
+    assert spec.read_token_ids == [4, 5, 6]
+
+
+@pytest.mark.parametrize("n_labels", [128, 129])
+def test_at_most_128_read_tokens(spec, n_labels):
+    scale = ScoreScale.parse(f"1-{n_labels}")
+    bound = BoundScale(scale, (BoundAnchor("is ", "is ", tuple(range(n_labels))),))
+    if n_labels <= 128:
+        assert len(replace(spec, bound=bound).read_token_ids) == 128
+    else:
+        with pytest.raises(EngineSpecError, match="129 different tokens"):
+            replace(spec, bound=bound)
+
+
+def test_logprobs_mode_for():
+    assert logprobs_mode_for(1.0, 1.0) == logprobs_mode_for(1.0, 0.9) == logprobs_mode_for(0.0, 0.9) == "raw_logprobs"
+    assert logprobs_mode_for(0.7, 1.0) == "processed_logprobs"
+    with pytest.raises(EngineSpecError, match=r"temperature 0\.7 with top_p 0\.9"):
+        logprobs_mode_for(0.7, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("mode", "change", "says"),
+    [
+        ("raw_logprobs", {"temperature": 0.7}, "at temperature 1"),
+        ("processed_logprobs", {"top_p": 0.9}, "use top_p 1"),
+        ("raw_logprobs", {"temperature": 0.0}, "4 times"),
+        ("raw_logprobs", {"temperature": -1.0}, "temperature must be"),
+        ("processed_logprobs", {"temperature": 0.001}, "temperature must be"),
+        ("processed_logprobs", {"temperature": float("nan")}, "temperature must be"),
+        ("raw_logprobs", {"top_p": 0.0}, "top_p must"),
+        ("raw_logprobs", {"n": 0}, "at least 1"),
+        ("raw_logprobs", {"max_new_tokens": 0}, "at least 1"),
+        ("raw_logprobs", {}, None),
+        ("raw_logprobs", {"top_p": 0.9}, None),
+        ("raw_logprobs", {"temperature": 0.0, "n": 1, "top_p": 0.9}, None),
+        ("processed_logprobs", {"temperature": 0.7}, None),
+        ("processed_logprobs", {"temperature": 0.0, "n": 1, "top_p": 0.9}, None),
+    ],
+)
+def test_check_sampling(mode, change, says):
+    sampling = replace(Sampling(n=4, temperature=1.0, top_p=1.0, max_new_tokens=8), **change)
+    if says is None:
+        check_sampling(sampling, mode)
+    else:
+        with pytest.raises(EngineSpecError, match=says):
+            check_sampling(sampling, mode)
+
+
+def test_request_seeds_do_not_collide():
+    seeds = {request_seed(s, row, k) for s in range(10) for row in range(20) for k in range(16)}
+    assert len(seeds) == 10 * 20 * 16 and all(0 <= s < 2**63 for s in seeds)
+    assert request_seed(1, 23, 4) != request_seed(12, 3, 4)
+
+
+def test_make_rollout_reads_the_right_row_and_columns(bound):
+    reader = ScoreReader.build(bound, Words(), {0})
+    ids = [1, 3, 5, 0]  # A is 2 <eos>
+    table = torch.arange(16, dtype=torch.float32).view(4, 4) * -0.1  # columns: sampled, "1", "2", "3"
+    rollout = make_rollout(reader, bound.read_token_ids, ids, table.flatten().tolist(), "stop")
+    assert rollout.token_ids.tolist() == ids and rollout.finish_reason == "stop" and rollout.text == "A is 2 <eos>"
+    torch.testing.assert_close(rollout.logprobs, table[:, 0])
+    assert (rollout.reading.position, rollout.reading.label_index, rollout.cot_length) == (2, 1, 2)
+    assert rollout.score_rows.position.tolist() == [2] and rollout.score_rows.token_ids.tolist() == [[4, 5, 6]]
+    torch.testing.assert_close(rollout.score_logprobs, table[2:3, 1:])
+
+
+def test_make_rollout_with_an_anchor_that_orders_tokens_otherwise(bound):
+    other = BoundScale(bound.scale, (BoundAnchor("is ", "is", (6, 4, 5)),))
+    reader = ScoreReader.build(other, Words(), {0})
+    table = torch.tensor([[-1.0, -1.4, -1.5, -1.6], [-2.0, -2.4, -2.5, -2.6]])
+    rollout = make_rollout(reader, other.read_token_ids, [3, 6], table.flatten().tolist(), "length")
+    torch.testing.assert_close(rollout.score_logprobs, torch.tensor([[-2.6, -2.4, -2.5]]))
+
+
+def test_make_rollout_without_a_score(bound):
+    reader = ScoreReader.build(bound, Words(), {0})
+    rollout = make_rollout(reader, bound.read_token_ids, [1, 2], [-1.0] * 8, "length")
+    assert rollout.reading.reason == "no_anchor" and rollout.score_logprobs.shape == (0, 3) and rollout.cot_length == 2
+
+
+def test_make_rollout_refuses_broken_output(bound):
+    reader = ScoreReader.build(bound, Words(), {0})
+    with pytest.raises(RuntimeError, match="7 log-probs for 2 tokens"):
+        make_rollout(reader, bound.read_token_ids, [1, 2], [-1.0] * 7, "stop")
+    with pytest.raises(RuntimeError, match="not finite"):
+        make_rollout(reader, bound.read_token_ids, [1], [float("nan"), -1.0, -1.0, -1.0], "stop")

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from real_openrlhf.algo.batch import RealBatch, collate, denominators_of, rows_of
+from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.algo.types import TrainGroup
+from tests.helpers.algo_factory import TinyPolicy, make_group, make_rollout, make_train_group
+
+SCALE = ScoreScale.parse("1-3")
+
+
+def docstring_groups() -> list[TrainGroup]:
+    """Prompts of 3 and 2 tokens, responses of 2 and 1."""
+    first = make_group([5, 6, 7], [make_rollout([4, 2], position=1, label=1)], label=2.25)
+    second = make_group([6, 5], [make_rollout([4])], label=3)
+    return [
+        make_train_group(first, SCALE, cot=[0.5], score=[0.25], squared_error=[2.0], likelihood=[3.0]),
+        make_train_group(second, SCALE, cot=[-0.5]),
+    ]
+
+
+@pytest.mark.parametrize("pad_id", [0, 4, 9])
+def test_worked_example(pad_id: int) -> None:
+    batch = collate(rows_of(docstring_groups()), pad_id=pad_id)
+    assert batch.attention_mask.int().tolist() == [[1, 1, 1, 1, 1], [0, 1, 1, 1, 0]]
+    assert batch.input_ids.tolist() == [[5, 6, 7, 4, 2], [pad_id, 6, 5, 4, pad_id]]
+    assert batch.response_ids.tolist() == [[4, 2], [4, 0]]
+    assert batch.response_mask.int().tolist() == [[1, 1], [1, 0]]
+    assert batch.cot_mask.int().tolist() == [[1, 0], [1, 0]]  # unreadable: the whole response
+    assert batch.score_mask.int().tolist() == [[0, 1], [0, 0]]
+    assert batch.readable.tolist() == [True, False]
+    assert batch.logit_columns.tolist() == [2, 3]
+    assert batch.rollout_logprobs.tolist() == [pytest.approx([-0.1, -0.2]), pytest.approx([-0.1, 0])]
+    assert batch.score_rows.rollout.tolist() == [0] and batch.score_rows.position.tolist() == [1]
+    assert batch.score_rows.n_rollouts == 2
+    assert (batch.cot.tolist(), batch.score.tolist()) == ([0.5, -0.5], [0.25, 0.0])
+    assert (batch.squared_error.tolist(), batch.likelihood.tolist()) == ([2.0, 0.0], [3.0, 0.0])
+    assert (batch.target_value.tolist(), batch.target_weight.tolist()) == ([2.25, 3.0], [0.25, 0.0])
+    assert (batch.target_low.tolist(), batch.target_high.tolist()) == ([1, 2], [2, 2])
+
+
+def test_dtypes() -> None:
+    batch = collate(rows_of(docstring_groups()), pad_id=0)
+    floats = ("cot", "score", "squared_error", "likelihood", "target_value", "target_weight", "rollout_logprobs")
+    masks = ("attention_mask", "response_mask", "cot_mask", "score_mask", "readable")
+    assert all(getattr(batch, name).dtype == torch.float32 for name in floats)
+    assert all(getattr(batch, name).dtype == torch.bool for name in masks)
+    assert batch.input_ids.dtype == batch.response_ids.dtype == batch.target_low.dtype == torch.int64
+
+
+def test_end_of_text_is_a_token_like_others_where_it_is_also_the_padding() -> None:
+    # End of text in the prompt, at the end of one response, and as padding: masks go by position.
+    eos = 0
+    groups = [
+        make_train_group(make_group([eos, 5], [make_rollout([7, 2, eos], position=1, label=1)]), SCALE),
+        make_train_group(make_group([5, eos, 6], [make_rollout([eos])]), SCALE),
+    ]
+    batch = collate(rows_of(groups), pad_id=eos)
+    assert batch.attention_mask.int().tolist() == [[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]
+    assert batch.response_mask.int().tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch.cot_mask.int().tolist() == [[1, 0, 0], [1, 0, 0]]
+
+
+def test_logit_columns_predict_the_response() -> None:
+    """Each row's log-probs equal those of the same rollout alone, without any padding."""
+    groups = docstring_groups()
+    policy = TinyPolicy()
+    together = policy(collate(rows_of(groups), pad_id=3))
+    for i, row in enumerate(rows_of(groups)):
+        prompt, response = row.group.group.prompt_ids, row.rollout.token_ids
+        ids = torch.cat([prompt, response])
+        for t in range(len(response)):
+            context = policy.embed[ids[: len(prompt) + t]].mean(0)
+            expected = (torch.tanh(context) @ policy.head).log_softmax(-1)
+            assert together[0][i, t].item() == pytest.approx(expected[response[t]].item())
+            if row.rollout.reading.position == t:
+                assert together[1][i].tolist() == pytest.approx(expected[[1, 2, 3]].tolist())
+    assert together[1][1].tolist() == [0, 0, 0]
+
+
+def test_rows_keep_groups_together_and_index_them() -> None:
+    groups = [
+        make_train_group(make_group([1], [make_rollout([i, 2]) for i in (3, 4)], row=r), SCALE, cot=[r, r + 0.5])
+        for r in (10, 20)
+    ]
+    rows = rows_of(groups)
+    assert [(r.group.group.row, r.index) for r in rows] == [(10, 0), (10, 1), (20, 0), (20, 1)]
+    picked = collate([rows[3], rows[0]], pad_id=0)
+    assert picked.cot.tolist() == [20.5, 10.0]
+    assert picked.response_ids[:, 0].tolist() == [4, 3]
+
+
+@pytest.mark.parametrize(("trains_score_token", "actions"), [(False, 1 + 1 + 3), (True, 2 + 1 + 3)])
+def test_denominators(trains_score_token: bool, actions: int) -> None:
+    groups = docstring_groups()
+    groups.append(make_train_group(make_group([1], [make_rollout([1, 1, 1])]), SCALE))
+    got = denominators_of(rows_of(groups), trains_score_token=trains_score_token)
+    assert (got.rollouts, got.action_tokens, got.response_tokens) == (3, actions, 2 + 1 + 3)
+
+
+def test_denominators_count_what_the_masks_hold() -> None:
+    groups = docstring_groups()
+    batch = collate(rows_of(groups), pad_id=0)
+    got = denominators_of(rows_of(groups), trains_score_token=True)
+    assert got.action_tokens == int((batch.cot_mask | batch.score_mask).sum())
+    assert got.response_tokens == int(batch.response_mask.sum())
+    assert denominators_of([], trains_score_token=True).rollouts == 0
+
+
+def test_tokens_after_the_score_are_neither_chain_of_thought_nor_score() -> None:
+    group = make_group([1], [make_rollout([5, 2, 6, 0], position=1, label=1)])
+    batch = collate(rows_of([make_train_group(group, SCALE)]), pad_id=0)
+    assert batch.cot_mask.int().tolist() == [[1, 0, 0, 0]]
+    assert batch.score_mask.int().tolist() == [[0, 1, 0, 0]]
+    assert batch.response_mask.int().tolist() == [[1, 1, 1, 1]]
+
+
+def test_empty_responses_still_have_a_column() -> None:
+    group = make_group([1, 2], [make_rollout([])])
+    batch = collate(rows_of([make_train_group(group, SCALE)]), pad_id=0)
+    assert batch.response_mask.tolist() == [[False]] and batch.logit_columns.tolist() == [1]
+
+
+def test_to_keeps_every_field() -> None:
+    batch = collate(rows_of(docstring_groups()), pad_id=0)
+    moved = batch.to("meta")
+    assert isinstance(moved, RealBatch)
+    assert moved.input_ids.is_meta and moved.score_rows.token_ids.is_meta and moved.score_rows.trie.path.is_meta
+    assert math.prod(moved.input_ids.shape) == math.prod(batch.input_ids.shape)

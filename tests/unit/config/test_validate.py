@@ -1,0 +1,125 @@
+"""Every contradiction fires, and each case is valid but for the one thing it is about."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from real_openrlhf.config.cli import parse_args
+from real_openrlhf.config.convert import build_config
+from real_openrlhf.config.flags import ConfigError
+from real_openrlhf.config.schema import Config
+from real_openrlhf.config.validate import NOT_YET, validate
+
+VALID: dict[str, Any] = {
+    "actor.model_name_or_path": "model",
+    "data.prompt_dataset": "train.jsonl",
+    "eval.dataset": "test.jsonl",
+    "ckpt.output_dir": "out",
+}
+
+
+def config_with(changes: dict[str, Any]) -> Config:
+    return build_config({**VALID, **changes})
+
+
+def test_a_valid_configuration_has_no_warnings() -> None:
+    assert validate(config_with({}), device="cuda") == []
+    assert validate(config_with({}), device="cpu") == []
+
+
+CONTRADICTIONS: list[tuple[dict[str, Any], str | None, str]] = [
+    ({"actor.model_name_or_path": ""}, None, "--actor.model_name_or_path is required"),
+    ({"data.prompt_dataset": ""}, None, "--data.prompt_dataset is required"),
+    ({"ckpt.output_dir": ""}, None, "--ckpt.output_dir is required"),
+    ({"rollout.batch_size": 2, "actor.num_gpus_per_node": 4}, None, "--rollout.batch_size 2 .* 4 policy ranks"),
+    ({"rollout.batch_size": 6, "actor.num_nodes": 2, "actor.num_gpus_per_node": 2}, None, "multiple of the 4 policy"),
+    ({"train.batch_size": 100}, None, "--train.batch_size 100 must divide 256 prompts x 16 rollouts = 4096"),
+    ({"train.batch_size": 8192}, None, "--train.batch_size 8192 must divide"),
+    ({"real.mini_batches": 3}, None, "--real.mini_batches 3 must divide"),
+    ({"train.micro_batch_size": 3}, None, "--train.micro_batch_size 3 x 1 ranks .* --train.micro_batch_size 2 would"),
+    ({"train.batch_size": 16, "actor.num_gpus_per_node": 4}, None, "micro_batch_size 8 x 4 .*micro_batch_size 4 would"),
+    ({"rollout.n_samples_per_prompt": 1}, None, "n_samples_per_prompt must be at least 2"),
+    ({"rollout.top_p": 0.9, "rollout.temperature": 0.7}, None, "top_p 0.9 needs --rollout.temperature 1, got 0.7"),
+    ({"rollout.top_p": 0.9, "algo.advantage.is_correction_level": "token"}, None, "is_correction_level token"),
+    ({"algo.dynamic_filtering_enable": True, "real.keep_groups": "all", "real.refill": False}, None, "contradicts"),
+    ({"algo.dynamic_filtering_enable": False}, None, "contradicts --real.keep_groups partial"),
+    ({"real.keep_groups": "all"}, None, "--real.refill needs dynamic sampling"),
+    ({"real.max_refills": 0}, None, "--real.max_refills 0"),
+    ({"actor.lr_warmup_ratio": 0.1}, None, "use constant_with_warmup"),
+    ({"actor.gradient_checkpointing_reentrant": True}, None, "needs --actor.gradient_checkpointing_enable"),
+    ({"ds.adam_offload": True, "ds.zero_stage": 0}, None, "--ds.adam_offload needs"),
+    ({"ds.zpg": 2, "actor.num_gpus_per_node": 2}, None, "--ds.zpg 2 needs --ds.zero_stage 3, got 2"),
+    ({"ds.zpg": 3, "actor.num_gpus_per_node": 2, "ds.zero_stage": 3}, None, "--ds.zpg 3 must divide the 2"),
+    ({"ds.param_dtype": "fp32", "ds.attn_implementation": "flash_attention_2"}, None, "cannot run in .* fp32"),
+    ({"data.max_len": 1024}, None, "--data.max_len 1024 .* --rollout.max_new_tokens 1024"),
+    ({"data.enable_thinking": False}, None, "add --data.apply_chat_template"),
+    ({"eval.dataset": None, "eval.engine": "own"}, None, "--eval.engine own"),
+    ({"vllm.tensor_parallel_size": 2}, "cpu", "--vllm.tensor_parallel_size 2 needs GPUs"),
+    ({"vllm.tensor_parallel_size": 2, "real.device": "cpu"}, None, "needs GPUs"),
+    ({"ds.attn_implementation": "flash_attention_2"}, "cpu", "needs GPUs; use sdpa"),
+    ({"ds.lora.rank": 8}, None, "--ds.lora.rank is not supported yet"),
+    ({"ds.packing_samples": True}, None, "--ds.packing_samples is not supported yet"),
+    ({"train.colocate_all": True}, None, "--train.colocate_all is not supported yet"),
+    ({"vllm.enable_sleep": True}, None, "--vllm.enable_sleep is not supported yet"),
+    ({"algo.kl.init_coef": 0.1}, None, "--algo.kl.init_coef is not supported yet"),
+]
+
+
+@pytest.mark.parametrize(("changes", "device", "message"), CONTRADICTIONS, ids=[c[2][:50] for c in CONTRADICTIONS])
+def test_contradictions(changes: dict[str, Any], device: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        validate(config_with(changes), device=device)
+
+
+def test_every_feature_that_is_not_there_yet_has_a_case() -> None:
+    assert set(NOT_YET) <= {name for changes, _, message in CONTRADICTIONS for name in changes if "yet" in message}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ckpt.output_dir": "", "dry_run": True},
+        {"rollout.batch_size": 8, "actor.num_nodes": 2, "actor.num_gpus_per_node": 4},
+        {"real.keep_groups": "all", "real.refill": False},
+        {"algo.dynamic_filtering_enable": True},
+        {"algo.dynamic_filtering_enable": False, "real.keep_groups": "all", "real.refill": False},
+        {"actor.lr_scheduler": "constant_with_warmup", "actor.lr_warmup_ratio": 0.1},
+        {"vllm.tensor_parallel_size": 2},  # unknown device: left to the caller who knows it
+        {"rollout.temperature": 0.7},
+        {"train.batch_size": 1024, "real.mini_batches": 3},  # the batch size has the word
+    ],
+)
+def test_neighbours_of_contradictions_are_valid(changes: dict[str, Any]) -> None:
+    assert validate(config_with(changes)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "message"),
+    [
+        ({"eval.dataset": None}, None, "there is no evaluation"),
+        ({"rollout.top_p": 0.9}, None, "log-probs are over the full vocabulary"),
+        ({"real.ratio": "none", "real.mini_batches": 2}, None, "without an off-policy correction"),
+        ({"real.mini_batches": 2, "algo.advantage.is_correction_level": "token"}, None, "has no effect"),
+        ({"actor.adam.lr": 0.0}, None, "nothing is learned"),
+        ({"data.input_template": "{}\\n"}, None, "backslash"),
+        ({"ds.param_dtype": "bf16"}, "cpu", "about 10 times slower"),
+        ({"ds.param_dtype": "fp32"}, "cuda", "fp32 on GPUs"),
+        ({"ds.adam_offload": True}, "cpu", "in CPU memory anyway"),
+    ],
+)
+def test_warnings(changes: dict[str, Any], device: Any, message: str) -> None:
+    warnings = validate(config_with(changes), device=device)
+    assert len(warnings) == 1 and message in warnings[0]
+
+
+def test_the_scale_error_names_its_flag() -> None:
+    with pytest.raises(ConfigError, match=r"--real\.scale .*does not ascend"):
+        parse_args(["--real.scale", "5-1"])
+
+
+def test_the_reference_preset_warns_of_its_known_biases() -> None:
+    argv = [text for name, value in VALID.items() for text in (f"--{name}", value)]
+    warnings = validate(parse_args([*argv, "--real.preset", "reference"]))
+    assert len(warnings) == 2

@@ -1,0 +1,280 @@
+"""The records of a run: what is written, what is refused, and that no secret is in any of it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from real_openrlhf.controller.run_log import REDACTED, RunLog, RunLogError, WandbSettings, redact
+
+OFF = WandbSettings()
+KEY = "0123456789abcdef0123456789abcdef01234567"
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run_log(path, **kwargs):
+    return RunLog(path, **{"tensorboard_dir": None, "wandb": OFF, "config": {"seed": 1}, **kwargs})
+
+
+def test_metrics_are_flat_lines_in_the_file_at_once(tmp_path):
+    log = run_log(tmp_path / "out")
+    log.log(1, "train", {"reward/mean": torch.tensor(0.5), "n": np.int64(3), "undefined": None})
+    # Read before close: every line is flushed.
+    (line,) = lines(tmp_path / "out" / "metrics.jsonl")
+    assert line.pop("time") > 1e9
+    assert line == {"step": 1, "phase": "train", "reward/mean": 0.5, "n": 3, "undefined": None}
+    log.close()
+    log.close()
+    with pytest.raises(ValueError, match="closed"):
+        log.log(2, "train", {})
+
+
+def test_numbers_that_are_not_finite(tmp_path, caplog):
+    with run_log(tmp_path) as log:
+        log.log(3, "eval", {"a": float("nan"), "b": np.float32("inf"), "c": 1.0, "d": None})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    (line,) = lines(tmp_path / "metrics.jsonl")
+    assert (line["a"], line["b"], line["c"], line["d"]) == (None, None, 1.0, None)
+    assert line["not_finite"] == ["a", "b"]
+    assert "step 3, eval: not finite, recorded as null: a, b" in caplog.text
+
+
+def test_metrics_that_are_no_numbers(tmp_path):
+    with run_log(tmp_path) as log:
+        with pytest.raises(TypeError, match="'x' is the text 'high'"):
+            log.log(1, "train", {"x": "high"})
+        with pytest.raises(TypeError, match="'x' is a list"):
+            log.log(1, "train", {"x": [1, 2]})
+        with pytest.raises(ValueError, match="cannot be named 'time'"):
+            log.log(1, "train", {"time": 1.0})
+        with pytest.raises(ValueError, match="'test' is not one of"):
+            log.log(1, "test", {})  # type: ignore[arg-type]
+    assert lines(tmp_path / "metrics.jsonl") == []
+
+
+def test_samples(tmp_path):
+    with run_log(tmp_path) as log:
+        log.log_samples(
+            2, [{"text": "gut \ud800 ä", "distribution": {"1": float("nan"), "2": 0.5}, "reward": -1.0}, {"text": "b"}]
+        )
+    first, second = lines(tmp_path / "samples.jsonl")
+    assert first["distribution"] == {"1": None, "2": 0.5}
+    assert first["not_finite"] == ["distribution.1"]
+    assert first["text"].startswith("gut ") and first["text"].endswith("ä")
+    assert second == {"step": 2, "text": "b"}
+
+
+def test_redact():
+    config = {
+        "logger.wandb.key": "abc",
+        "hub": {"hf_token": "def", "token": ""},
+        "data": {"label_key": "score", "max_new_tokens": 5},
+        "argv": ["--key", "abc", "x=abc"],
+        "nothing": None,
+    }
+    assert redact(config, ["abc", ""]) == {
+        "logger.wandb.key": REDACTED,
+        "hub": {"hf_token": REDACTED, "token": ""},
+        "data": {"label_key": "score", "max_new_tokens": 5},
+        "argv": ["--key", REDACTED, f"x={REDACTED}"],
+        "nothing": None,
+    }
+    assert config["logger.wandb.key"] == "abc"
+
+
+def test_config_is_written_without_secrets(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with run_log(tmp_path, config={"seed": 1, "wandb": {"key": "k"}, "note": "uses hf_secret"}):
+        pass
+    assert json.loads((tmp_path / "run_config.json").read_text()) == {
+        "seed": 1,
+        "wandb": {"key": REDACTED},
+        "note": f"uses {REDACTED}",
+    }
+    assert KEY not in repr(WandbSettings(key=KEY))
+
+
+def test_bad_output_directories(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunLogError, match=r"--ckpt.output_dir .*file' is a file; give a directory"):
+        run_log(tmp_path / "file")
+    with pytest.raises(RunLogError, match=r"--ckpt.output_dir .* cannot be written: Not a directory"):
+        run_log(tmp_path / "file" / "below")
+    with pytest.raises(RunLogError, match="is not empty \\(file\\)"):
+        run_log(tmp_path)
+    with pytest.raises(RunLogError, match="not both"):
+        run_log(tmp_path / "new", append=True, overwrite=True)
+    with pytest.raises(RunLogError, match=r"--logger.tensorboard_dir .*is a file"):
+        run_log(tmp_path / "new", tensorboard_dir=str(tmp_path / "file"))
+
+
+def test_directory_without_permission(tmp_path, monkeypatch):
+    def denied(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    # Root may write anywhere, so the refusal of the system is played.
+    monkeypatch.setattr("tempfile.TemporaryFile", denied)
+    with pytest.raises(RunLogError, match="cannot be written: Permission denied"):
+        run_log(tmp_path)
+
+
+def test_overwrite_starts_anew(tmp_path):
+    with run_log(tmp_path) as log:
+        log.log(1, "train", {"a": 1})
+    with run_log(tmp_path, overwrite=True) as log:
+        log.log(1, "train", {"a": 2})
+    assert [line["a"] for line in lines(tmp_path / "metrics.jsonl")] == [2]
+
+
+def test_append_goes_on_and_drops_what_comes_again(tmp_path, caplog):
+    with run_log(tmp_path) as log:
+        for step in (1, 2, 3):
+            log.log(step, "train", {"a": step})
+            log.log_samples(step, [{"text": str(step)}])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "pha')  # killed while writing
+    with run_log(tmp_path, append=True, resume_step=2, config={"seed": 2}) as log:
+        log.log(3, "train", {"a": 30})
+    assert [(line["step"], line["a"]) for line in lines(tmp_path / "metrics.jsonl")] == [(1, 1), (2, 2), (3, 30)]
+    assert [line["text"] for line in lines(tmp_path / "samples.jsonl")] == ["1", "2"]
+    assert "the last line was cut off" in caplog.text
+    # Both configurations are kept: each made a part of the run.
+    assert json.loads((tmp_path / "run_config.1.json").read_text()) == {"seed": 1}
+    assert json.loads((tmp_path / "run_config.json").read_text()) == {"seed": 2}
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_append_refuses_what_is_no_record(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nhello\n{"step": 2}\n')
+    with pytest.raises(RunLogError, match="line 2 is not a record"):
+        run_log(tmp_path, append=True)
+    with pytest.raises(RunLogError, match="needs append"):
+        run_log(tmp_path / "new", resume_step=3)
+
+
+def test_a_full_disk_costs_lines_not_the_run(tmp_path, caplog):
+    log = run_log(tmp_path)
+    log.log(1, "train", {"a": 1})
+    real = log._metrics._file
+
+    class Full:
+        closed = False
+
+        def write(self, data):
+            real.write(data[:7])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def __getattr__(self, name):
+            return getattr(real, name)
+
+    log._metrics._file = Full()  # type: ignore[assignment]
+    log.log(2, "train", {"a": 2})
+    log._metrics._file = real
+    log.log(3, "train", {"a": 3})
+    log.close()
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 3]
+    assert "a line of" in caplog.text and "No space left" in caplog.text
+
+
+def test_tensorboard(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with run_log(tmp_path / "out", tensorboard_dir=str(tmp_path / "tb")) as log:
+        log.log(1, "train", {"reward/mean": 0.25, "bad": float("nan"), "none": None})
+        log.log(2, "train", {"reward/mean": 0.5})
+        log.log(2, "eval", {"eval/expected/pearson": 0.75})
+    events = accumulator.EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert sorted(events.Tags()["scalars"]) == ["eval/expected/pearson", "train/reward/mean"]
+    assert [(e.step, e.value) for e in events.Scalars("train/reward/mean")] == [(1, 0.25), (2, 0.5)]
+    assert [(e.step, e.value) for e in events.Scalars("eval/expected/pearson")] == [(2, 0.75)]
+
+
+def test_a_failing_sink_warns_once_and_the_run_goes_on(tmp_path, caplog):
+    class Broken:
+        name = "W&B"
+        calls = 0
+
+        def log(self, step, values):
+            self.calls += 1
+            raise ConnectionError("gone")
+
+        def close(self):
+            pass
+
+    sink = Broken()
+    with run_log(tmp_path) as log:
+        log._sinks.append(sink)  # type: ignore[arg-type]
+        log.log(1, "train", {"a": 1})
+        log.log(2, "train", {"a": 2})
+    assert sink.calls == 1
+    assert caplog.text.count("W&B stopped recording at step 1: gone") == 1
+    assert len(lines(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_wandb_is_not_imported_unless_used(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it raises ImportError
+    with run_log(tmp_path / "a") as log:
+        log.log(1, "train", {"a": 1})
+    with pytest.raises(RunLogError, match="needs the package wandb"):
+        run_log(tmp_path / "b", wandb=WandbSettings(mode="offline"))
+
+
+def test_wandb_settings():
+    with pytest.raises(RunLogError, match="'on' is unknown; use one of"):
+        WandbSettings(mode="on")  # type: ignore[arg-type]
+    with pytest.raises(RunLogError, match="project is empty"):
+        WandbSettings(mode="offline", project="")
+
+
+def test_wandb_that_does_not_start_is_a_clear_error_without_the_key(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**kwargs):
+        raise RuntimeError(f"the server refused {KEY}")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(RunLogError, match=r"W&B cannot start with --logger.wandb.mode online") as caught:
+        run_log(tmp_path, wandb=WandbSettings(mode="online", key=KEY))
+    assert KEY not in str(caught.value) and REDACTED in str(caught.value)
+    assert caught.value.__suppress_context__
+
+
+def test_wandb_online_without_a_key(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setattr(type(wandb.api), "api_key", property(lambda self: None))
+    with pytest.raises(RunLogError, match=r"no key was found; give --logger.wandb.key"):
+        run_log(tmp_path, wandb=WandbSettings(mode="online"))
+
+
+def test_wandb_offline_keeps_no_key(tmp_path, monkeypatch, caplog):
+    pytest.importorskip("wandb")
+    caplog.set_level(logging.DEBUG)
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(home))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr(sys, "argv", ["train", "--logger.wandb.key", KEY])
+    settings = WandbSettings(mode="offline", project="p", run_name="r", key=KEY)
+    try:
+        log = run_log(tmp_path / "out", wandb=settings, config={"logger": {"wandb": {"key": KEY}}, "argv": sys.argv})
+    except RunLogError as error:
+        pytest.skip(f"the wandb service cannot start here: {error}")
+    log.log(1, "train", {"reward/mean": 0.5})
+    log.close()
+    (record,) = (tmp_path / "out" / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"train/reward/mean" in record.read_bytes()
+    assert (tmp_path / "out" / "wandb_id").read_text() in record.name
+    holding = [p for p in tmp_path.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]
+    assert holding == []
+    assert KEY not in caplog.text

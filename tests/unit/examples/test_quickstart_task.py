@@ -1,0 +1,185 @@
+"""The quickstart's scripts: the task's arithmetic, its tokenizer and model, and the report."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from real_openrlhf.algo.score_position import ScoreReader
+from real_openrlhf.algo.score_scale import ScoreScale, bind_scale
+
+FOLDER = Path(__file__).parents[3] / "examples" / "quickstart"
+
+
+def load(name: str) -> ModuleType:
+    """By path: other examples have modules of the same names."""
+    spec = importlib.util.spec_from_file_location(f"quickstart_{name}", FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+task = load("task")
+report = load("report")
+
+
+@pytest.fixture
+def make_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.setitem(sys.modules, "task", task)
+    yield load("make_model")
+
+
+ITEM = task.Item(
+    rubric=(("detail", 2), ("slang", -1), ("rhyme", 1), ("lists", -2)),
+    lines=(("L03", "detail"), ("L04", "irony"), ("L05", "slang"), ("L06", "humour"), ("L07", "lists")),
+)
+
+
+def test_irony_flips_the_sign_of_what_follows():
+    assert task.tallies(ITEM, range(5)) == [2, 2, 3, 3, 5]
+    # Whoever jumps over the irony arrives somewhere else.
+    assert task.tallies(ITEM, [0, 2, 4]) == [2, 1, -1]
+
+
+def test_prompt_and_careful_feedback_read_as_documented():
+    config = task.TaskConfig(noise=0.0, slope=0.5)
+    assert ITEM.prompt == (
+        "rubric detail +2 slang -1 rhyme +1 lists -2 answer L03 detail L04 irony L05 slang L06 humour L07 lists judge"
+    )
+    assert task.feedback(ITEM, random.Random(0), config, careful=True) == (
+        "L03 detail +2 L04 irony +2 L05 slang +3 L06 humour +3 L07 lists +5 score 5"
+    )
+
+
+def test_sloppy_feedback_jumps_lines_and_scores_by_its_own_tally():
+    config = task.TaskConfig(noise=0.0, slope=0.5, slip_share=0.0)
+    rng, n_lines = random.Random(1), []
+    for _ in range(300):
+        words = task.feedback(ITEM, rng, config, careful=False).split()
+        assert words[-2] == "score"
+        visited = [[tag for tag, _ in ITEM.lines].index(tag) for tag in words[:-2:3]]
+        assert visited == sorted(set(visited))
+        assert [int(w) for w in words[2:-2:3]] == task.tallies(ITEM, visited)
+        assert int(words[-1]) == min(5, max(1, round(3 + 0.5 * int(words[-3]))))
+        n_lines.append(len(visited))
+    assert 2.0 < np.mean(n_lines) < 3.5
+
+
+def test_the_label_is_worth_reasoning_for():
+    """Careful tallies agree with labels much better than sloppy ones, or than sums that ignore the irony."""
+    config, rng = task.TaskConfig(), random.Random(0)
+    labels, careful, sloppy, direct = [], [], [], []
+    for _ in range(3000):
+        item = task.draw_item(rng, config)
+        full = task.tallies(item, range(len(item.lines)))[-1]
+        labels.append(task.score_of(full, rng, config))
+        careful.append(full)
+        sloppy.append(int(task.feedback(item, rng, config, careful=False).split()[-3]))
+        direct.append(sum(dict(item.rubric).get(feature, 0) for _, feature in item.lines))
+    agreement = [np.corrcoef(labels, x)[0, 1] for x in (careful, sloppy, direct)]
+    assert agreement[0] > 0.8 and agreement[1] < 0.6 and agreement[2] < 0.75
+
+
+def test_files_are_reproducible_and_share_no_prompt(tmp_path):
+    sizes = {"train": 60, "valid": 20, "test": 30, "sft": 100}
+
+    def written(name: str, seed: int) -> dict[str, list[dict]]:
+        task.write_task(tmp_path / name, seed=seed, sizes=sizes, careful_share=0.5, config=task.TaskConfig())
+        files = {path.stem: path.read_text().splitlines() for path in (tmp_path / name).glob("*.jsonl")}
+        return {stem: [json.loads(line) for line in lines] for stem, lines in files.items()}
+
+    first = written("a", 0)
+    assert {name: len(rows) for name, rows in first.items()} == sizes
+    assert first == written("b", 0)
+    assert first != written("c", 1)
+    prompts = [row["prompt"] for rows in first.values() for row in rows]
+    assert len(set(prompts)) == len(prompts)
+    assert {row["label"] for row in first["train"]} == {1, 2, 3, 4, 5}
+    assert set(first["sft"][0]) == {"prompt", "response"}
+
+
+@pytest.mark.parametrize("kwargs", [{"min_lines": 0}, {"max_lines": 99}, {"min_lines": 6, "max_lines": 5}])
+def test_impossible_sizes_are_refused(kwargs):
+    with pytest.raises(ValueError, match="min_lines"):
+        task.TaskConfig(**kwargs)
+
+
+def test_the_tokenizer_knows_every_word_and_the_score_is_found(make_model):
+    tokenizer = make_model.make_tokenizer(task.vocabulary())
+    assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}) == 3
+    rng, config = random.Random(0), task.TaskConfig()
+    bound = bind_scale(ScoreScale.parse("1-5"), tokenizer, [task.ANCHOR])
+    reader = ScoreReader.build(bound, tokenizer, [tokenizer.eos_token_id])
+    for index in range(500):
+        item = task.draw_item(rng, config)
+        text = task.feedback(item, rng, config, careful=index % 2 == 0)
+        ids = tokenizer.encode(text)
+        assert tokenizer.unk_token_id not in tokenizer.encode(item.prompt) + ids
+        assert tokenizer.decode(ids) == text
+        reading = reader.read([*ids, tokenizer.eos_token_id])
+        assert reading.position == len(ids) - 1
+        assert task.LABELS[reading.label_index] == text[-1]
+
+
+def test_the_model_suits_the_engine_and_its_seed(make_model):
+    tokenizer = make_model.make_tokenizer(task.vocabulary())
+    first, second = (make_model.make_model(tokenizer, seed=3, layers=1, hidden=64) for _ in range(2))
+    assert first.config.head_dim == 32 and first.config.vocab_size == len(tokenizer)
+    assert first.config.eos_token_id == tokenizer.eos_token_id != first.config.pad_token_id
+    assert all(bool((a == b).all()) for a, b in zip(first.parameters(), second.parameters()))
+
+
+def rows_of(predictions: list, labels: list[float]) -> list[dict]:
+    return [
+        {"row": i, "label": y, "expected": p, "decoded": p, "text": f"text {i}"}
+        for i, (p, y) in enumerate(zip(predictions, labels))
+    ]
+
+
+def test_the_report_pairs_rows_and_shows_the_difference(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(1, 6, 300).astype(float)
+    start, final = labels + rng.normal(0, 2.0, 300), labels + rng.normal(0, 0.5, 300)
+    run = tmp_path / "run"
+    (run / "eval").mkdir(parents=True)
+    before = rows_of([None, *start[1:].tolist()], labels.tolist())
+    # Another order in the second file, and numbers that do not sort as text.
+    for step, rows in ((2, before), (10, rows_of(final.tolist(), labels.tolist())[::-1])):
+        (run / "eval" / f"step_{step}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics = [{"step": 1, "phase": "train", "reward/mean": -2.0}, {"step": 2, "phase": "train", "reward/mean": None}]
+    metrics += [{"step": s, "phase": "eval", "eval/expected/pearson": p} for s, p in ((2, 0.5), (10, 0.9))]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+
+    assert report.main(["--run", str(run), "--output_dir", str(tmp_path / "out"), "--n_resamples", "200"]) == 0
+
+    text = (tmp_path / "out" / "report.md").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("| pearson | E[score]"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")][2:]
+    expected = [np.corrcoef(x[1:], labels[1:])[0, 1] for x in (start, final)]
+    assert [float(cell) for cell in cells[:3]] == pytest.approx([*expected, expected[1] - expected[0]], abs=1e-3)
+    low, high = json.loads(cells[3].replace("+", ""))
+    assert 0 < low < expected[1] - expected[0] < high
+    assert "| without a score | E[score] | 1 | 0 |" in text
+    assert "step_2 against step_10" in text
+    assert (tmp_path / "out" / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert report.series(metrics, "train", "reward/mean") == ([1], [-2.0])
+
+
+def test_predictions_of_different_data_are_refused():
+    rows = rows_of([1.0, 2.0], [1.0, 2.0])
+    with pytest.raises(report.ReportError, match="same rows"):
+        report.pair(rows, rows[:1], "expected")
+    with pytest.raises(report.ReportError, match="labels"):
+        report.pair(rows, rows_of([1.0, 2.0], [1.0, 3.0]), "expected")
+    with pytest.raises(report.ReportError, match="same rows"):
+        report.pair(rows, rows + rows[:1], "expected")
