@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from real_openrlhf.actors.device import Device
-from real_openrlhf.actors.engine_spec import EngineSpec, logprobs_mode_for
+from real_openrlhf.actors.engine_spec import EngineSpec, EngineSpecError, check_sampling, logprobs_mode_for
 from real_openrlhf.actors.placement import Request, reserve
 from real_openrlhf.actors.protocols import Sampling
 from real_openrlhf.algo.loss import LossOptions
 from real_openrlhf.algo.objectives import Objective, RealObjective
 from real_openrlhf.config.cli import config_to_dict
+from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.config.plan import BatchPlan, batch_plan, render_plan, resolve_ratio
 from real_openrlhf.config.schema import Config
 from real_openrlhf.controller.progress import PhaseTimer, Progress
@@ -24,7 +25,7 @@ from real_openrlhf.controller.trainer import Controller, ControllerSettings
 from real_openrlhf.data.stream import PromptStream
 from real_openrlhf.export import CardInfo, check_export, write_model_card
 from real_openrlhf.judge_settings import JudgeSettings
-from real_openrlhf.ray_session import Session, passed_environment, ray_session
+from real_openrlhf.ray_session import Session, cluster_to_join, passed_environment, ray_session
 
 if TYPE_CHECKING:
     from real_openrlhf.actors.evaluator import EvaluatorSpec
@@ -38,7 +39,9 @@ logger = logging.getLogger(__name__)
 def describe(inputs: Inputs) -> str:
     """The resolved plan, as --dry_run prints it. Starts nothing."""
     config = inputs.config
-    device = Device.resolve(config.real.device, config.ds.param_dtype)
+    # A cluster's GPUs are not known before it is joined: a wish for them is believed.
+    believed = 1 if config.real.device == "cuda" and cluster_to_join(config.ray.address) else None
+    device = Device.resolve(config.real.device, config.ds.param_dtype, cluster_gpus=believed)
     plan = batch_plan(config, len(inputs.train_set))
     return render_plan(
         config,
@@ -47,6 +50,7 @@ def describe(inputs: Inputs) -> str:
         [str(request) for request in placement_requests(config, device)],
         device=device.name,
         dtype=device.dtype_name,
+        decode=lambda token: inputs.tokenizer.decode([token]),
         warnings=inputs.warnings,
     )
 
@@ -141,17 +145,49 @@ def loss_options(config: Config) -> LossOptions:
     )
 
 
+def rollout_sampling(config: Config) -> Sampling:
+    return Sampling(
+        n=config.rollout.n_samples_per_prompt,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        max_new_tokens=config.rollout.max_new_tokens,
+    )
+
+
+def evaluation_sampling(config: Config) -> Sampling:
+    return Sampling(
+        n=config.eval.n_samples_per_prompt,
+        temperature=config.eval.temperature,
+        top_p=config.eval.top_p,
+        max_new_tokens=config.rollout.max_new_tokens,
+        seed=config.eval.seed,
+    )
+
+
+def check_samplings(config: Config) -> None:
+    """ConfigError for rollouts or evaluation that draw from another distribution than the engines give log-probs of."""
+    try:
+        mode = logprobs_mode_for(config.rollout.temperature, config.rollout.top_p)
+        check_sampling(rollout_sampling(config), mode)
+    except EngineSpecError as error:
+        raise ConfigError(f"--rollout.temperature, --rollout.top_p: {error}") from error
+    if config.eval.dataset is None:
+        return
+    try:
+        check_sampling(evaluation_sampling(config), mode)
+    except EngineSpecError as error:
+        raise ConfigError(
+            f"--eval.temperature {config.eval.temperature:g} with --eval.top_p {config.eval.top_p:g} does not go "
+            f"together with --rollout.temperature {config.rollout.temperature:g}: {error}"
+        ) from error
+
+
 def controller_settings(config: Config, plan: BatchPlan) -> ControllerSettings:
     return ControllerSettings(
         total_steps=plan.total_steps,
         batch_size=config.rollout.batch_size,
         ranks=config.ranks,
-        sampling=Sampling(
-            n=config.rollout.n_samples_per_prompt,
-            temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p,
-            max_new_tokens=config.rollout.max_new_tokens,
-        ),
+        sampling=rollout_sampling(config),
         seed=config.train.seed,
         seeded=config.train.full_determinism_enable,
         keep=config.real.keep_groups,
@@ -276,13 +312,7 @@ def evaluator_spec(inputs: Inputs) -> EvaluatorSpec:
     return EvaluatorSpec(
         prompts=inputs.eval_set.prompts,
         scale=config.real.score_scale,
-        sampling=Sampling(
-            n=config.eval.n_samples_per_prompt,
-            temperature=config.eval.temperature,
-            top_p=config.eval.top_p,
-            max_new_tokens=config.rollout.max_new_tokens,
-            seed=config.eval.seed,
-        ),
+        sampling=evaluation_sampling(config),
         renormalise=config.real.renormalise,
         output_dir=config.ckpt.output_dir,
     )

@@ -45,16 +45,22 @@ def passed_environment() -> dict[str, str]:
     return env
 
 
+def cluster_to_join(address: str | None) -> str | None:
+    """The address of the cluster that a run joins; None: it starts its own."""
+    named = address or os.environ.get("RAY_ADDRESS")
+    return None if not named or named == "local" else named
+
+
 @contextmanager
 def ray_session(address: str | None, *, num_cpus: int | None, needed_cpus: float) -> Iterator[Session]:
-    """Join the cluster at `address`, RAY_ADDRESS or the job's; else start one here.
+    """Join the cluster at `address`, RAY_ADDRESS or the job's; else, or at "local", start one here.
 
     An own cluster counts CPUs as slots for actors and has at least needed_cpus of them: on a small
     machine engines and policy take turns on the same cores. It is shut down at the end; a joined
     cluster is left as it was, but for this driver's actors.
     """
     already = ray.is_initialized()
-    join = address or os.environ.get("RAY_ADDRESS")
+    join = cluster_to_join(address)
     if not already:
         if join:
             try:
@@ -66,17 +72,24 @@ def ray_session(address: str | None, *, num_cpus: int | None, needed_cpus: float
                 ) from error
         else:
             slots = max(num_cpus or os.cpu_count() or 1, int(-(-needed_cpus // 1)))
-            ray.init(num_cpus=slots, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
-    total = ray.cluster_resources()
-    session = Session(
-        owned=not already and not join,
-        address=ray.get_runtime_context().gcs_address,
-        nodes=sum(node["Alive"] for node in ray.nodes()),
-        cpus=total.get("CPU", 0.0),
-        gpus=total.get("GPU", 0.0),
-    )
-    logger.info("%s", session)
+            # "local": without it Ray would join whatever `ray start` left running on this machine.
+            ray.init(
+                address="local",
+                num_cpus=slots,
+                include_dashboard=False,
+                log_to_driver=True,
+                logging_level=logging.WARNING,
+            )
     try:
+        total = ray.cluster_resources()
+        session = Session(
+            owned=not already and not join,
+            address=ray.get_runtime_context().gcs_address,
+            nodes=sum(node["Alive"] for node in ray.nodes()),
+            cpus=total.get("CPU", 0.0),
+            gpus=total.get("GPU", 0.0),
+        )
+        logger.info("%s", session)
         yield session
     finally:
         if not already:

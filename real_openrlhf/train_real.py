@@ -13,16 +13,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from real_openrlhf.actors.device import Device, DeviceError
 from real_openrlhf.algo.score_scale import BoundScale, bind_scale
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.schema import Config
 from real_openrlhf.config.validate import validate
+from real_openrlhf.controller.run_log import RunLogError, check_output_dir
 from real_openrlhf.data.dataset import JudgeDataset
 from real_openrlhf.data.template import PromptTemplate
+from real_openrlhf.ray_session import cluster_to_join
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +46,10 @@ class Inputs:
 
 def load_inputs(config: Config) -> Inputs:
     """Check flags against each other, then load tokenizer, scale and data sets."""
-    warnings = validate(config)
+    from real_openrlhf.launch import check_samplings
+
+    warnings = validate(config, device=known_device(config))
+    check_samplings(config)
     tokenizer = load_tokenizer(config.actor.model_name_or_path)
     bound = bind_scale(config.real.score_scale, tokenizer, config.real.anchor)
     template = PromptTemplate(
@@ -75,6 +81,16 @@ def load_inputs(config: Config) -> Inputs:
         eval_set=load(config.eval.dataset, config.eval.max_samples) if config.eval.dataset else None,
         warnings=tuple(warnings),
     )
+
+
+def known_device(config: Config) -> Literal["cpu", "cuda"] | None:
+    """The device as far as it is known before Ray: a cluster that is joined decides "auto" by its own GPUs.
+
+    Raises DeviceError where --real.device asks for GPUs that this machine does not have.
+    """
+    if cluster_to_join(config.ray.address):
+        return None if config.real.device == "auto" else config.real.device
+    return "cuda" if Device.resolve(config.real.device, config.ds.param_dtype).is_cuda else "cpu"
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -120,12 +136,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             sys.stdout.write(describe(inputs) + "\n")
             return 0
-        if not config.ckpt.output_dir:
-            raise ValueError("--ckpt.output_dir is needed: the folder for the trained model and the run's records")
+        check_output_dir(config.ckpt.output_dir)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    run(inputs)
+    try:
+        run(inputs)
+    except (DeviceError, RunLogError) as error:
+        # What only shows once the cluster or the log is there; nothing has been trained.
+        sys.stderr.write(f"error: {error}\n")
+        return 2
     logger.info("done: the judge is in %s", Path(config.ckpt.output_dir) / "model")
     return 0
 

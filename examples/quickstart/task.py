@@ -9,9 +9,9 @@ it, so the tally cannot be summed at a glance and the reasoning matters:
 
     L07 rhyme +2 L08 irony +2 L09 detail +1 L10 humour +1 score 3
 
-The label is the clipped, rounded, noisy tally. Warm-up feedback comes from two kinds of annotators:
-a careful one reads every line; sloppy ones jump lines, slip in a few tallies, and score by the tally
-they arrived at. So better feedback exists than most of the warm-up data shows, and RL can find it.
+The label is the clipped, rounded, noisy tally. The warm-up data pair such labels with feedback of two
+kinds of annotators: a careful one reads every line, sloppy ones jump lines and slip in a few tallies.
+So better feedback exists than most of the warm-up data shows, and RL can find it.
 
     python examples/quickstart/task.py --output_dir runs/quickstart/data --seed 0
 
@@ -22,6 +22,7 @@ No prompt of one file occurs in another.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,7 @@ WORDS = ("rubric", "answer", "judge", "score")
 LABELS = ("1", "2", "3", "4", "5")
 ANCHOR = "score "
 WEIGHTS = (1, 2)
+MAX_LINES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +61,11 @@ class TaskConfig:
     slip_share: float = 0.05
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_lines <= self.max_lines <= len(TAGS):
+        if not len(self.jumps) <= self.min_lines <= self.max_lines <= MAX_LINES:
+            # With fewer lines than the longest jump an annotator could read nothing at all.
             raise ValueError(
-                f"1 <= min_lines <= max_lines <= {len(TAGS)} must hold, got {self.min_lines}, {self.max_lines}"
+                f"{len(self.jumps)} jumps <= min_lines <= max_lines <= {MAX_LINES} must hold, got min_lines "
+                f"{self.min_lines} and max_lines {self.max_lines}"
             )
 
 
@@ -111,8 +115,12 @@ def score_of(tally: int, rng: random.Random, config: TaskConfig) -> int:
     return min(len(LABELS), max(1, round(raw)))
 
 
+def label_of(item: Item, rng: random.Random, config: TaskConfig) -> int:
+    return score_of(tallies(item, range(len(item.lines)))[-1], rng, config)
+
+
 def feedback(item: Item, rng: random.Random, config: TaskConfig, *, careful: bool) -> str:
-    """Feedback and score as one annotator writes them."""
+    """What one annotator writes about the lines, without a score."""
     if careful:
         visited = list(range(len(item.lines)))
     else:
@@ -120,19 +128,18 @@ def feedback(item: Item, rng: random.Random, config: TaskConfig, *, careful: boo
         visited, at = [], -1
         while (at := at + rng.choices(steps, config.jumps)[0]) < len(item.lines):
             visited.append(at)
-    slip, parts, last = 0, [], 0
+    slip, parts = 0, []
     for index, tally in zip(visited, tallies(item, visited)):
         if not careful and rng.random() < config.slip_share:
             slip += rng.choice((-1, 1))
         tag, feature = item.lines[index]
-        last = tally + slip
-        parts.append(f"{tag} {feature} {last:+d}")
-    return " ".join([*parts, f"{ANCHOR}{score_of(last, rng, config)}"])
+        parts.append(f"{tag} {feature} {tally + slip:+d}")
+    return " ".join(parts)
 
 
 def vocabulary() -> list[str]:
-    """Every word of the task, in a fixed order. Tallies stay within +-(2 lines + slips)."""
-    reach = 2 * 8 + 4
+    """Every word of the task, in a fixed order."""
+    reach = (max(WEIGHTS) + 1) * MAX_LINES  # a weight and a slip in every line
     return [*LABELS, *WORDS, *FEATURES, FLIP, *TAGS, *(f"{i:+d}" for i in range(-reach, reach + 1))]
 
 
@@ -157,18 +164,14 @@ def write_task(output_dir: Path, *, seed: int, sizes: dict[str, int], careful_sh
     items = unique_items(rng, config)
     output_dir.mkdir(parents=True, exist_ok=True)
     for name in ("test", "valid", "train"):
-        rows: list[dict[str, object]] = []
-        for _ in range(sizes[name]):
-            item = next(items)
-            tally = tallies(item, range(len(item.lines)))[-1]
-            rows.append({"prompt": item.prompt, "label": score_of(tally, rng, config)})
-        write_jsonl(output_dir / f"{name}.jsonl", rows)
-    rows = []
-    for _ in range(sizes["sft"]):
-        item = next(items)
-        rows.append(
-            {"prompt": item.prompt, "response": feedback(item, rng, config, careful=rng.random() < careful_share)}
+        drawn = itertools.islice(items, sizes[name])
+        write_jsonl(
+            output_dir / f"{name}.jsonl", [{"prompt": i.prompt, "label": label_of(i, rng, config)} for i in drawn]
         )
+    rows: list[dict[str, object]] = []
+    for item in itertools.islice(items, sizes["sft"]):
+        text = feedback(item, rng, config, careful=rng.random() < careful_share)
+        rows.append({"prompt": item.prompt, "response": f"{text} {ANCHOR}{label_of(item, rng, config)}"})
     write_jsonl(output_dir / "sft.jsonl", rows)
 
 

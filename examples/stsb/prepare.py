@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from feedback import write_feedback
 
 from real_openrlhf.algo.score_scale import DEFAULT_ANCHOR, ScoreScale
@@ -74,7 +73,9 @@ def main(argv: list[str] | None = None) -> None:
     for split, pairs in splits.items():
         rows = [{"prompt": make_prompt(pair), "label": pair.score} for pair in pairs]
         write_jsonl(args.output_dir / f"{split}.jsonl", rows)
-        logger.info("%s: %d pairs (%d read, %d repeated ones dropped)", split, len(rows), len(raw[split]), dropped[split])
+        logger.info(
+            "%s: %d pairs (%d read, %d repeated ones dropped)", split, len(rows), len(raw[split]), dropped[split]
+        )
     rows = warmup_rows(splits["train"], rounding=args.rounding, seed=args.seed)
     write_jsonl(args.output_dir / "sft.jsonl", rows)
     logger.info("sft: %d rows with feedback, labels rounded (%s)", len(rows), args.rounding)
@@ -126,7 +127,9 @@ def read_hub(split: str) -> list[Any]:
     try:
         rows = load_dataset(HUB_ID, name="en", split=split)
     except Exception as error:  # the hub's own kinds, which differ between versions
-        raise DataError(f"{HUB_ID} cannot be had from the hub ({type(error).__name__}: {error}); use --data_dir") from error
+        raise DataError(
+            f"{HUB_ID} cannot be had from the hub ({type(error).__name__}: {error}); use --data_dir"
+        ) from error
     return [
         {
             "instruction": row["sentence1"],
@@ -182,8 +185,8 @@ def warmup_rows(pairs: Sequence[Pair], *, rounding: str, seed: int) -> list[dict
     rows = []
     for pair in pairs:
         rng = random.Random(f"{seed}|{pair.first}|{pair.second}")
-        value = ROUNDINGS[rounding](pair.score, rng)
-        response = f"{write_feedback(pair.first, pair.second, rng)} {DEFAULT_ANCHOR}{value}"
+        feedback = write_feedback(pair.first, pair.second, rng)  # before the label is looked at
+        response = f"{feedback} {DEFAULT_ANCHOR}{ROUNDINGS[rounding](pair.score, rng)}"
         rows.append({"prompt": make_prompt(pair), "response": response})
     return rows
 

@@ -47,6 +47,10 @@ class EvaluatorActor:
     def evaluate(self, version: int) -> EvalReport:
         """Judge every prompt; results are stamped with the weight version that was asked for."""
         groups = self.generator.generate(self.spec.prompts, self.spec.sampling)
+        if [group.row for group in groups] != [prompt.row for prompt in self.spec.prompts]:
+            raise RuntimeError(
+                f"{len(self.spec.prompts)} prompts were sent, {len(groups)} groups came back, or in another order"
+            )
         stale = {group.weight_version for group in groups} - {version}
         if stale:
             raise RuntimeError(f"evaluation of weight version {version} was answered with versions {sorted(stale)}")

@@ -14,6 +14,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from real_openrlhf.actors.device import Device
 from real_openrlhf.algo.batch import RealBatch
+from real_openrlhf.algo.dtypes import upcast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +73,8 @@ class PolicyModel(Actor):
 def outputs_from_logits(
     logits: Tensor, batch: RealBatch, *, temperature: float, entropy_grad: bool = False
 ) -> PolicyOutputs:
-    """[N, T, V] logits of the response columns -> PolicyOutputs, in fp32 at the temperature."""
-    scaled = logits.float()
+    """[N, T, V] logits of the response columns -> PolicyOutputs, in fp32 (or wider) at the temperature."""
+    scaled = upcast(logits)
     if temperature != 1.0:
         scaled = scaled / temperature
     normaliser = scaled.logsumexp(-1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,15 @@ from real_openrlhf.actors.policy_strategy import PolicyStrategy
 from real_openrlhf.algo.batch import RealBatch, Row, collate, denominators_of, rows_of
 from real_openrlhf.algo.loss import LossOptions, policy_loss
 from real_openrlhf.algo.types import Denominators, LossInputs, TrainGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """One optimizer step, over all ranks: sums over its rollouts and tokens, and what has one value per update."""
+
+    sums: dict[str, float]
+    denominators: Denominators
+    values: dict[str, float]
 
 
 class RealTrainer(ActorPPOTrainer):
@@ -67,7 +77,7 @@ class RealTrainer(ActorPPOTrainer):
             for update in self._updates(rows, per_update, epoch)
         ]
         self.n_calls += 1
-        return _mean_of(updates)
+        return _metrics(updates, kl=self.options.kl_coef > 0)
 
     def _updates(self, rows: Sequence[Row], per_update: int, epoch: int) -> Iterator[list[Row]]:
         """The rows of each optimizer step. One update takes them all; several are drawn anew per epoch.
@@ -82,7 +92,7 @@ class RealTrainer(ActorPPOTrainer):
         for start in range(0, len(rows), per_update):
             yield [rows[i] for i in order[start : start + per_update]]
 
-    def _update(self, rows: list[Row], *, with_norms: bool) -> dict[str, float]:
+    def _update(self, rows: list[Row], *, with_norms: bool) -> Update:
         denominators = self._global(denominators_of(rows, trains_score_token=self.trains_score_token))
         # Neighbours in length share a micro-batch: less padding; the loss does not depend on it.
         rows = sorted(rows, key=lambda r: r.group.group.prompt_ids.numel() + r.rollout.token_ids.numel())
@@ -96,14 +106,20 @@ class RealTrainer(ActorPPOTrainer):
             largest = max(largest, part.pop("logprob_difference_max", 0.0))
             for name, value in part.items():
                 sums[name] = sums.get(name, 0.0) + value
+        # Before the step: the schedule moves on with it.
+        lr = float(self.actor_scheduler.get_last_lr()[0])
         self.strategy.optimizer_step(self.actor_optim, self.actor, self.actor_scheduler, name="actor")
         self.n_updates += 1
         sums = self.strategy.sum_over_ranks(sums)
-        metrics = _metrics(sums, denominators, kl=self.options.kl_coef > 0)
-        metrics["rollout_gap/logprob_max"] = self.strategy.max_over_ranks(largest)
-        metrics["policy/grad_norm"] = self.strategy.get_grad_norm(self.actor)
-        metrics["policy/lr"] = float(self.actor_scheduler.get_last_lr()[0])
-        return metrics
+        values = {name: value for name, value in sums.items() if name.startswith("loss/")}
+        values["loss/total"] = sum(values.values())
+        for name, value in sums.items():
+            if name.startswith("square/"):
+                values[f"logit_grad_norm/{name.removeprefix('square/')}"] = math.sqrt(value)
+        values["rollout_gap/logprob_max"] = self.strategy.max_over_ranks(largest)
+        values["policy/grad_norm"] = self.strategy.get_grad_norm(self.actor)
+        values["policy/lr"] = lr
+        return Update(sums=sums, denominators=denominators, values=values)
 
     def training_step(  # type: ignore[override]
         self, batch: RealBatch, denominators: Denominators, *, with_norms: bool = False
@@ -172,32 +188,30 @@ def loss_inputs(
     )
 
 
-def _metrics(sums: dict[str, float], denominators: Denominators, *, kl: bool) -> dict[str, float]:
-    """Sums over micro-batches and ranks -> means of one update."""
-    tokens = max(denominators.response_tokens, 1.0)
-    readable = max(sums["readable"], 1.0)
-    metrics = {name: value for name, value in sums.items() if name.startswith("loss/")}
-    metrics["loss/total"] = sum(metrics.values())
-    for name, value in sums.items():
-        if name.startswith("square/"):
-            metrics[f"logit_grad_norm/{name.removeprefix('square/')}"] = math.sqrt(value)
-    metrics["policy/expected_score"] = sums["expected_score"] / readable
-    metrics["policy/abs_error"] = sums["expected_error"] / readable
-    metrics["policy/mass"] = sums["mass"] / readable
-    metrics["policy/clipped_share"] = sums["clipped"] / max(denominators.action_tokens, 1.0)
-    metrics["rollout_gap/logprob_mean"] = sums["logprob_difference"] / tokens
-    metrics["rollout_gap/kl"] = sums["rollout_kl"] / tokens
-    if "entropy" in sums:
-        metrics["policy/entropy"] = sums["entropy"] / tokens
+def _metrics(updates: Sequence[Update], *, kl: bool) -> dict[str, float]:
+    """Metrics of a batch: means over all rollouts or tokens of all updates, never means of means.
+
+    What has one value per update (loss terms, norms) is averaged over the updates. The gap to the
+    rollouts is that of the first, on-policy update, the learning rate that of the last.
+    """
+    first = updates[0]
+    metrics = {name: sum(u.values[name] for u in updates) / len(updates) for name in first.values}
+    total = {name: sum(u.sums[name] for u in updates) for name in first.sums}
+    actions = max(sum(u.denominators.action_tokens for u in updates), 1.0)
+    tokens = max(sum(u.denominators.response_tokens for u in updates), 1.0)
+    readable = max(total["readable"], 1.0)
+    metrics["policy/expected_score"] = total["expected_score"] / readable
+    metrics["policy/abs_error"] = total["expected_error"] / readable
+    metrics["policy/mass"] = total["mass"] / readable
+    metrics["policy/clipped_share"] = total["clipped"] / actions
+    if "entropy" in total:
+        metrics["policy/entropy"] = total["entropy"] / tokens
     if kl:
-        metrics["policy/kl"] = sums["kl"] / tokens
+        metrics["policy/kl"] = total["kl"] / tokens
+    first_tokens = max(first.denominators.response_tokens, 1.0)
+    metrics["rollout_gap/logprob_mean"] = first.sums["logprob_difference"] / first_tokens
+    metrics["rollout_gap/kl"] = first.sums["rollout_kl"] / first_tokens
+    metrics["rollout_gap/logprob_max"] = first.values["rollout_gap/logprob_max"]
+    metrics["policy/lr"] = updates[-1].values["policy/lr"]
+    metrics["policy/updates"] = float(len(updates))
     return metrics
-
-
-def _mean_of(updates: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Mean over the updates of a batch; the gap to the rollouts is that of the first, on-policy one."""
-    mean = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
-    mean.update({name: value for name, value in updates[0].items() if name.startswith("rollout_gap/")})
-    mean["policy/lr"] = updates[-1]["policy/lr"]
-    mean["policy/updates"] = float(len(updates))
-    return mean

@@ -11,10 +11,11 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from real_openrlhf.actors.device import Device
+from real_openrlhf.actors.engine_handles import EngineHandles, generate_on
+from real_openrlhf.actors.engine_spec import EngineSpec
 from real_openrlhf.actors.evaluator import EvaluatorActor, EvaluatorSpec
 from real_openrlhf.actors.policy_actor import PolicySpec, RealPolicyActor
 from real_openrlhf.actors.protocols import EvalReport, Sampling, SyncReport
-from real_openrlhf.actors.engine_spec import EngineSpec
 from real_openrlhf.actors.rollout_engine import RolloutEngine
 from real_openrlhf.actors.weight_sync import check_agreement, timed
 from real_openrlhf.actors.weight_transfer import to_wire
@@ -70,24 +71,13 @@ class RayRolloutGroup:
         ray.get([engine.shutdown.remote() for engine in self.engines])
 
 
-def generate_on(engines: Sequence[Any], prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-    """Prompts over engine handles in contiguous shares of equal size (to one), results in order."""
-    bounds = [round(i * len(prompts) / len(engines)) for i in range(len(engines) + 1)]
-    refs = [
-        engine.generate.remote(list(prompts[a:b]), sampling)
-        for engine, a, b in zip(engines, bounds, bounds[1:])
-        if a < b
-    ]
-    return [group for share in ray.get(refs) for group in share]
-
-
 class RayPolicyGroup:
     """The policy's ranks as one."""
 
     def __init__(
         self, spec: PolicySpec, *, n_ranks: int, group: PlacementGroup, device: Device, env: dict[str, str]
     ) -> None:
-        env = {**env, **device.trainer_env(n_ranks)}
+        env = {**env, **device.trainer_env(spec.ranks_per_node)}
 
         def start(rank: int, address: str | None, port: int | None) -> Any:
             return _remote(RealPolicyActor, group, rank, 1, device, env).remote(n_ranks, rank, address, port)
@@ -216,13 +206,3 @@ class RayEvaluator:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         ray.get(self.actor.load_state_dict.remote(state))
-
-
-class EngineHandles:
-    """Engine handles as a generator of groups, to be given to another actor."""
-
-    def __init__(self, engines: Sequence[Any]) -> None:
-        self.engines = list(engines)
-
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        return generate_on(self.engines, prompts, sampling)

@@ -33,7 +33,7 @@ T = TypeVar("T")
 # The plain class: RolloutRayActor itself is already wrapped by ray.remote.
 _Base: Any = RolloutRayActor.__ray_metadata__.modified_class.__ray_actor_class__
 
-_SHUTDOWN_S = 20.0
+_SHUTDOWN_S = 8.0
 _EXTENSION = "real_openrlhf.actors.worker_extension.SyncWorkerExtension"
 
 
@@ -248,7 +248,8 @@ class RolloutEngine(_Base):
 
     async def shutdown(self) -> None:
         """End the engine's processes; killed when they do not go within the grace period."""
-        await asyncio.to_thread(self.llm.shutdown, timeout=_SHUTDOWN_S)
+        # Blocks the event loop on purpose: vLLM's output task would report the end as a crash.
+        self.llm.shutdown(timeout=_SHUTDOWN_S)
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> tuple[Any, frozenset[int]]:

@@ -30,18 +30,22 @@ def timed() -> Iterator[Timed]:
 def check_agreement(
     policy: Sequence[Tensor], engines: Sequence[Sequence[Tensor]], version: int, max_mean_difference: float
 ) -> tuple[float, float, int]:
-    """Mean and largest absolute log-prob difference over all tokens and engines, and the token count.
+    """How far engines and policy lie apart: (mean, largest, tokens).
 
-    policy: one [L - 1] tensor per probe; engines: the same per engine. Parameter checksums would
-    prove nothing: an engine may keep a packed copy of a weight. Raises StaleWeights when the mean
-    of any engine exceeds max_mean_difference.
+    mean is the worst engine's mean absolute log-prob difference, largest that of any token of any
+    engine, tokens their number over all engines. policy: one [L - 1] tensor per probe; engines: the
+    same per engine. Parameter checksums would prove nothing: an engine may keep a packed copy of a
+    weight. Raises StaleWeights when an engine's mean exceeds max_mean_difference or is not a number.
     """
     means, largest, n_tokens = [], 0.0, 0
     mine = torch.cat([p.double() for p in policy])
+    if not mine.numel():
+        raise StaleWeights("the probes hold no log-prob: --sync.check_tokens must be at least 2, prompts too")
     for index, theirs in enumerate(engines):
+        lengths, wanted = [t.numel() for t in theirs], [p.numel() for p in policy]
+        if lengths != wanted:
+            raise StaleWeights(f"engine {index} returned {lengths} log-probs for probes of {wanted} tokens")
         other = torch.cat([t.double() for t in theirs])
-        if other.shape != mine.shape:
-            raise StaleWeights(f"engine {index} returned {other.numel()} log-probs for {mine.numel()} probe tokens")
         difference = (mine - other).abs()
         mean = float(difference.mean())
         # not (a <= b): a NaN must fail too.

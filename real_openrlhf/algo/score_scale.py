@@ -176,12 +176,11 @@ def _bind_anchor(scale: ScoreScale, tokenizer: Tokenizer, anchor: str) -> BoundA
     if not anchor.strip():
         raise ScaleError(f"the answer anchor {anchor!r} is blank")
     encoded = [tokenizer.encode(anchor + label, add_special_tokens=False) for label in scale.labels]
-    shared = 0
-    while all(len(ids) > shared + 1 for ids in encoded) and len({ids[shared] for ids in encoded}) == 1:
-        # Labels that begin alike ("10", "11") must not lend their first token to the anchor.
-        if len(decode(tokenizer, encoded[0][: shared + 1])) > len(anchor):
-            break
-        shared += 1
+    common = 0
+    while all(len(ids) > common + 1 for ids in encoded) and len({ids[common] for ids in encoded}) == 1:
+        common += 1
+    # Labels that begin alike ("10", "11") share tokens that are not the anchor's.
+    shared = next((n for n in range(common, 0, -1) if _reads(decode(tokenizer, encoded[0][:n]), anchor)), common)
     tails = [tuple(ids[shared:]) for ids in encoded]
     if any(len(tail) != 1 for tail in tails) or len({tail[0] for tail in tails}) != len(tails):
         shown = ", ".join(
@@ -194,7 +193,7 @@ def _bind_anchor(scale: ScoreScale, tokenizer: Tokenizer, anchor: str) -> BoundA
             "supported yet."
         )
     prefix = decode(tokenizer, encoded[0][:shared])
-    if prefix.rstrip() != anchor.rstrip() or not anchor.startswith(prefix):
+    if not _reads(prefix, anchor):
         raise ScaleError(
             f"the tokens of the anchor {anchor!r} read {prefix!r} once a label follows; choose an anchor that this "
             "tokenizer keeps (no leading space, plain characters)"
@@ -207,3 +206,8 @@ def _bind_anchor(scale: ScoreScale, tokenizer: Tokenizer, anchor: str) -> BoundA
                 f"{written!r}: the tokenizer does not know the label; choose other labels"
             )
     return BoundAnchor(text=anchor, prefix=prefix, token_ids=tuple(tail[0] for tail in tails))
+
+
+def _reads(prefix: str, anchor: str) -> bool:
+    """The prefix is the anchor, but perhaps for space at its end."""
+    return prefix.rstrip() == anchor.rstrip() and anchor.startswith(prefix)

@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import Group
 from real_openrlhf.data.prompt import Prompt
+from real_openrlhf.data.stream import StreamExhausted
 
 Keep = Literal["partial", "some_right", "some_wrong", "all"]
 
@@ -78,7 +79,8 @@ def collect(
     With refill, prompts are drawn until batch_size groups are kept; groups beyond that lose their
     rollouts, and their prompts go back to the source, to be sampled again by newer weights.
     Without it, what is kept of one wave is the batch, cut to a multiple of `multiple_of` (ranks).
-    Raises CannotFill when max_refills waves were not enough, or nothing was kept.
+    Raises CannotFill when max_refills waves were not enough, or nothing was kept. When the source
+    cannot serve a wave, every prompt of the step goes back before StreamExhausted is passed on.
     """
     prompts_of: dict[int, Prompt] = {}
     kept: list[Group] = []
@@ -86,8 +88,14 @@ def collect(
     waves = 0
     wanted = batch_size
     while True:
-        prompts = source.take(wanted)
+        try:
+            prompts = source.take(wanted)
+        except StreamExhausted:
+            source.put_back([prompts_of[id(group)] for group in sampled])
+            raise
         groups = generate(prompts)
+        if [group.row for group in groups] != [prompt.row for prompt in prompts]:
+            raise RuntimeError(f"{len(prompts)} prompts were sent, {len(groups)} groups came back, or in another order")
         waves += 1
         for prompt, group in zip(prompts, groups):
             prompts_of[id(group)] = prompt

@@ -20,9 +20,19 @@ class ScoresNotThere(RuntimeError):
 
 
 def check_first_rollouts(
-    groups: Sequence[Group], scale: ScoreScale, *, min_mass: float, min_readable: float, top_p: float, shown: int = 5
+    groups: Sequence[Group],
+    scale: ScoreScale,
+    *,
+    min_mass: float,
+    min_readable: float,
+    top_p: float,
+    renormalise: bool = False,
+    shown: int = 5,
 ) -> str:
-    """A few lines to show; raises ScoresNotThere below either threshold."""
+    """A few lines to show; raises ScoresNotThere below either threshold.
+
+    Without a readable rollout there is no mass to judge: min_readable 0 lets such a run go on.
+    """
     rollouts = [(group, rollout) for group in groups for rollout in group.rollouts]
     readable = [(g, r) for g, r in rollouts if r.reading.readable]
     share = len(readable) / len(rollouts)
@@ -35,9 +45,11 @@ def check_first_rollouts(
             "Let the prompt ask for the anchor sentence, set --real.anchor to what the model writes, give more room "
             "(--rollout.max_new_tokens), or warm the model up on a few judgements first (real_openrlhf.train_warmup)."
         )
+    if not readable:
+        return f"first rollouts: none of {len(rollouts)} is readable, reasons {counted}"
     logprobs = torch.stack([r.score_rows.label_logprobs(r.score_logprobs)[0] for _, r in readable]).double()
     mass = logprobs.exp().sum(-1)
-    expected = expected_score(logprobs, scale.tensor())
+    expected = expected_score(logprobs, scale.tensor(), renormalise=renormalise)
     lines = [
         f"first rollouts: {share:.0%} readable, mean mass on the scale {float(mass.mean()):.3f}, reasons {counted}"
     ]

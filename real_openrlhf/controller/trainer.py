@@ -20,7 +20,7 @@ from real_openrlhf.actors.protocols import Evaluator, PolicyGroup, RolloutGroup,
 from real_openrlhf.algo.objectives import Objective
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import Group, TrainGroup, group_scores
-from real_openrlhf.controller.dynamic_sampling import Collected, Keep, PromptSource, collect
+from real_openrlhf.controller.dynamic_sampling import CannotFill, Collected, Keep, PromptSource, collect
 from real_openrlhf.controller.first_look import check_first_rollouts
 from real_openrlhf.controller.progress import PhaseTimer
 from real_openrlhf.controller.rollout_stats import judgement_samples, rollout_metrics
@@ -111,13 +111,23 @@ class Controller:
         self._evaluated_at = -1
 
     def fit(self) -> dict[str, float | None]:
-        """The whole run; returns the metrics of the last evaluation."""
-        self._sync()
+        """The whole run; returns the metrics of the last evaluation.
+
+        The end of the prompts ends training, unless it comes before a single step: CannotFill.
+        """
+        synced = self._sync()
+        self.log.log(self.step_number, "sync", {**synced, **self.timer.pop()})
         self._evaluate()
         while self.step_number < self.settings.total_steps:
             try:
                 self.step()
-            except StreamExhausted:
+            except StreamExhausted as error:
+                if self.step_number == 0:
+                    raise CannotFill(
+                        f"dynamic sampling used up all prompts before the first batch was full: {error}. Train on "
+                        "more groups (--real.keep_groups), do without refill (--no-real.refill), or lower "
+                        "--rollout.batch_size."
+                    ) from error
                 logger.info("the prompts of all episodes are used up after %d steps", self.step_number)
                 break
         self._evaluate()
@@ -133,8 +143,6 @@ class Controller:
         with self.timer.phase("advantages"):
             groups = [self._train_group(group) for group in collected.kept]
             stats = rollout_metrics(collected.sampled, groups, self.scale, renormalise=self.settings.renormalise)
-        if self.step_number == 0:
-            self._first_look(collected)
         # 3. Policy updates.
         with self.timer.phase("train"):
             trained = self.policy.train(groups)
@@ -170,6 +178,9 @@ class Controller:
             stale = {group.weight_version for group in groups} - {self.step_number}
             if stale:
                 raise RuntimeError(f"rollouts of step {self.step_number} come from weight versions {sorted(stale)}")
+            if self.step_number == 0 and wave == 1:
+                # Before the filter: a judge that writes no score at all would only ever be told that no group is kept.
+                self._first_look(groups)
             return groups
 
         return collect(
@@ -188,13 +199,14 @@ class Controller:
         coefficients = self.objective(group_scores(group, self.scale.tensor(), target))
         return TrainGroup(group=group, target=target, coefficients=coefficients)
 
-    def _first_look(self, collected: Collected) -> None:
+    def _first_look(self, groups: Sequence[Group]) -> None:
         report = check_first_rollouts(
-            collected.sampled,
+            groups,
             self.scale,
             min_mass=self.settings.min_mass,
             min_readable=self.settings.min_readable,
             top_p=self.settings.sampling.top_p,
+            renormalise=self.settings.renormalise,
         )
         logger.info("%s", report)
 
@@ -234,9 +246,9 @@ class Controller:
         generated = sum(r.token_ids.numel() for g in collected.sampled for r in g.rollouts)
         trained = sum(g.prompt_ids.numel() + r.token_ids.numel() for g in collected.kept for r in g.rollouts)
         speed = dict(seconds)
-        speed["tokens_per_second"] = generated / max(sum(seconds.values()), 1e-9)
-        speed["tokens_per_second/generate"] = generated / max(seconds["seconds/generate"], 1e-9)
-        speed["tokens_per_second/train"] = trained / max(seconds["seconds/train"], 1e-9)
+        speed["speed/tokens_per_second"] = generated / max(sum(seconds.values()), 1e-9)
+        speed["speed/generated_tokens_per_second"] = generated / max(seconds["seconds/generate"], 1e-9)
+        speed["speed/trained_tokens_per_second"] = trained / max(seconds["seconds/train"], 1e-9)
         return speed
 
     def _log_step(self, metrics: dict[str, Any], collected: Collected, groups: Sequence[TrainGroup]) -> None:
@@ -264,9 +276,15 @@ class Controller:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step_number": self.step_number, "dead_steps": self.dead_steps, "last_eval": self.last_eval}
+        return {
+            "step_number": self.step_number,
+            "dead_steps": self.dead_steps,
+            "last_eval": dict(self.last_eval),
+            "evaluated_at": self._evaluated_at,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step_number = state["step_number"]
         self.dead_steps = state["dead_steps"]
-        self.last_eval = state["last_eval"]
+        self.last_eval = dict(state["last_eval"])
+        self._evaluated_at = state["evaluated_at"]

@@ -87,7 +87,15 @@ class PromptStream:
 
     def put_back(self, prompts: Sequence[Prompt]) -> None:
         """Prompts of this stream that were taken but not used: they come first at the next `take`."""
-        self._returned += [self._index_of[prompt.row] for prompt in prompts]
+        indices = []
+        for prompt in prompts:
+            index = self._index_of.get(prompt.row)
+            if index is None or self._prompts[index].token_ids != prompt.token_ids:
+                raise ValueError(
+                    f"a prompt of row {prompt.row} does not come from this stream and cannot go back to it"
+                )
+            indices.append(index)
+        self._returned += indices
 
     def state_dict(self) -> dict[str, Any]:
         """Plain ints and strings."""
@@ -118,12 +126,16 @@ class PromptStream:
         epoch, position = int(state["epoch"]), int(state["position"])
         if epoch < 0 or not 0 <= position < len(self._prompts):
             raise DataError(f"the checkpoint stands at epoch {epoch}, prompt {position} of {len(self._prompts)}")
+        returned = [int(i) for i in state["returned"]]
+        wrong = [i for i in returned if not 0 <= i < len(self._prompts)]
+        if wrong:
+            raise DataError(f"the checkpoint holds back prompt {wrong[0]} of {len(self._prompts)}")
         order = self._epoch_order(epoch)
         if self._order_hash(order) != state["order_sha256"]:
             # NumPy does not promise the same permutation in every release.
             raise DataError("this numpy shuffles otherwise than the one the checkpoint was made with; use that version")
         self._epoch, self._position, self._order = epoch, position, order
-        self._returned = [int(i) for i in state["returned"]]
+        self._returned = returned
 
     def _epoch_order(self, epoch: int) -> list[int]:
         if not self._shuffle:

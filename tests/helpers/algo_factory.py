@@ -18,27 +18,26 @@ from real_openrlhf.algo.types import Coefficients, Group, LossInputs, Rollout, S
 class PieceTokenizer:
     """Encodes by the longest matching piece, decodes by concatenation of bytes (as byte-level BPE does).
 
-    Pieces are strings or bytes. An unknown byte becomes `unk` when that is given, an error otherwise.
+    Pieces are strings or bytes; bytes without a piece are an error. cleans_up: the default of decode.
     `n_decodes` counts calls, `n_decoded` the tokens in them.
     """
 
-    def __init__(self, pieces: Sequence[str | bytes], *, unk: str | None = None, cleans_up: bool = False) -> None:
+    def __init__(self, pieces: Sequence[str | bytes], *, cleans_up: bool = False) -> None:
         self.pieces = [p if isinstance(p, bytes) else p.encode() for p in pieces]
         self.ids = {p: i for i, p in enumerate(self.pieces)}
-        self.unk = None if unk is None else self.ids[unk.encode()]
         self.cleans_up = cleans_up
         self.n_decodes = 0
         self.n_decoded = 0
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         assert not add_special_tokens
-        data, out = text.encode(), []
+        data = text.encode()
+        out: list[int] = []
         while data:
             best = max((p for p in self.pieces if p and data.startswith(p)), key=len, default=None)
-            if best is None and self.unk is None:
-                raise AssertionError(f"no piece for {data!r}")
-            out.append(self.unk if best is None else self.ids[best])
-            data = data[1 if best is None else len(best) :]
+            assert best is not None, f"no piece for {data!r}"
+            out.append(self.ids[best])
+            data = data[len(best) :]
         return out
 
     def decode(self, token_ids: Sequence[int], **kwargs: bool) -> str:
@@ -63,6 +62,12 @@ class WordTokenizer:
 
     def decode(self, token_ids: Sequence[int], **kwargs: bool) -> str:
         return " ".join(self.words[i] for i in token_ids)
+
+
+def grad_of(tensor: Tensor) -> Tensor:
+    """The gradient of a leaf, which must have one."""
+    assert tensor.grad is not None
+    return tensor.grad
 
 
 ANCHOR = "So the overall score is "
@@ -126,7 +131,9 @@ def make_group(prompt: Sequence[int], rollouts: Sequence[Rollout], *, label: flo
 def make_train_group(group: Group, scale: ScoreScale, **coefficients: Sequence[float]) -> TrainGroup:
     """Coefficients not named are 0."""
     names = ("cot", "score", "squared_error", "likelihood", "rewards", "advantages")
-    values = {n: torch.tensor(list(coefficients.get(n, [0.0] * len(group))), dtype=torch.float64) for n in names}
+    values: dict[str, Any] = {
+        n: torch.tensor(list(coefficients.get(n, [0.0] * len(group))), dtype=torch.float64) for n in names
+    }
     return TrainGroup(
         group=group, target=scale.target(group.label), coefficients=Coefficients(**values, zero_variance=False)
     )

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -101,3 +103,14 @@ def test_a_group_that_is_not_complete():
         SyncGroup.create("127.0.0.1", free_port(), 2, 2, "gloo", 0.5)
     with pytest.raises(ValueError, match="backend"):
         SyncGroup.create("127.0.0.1", free_port(), 0, 2, "mpi", 0.5)
+
+
+def test_imports_nothing_heavy():
+    """Both sides of a sync and the driver import these modules; vLLM's workers do so before they load the model."""
+    names = ("weight_transfer", "device", "engine_spec")
+    code = "".join(f"import real_openrlhf.actors.{name}\n" for name in names)
+    code += (
+        "import sys; print([m for m in ('vllm', 'ray', 'openrlhf', 'deepspeed', 'transformers') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

@@ -173,9 +173,8 @@ def loss_of(
     """The loss of these responses [N] under coefficients [N], divided by K; masks as the trainer gets them."""
     n, target = len(world.rollouts), world.scale.target(world.label)
     nothing = torch.zeros(n, dtype=torch.float64)
-    unused = Coefficients(
-        **dict.fromkeys(coefficients, nothing), rewards=nothing, advantages=nothing, zero_variance=False
-    )
+    zeros: dict[str, Any] = dict.fromkeys((*NAMES, "rewards", "advantages"), nothing)
+    unused = Coefficients(**zeros, zero_variance=False)
     group = Group(prompt_ids=torch.tensor([WORD]), label=0.0, rollouts=tuple(world.rollouts), row=0, weight_version=0)
     carrier = TrainGroup(group=group, target=target, coefficients=unused)
     batch = collate([Row(group=carrier, index=i) for i in range(n)], pad_id=EOS)

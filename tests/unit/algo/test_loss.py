@@ -12,8 +12,8 @@ from torch import Tensor
 from real_openrlhf.algo.batch import collate, denominators_of, rows_of
 from real_openrlhf.algo.loss import LossOptions, policy_loss
 from real_openrlhf.algo.score_scale import ScoreScale
-from real_openrlhf.algo.types import Denominators, LossInputs
-from tests.helpers.algo_factory import TinyPolicy, inputs_of, make_inputs, random_groups
+from real_openrlhf.algo.types import Denominators, LossInputs, LossOutputs
+from tests.helpers.algo_factory import TinyPolicy, grad_of, inputs_of, make_inputs, random_groups
 
 SCALE = ScoreScale.parse("1-3")
 HALF = math.log(0.5)
@@ -31,7 +31,9 @@ def denominators(rollouts: float = 1, actions: float = 1, responses: float = 1) 
     return Denominators(rollouts=rollouts, action_tokens=actions, response_tokens=responses)
 
 
-def run(inputs: LossInputs, counts: Denominators | None = None, *, loss_scale: float = 1.0, **options: Any):
+def run(
+    inputs: LossInputs, counts: Denominators | None = None, *, loss_scale: float = 1.0, **options: Any
+) -> LossOutputs:
     return policy_loss(
         inputs, options=LossOptions(**options), denominators=counts or denominators(), loss_scale=loss_scale
     )
@@ -91,7 +93,7 @@ class TestByHand:
     def test_gradient_of_term_1(self) -> None:
         inputs = example()
         run(inputs, denominators(rollouts=2)).loss.backward()
-        assert inputs.token_logprobs.grad.tolist() == [[-0.25, -0.25, -1.0], [0.5, 0.5, 0.5]]
+        assert grad_of(inputs.token_logprobs).tolist() == [[-0.25, -0.25, -1.0], [0.5, 0.5, 0.5]]
 
     def test_kl_and_entropy(self) -> None:
         ref = vector(-1.5, -2.0, -0.5, -0.1, 0.9, -0.3).view(2, 3)
@@ -109,6 +111,14 @@ class TestByHand:
         assert k1 == pytest.approx((0.5 - 1.1) / 4)
         k2 = run(inputs, counts, kl_coef=1.0, kl_estimator="k2").terms["kl"].item()
         assert k2 == pytest.approx((0.125 + 0.605) / 4)
+
+    def test_kl_is_importance_weighted_only_off_policy(self) -> None:
+        rollout = vector(-1.5, -2.0, -0.5, -0.1, -0.2, -0.3).view(2, 3)
+        for ratio, weight in (("on_policy", 1.0), ("clip", math.exp(0.5)), ("none", math.exp(0.5))):
+            inputs = example(cot=vector(0, 0), score=vector(0, 0), ref_logprobs=rollout - 0.5, rollout_logprobs=rollout)
+            run(inputs, kl_coef=0.1, ratio=ratio).loss.backward()
+            expected = [0.1 * 1.0 * weight, *[0.1 * 0.5] * 5]
+            assert grad_of(inputs.token_logprobs).flatten().tolist() == pytest.approx(expected)
 
     def test_entropy_is_logged_without_a_bonus(self) -> None:
         out = run(example(entropy=torch.ones(2, 3)))
@@ -143,7 +153,7 @@ class TestClippedRatio:
             gradient.append(-free if free <= bounded else 0.0)
             clipped += bounded < free
         assert out.loss.item() == pytest.approx(value)
-        assert new.grad[0].tolist() == pytest.approx([*gradient, 0.0])
+        assert grad_of(new)[0].tolist() == pytest.approx([*gradient, 0.0])
         assert out.sums["clipped"] == clipped == 2
 
     def test_score_token_is_clipped_by_its_own_ratio(self) -> None:
@@ -157,7 +167,7 @@ class TestClippedRatio:
             inputs = example()
             inputs = dataclasses.replace(inputs, rollout_logprobs=inputs.token_logprobs.detach())
             run(inputs, ratio=ratio).loss.backward()
-            gradients.append(inputs.token_logprobs.grad)
+            gradients.append(grad_of(inputs.token_logprobs))
         assert torch.allclose(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
 
     def test_far_off_policy_stays_finite(self) -> None:
@@ -169,7 +179,7 @@ class TestClippedRatio:
         )
         out = run(inputs, ratio="clip")
         out.loss.backward()
-        assert torch.isfinite(out.loss) and torch.isfinite(inputs.token_logprobs.grad).all()
+        assert torch.isfinite(out.loss) and torch.isfinite(grad_of(inputs.token_logprobs)).all()
 
 
 class TestTruncatedImportanceSampling:
@@ -198,7 +208,7 @@ class TestTruncatedImportanceSampling:
         run(inputs, tis_cap=2.0).loss.backward()
         # Only the log-prob itself has a gradient: weights times coefficients, and nothing from Term 2.
         expected = [-0.5 * 2.0, -0.5 * math.exp(-0.5), -2.0 * 2.0, 1.0, 1.0, 1.0]
-        assert inputs.token_logprobs.grad.flatten().tolist() == pytest.approx(expected)
+        assert grad_of(inputs.token_logprobs).flatten().tolist() == pytest.approx(expected)
 
     def test_not_on_top_of_the_clipped_ratio(self) -> None:
         with_cap, without = run(self.inputs(), ratio="clip", tis_cap=2.0), run(self.inputs(), ratio="clip")
@@ -215,8 +225,9 @@ class TestTruncatedImportanceSampling:
 def slow_loss(x: LossInputs, o: LossOptions, d: Denominators) -> float:
     """The same loss, one float at a time."""
 
-    def at(t: Tensor, *i: int) -> float:
-        return float(t[i])
+    def at(t: Tensor | None, *i: int) -> float:
+        assert t is not None
+        return t[i].item()
 
     term_1 = term_2 = kl = entropy = 0.0
     for n in range(x.token_logprobs.shape[0]):
@@ -235,7 +246,7 @@ def slow_loss(x: LossInputs, o: LossOptions, d: Denominators) -> float:
             gap = lp - at(x.ref_logprobs, n, t)
             estimate = {"k1": gap, "k2": gap**2 / 2, "k3": math.exp(-gap) - 1 + gap}[o.kl_estimator]
             kl += max(-10.0, min(10.0, estimate))
-            entropy += at(x.entropy.detach(), n, t)
+            entropy += at(x.entropy, n, t)
         if x.readable[n]:
             p = [math.exp(float(v)) for v in x.label_logprobs[n].detach()]
             p = [v / sum(p) for v in p] if o.renormalise else p
@@ -249,14 +260,18 @@ def slow_loss(x: LossInputs, o: LossOptions, d: Denominators) -> float:
     return -term_1 / actions + term_2 / d.rollouts + (o.kl_coef * kl - o.entropy_coef * entropy) / responses
 
 
+CHOICES: tuple[list[Any], ...] = (
+    ["token_sum", "token_mean"],
+    ["on_policy", "clip", "none"],
+    [None, 1.3],
+    ["k1", "k2", "k3"],
+)
 EVERY_OPTION = [
     LossOptions(
         aggregation=aggregation, ratio=ratio, tis_cap=cap, kl_coef=0.2, kl_estimator=estimator, entropy_coef=0.05,
         renormalise=estimator == "k2",
     )
-    for aggregation, ratio, cap, estimator in itertools.product(
-        ("token_sum", "token_mean"), ("on_policy", "clip", "none"), (None, 1.3), ("k1", "k2", "k3")
-    )
+    for aggregation, ratio, cap, estimator in itertools.product(*CHOICES)
 ]  # fmt: skip
 
 
@@ -272,7 +287,7 @@ def test_against_one_float_at_a_time(seed: int) -> None:
 
 
 def gradients(policy: torch.nn.Module) -> list[Tensor]:
-    return [p.grad.clone() for p in policy.parameters()]
+    return [grad_of(p).clone() for p in policy.parameters()]
 
 
 @pytest.mark.parametrize("options", EVERY_OPTION[::7], ids=lambda o: f"{o.aggregation}-{o.ratio}-{o.tis_cap}")
@@ -305,7 +320,8 @@ def shifted(inputs: LossInputs, left: int, right: int, fill: float) -> LossInput
         return None if tensor is None else torch.nn.functional.pad(tensor, (left, right), value=value)
 
     names = ("token_logprobs", "cot_mask", "score_mask", "response_mask", "rollout_logprobs", "ref_logprobs", "entropy")
-    return dataclasses.replace(inputs, **{name: pad(getattr(inputs, name)) for name in names})
+    padded: dict[str, Any] = {name: pad(getattr(inputs, name)) for name in names}
+    return dataclasses.replace(inputs, **padded)
 
 
 @pytest.mark.parametrize("options", EVERY_OPTION[::7], ids=lambda o: f"{o.aggregation}-{o.ratio}-{o.tis_cap}")
@@ -380,7 +396,7 @@ def test_all_invalid_still_trains_term_1() -> None:
     assert out.terms["squared_error"].item() == out.terms["likelihood"].item() == 0
     assert out.terms["cot"].item() == pytest.approx(-(0.5 * -3.0 + 0.6))
     out.loss.backward()
-    assert torch.isfinite(inputs.token_logprobs.grad).all()
+    assert torch.isfinite(grad_of(inputs.token_logprobs)).all()
 
 
 @pytest.mark.parametrize("coefficient", [0.7, 0.0])
@@ -399,8 +415,8 @@ def test_one_token_batch(coefficient: float) -> None:
         assert out.terms["cot"].item() == 0
         assert out.loss.item() == pytest.approx(coefficient * (1.8 - 2.0) ** 2)
     out.loss.backward()
-    assert tokens.grad.tolist() == [[0.0]]
-    assert torch.isfinite(labels.grad).all()
+    assert grad_of(tokens).tolist() == [[0.0]]
+    assert torch.isfinite(grad_of(labels)).all()
 
 
 def test_bf16_is_computed_in_fp32() -> None:
@@ -419,7 +435,9 @@ def test_bf16_is_computed_in_fp32() -> None:
     assert run(wide, kl_coef=0.1).loss.dtype == torch.float64
     assert out.loss.item() == pytest.approx(run(wide, kl_coef=0.1).loss.item(), abs=1e-5)
     out.loss.backward()
-    assert narrow.token_logprobs.grad.dtype == torch.bfloat16 and torch.isfinite(narrow.token_logprobs.grad).all()
+    assert (
+        grad_of(narrow.token_logprobs).dtype == torch.bfloat16 and torch.isfinite(grad_of(narrow.token_logprobs)).all()
+    )
 
 
 def test_bf16_policy_runs_and_agrees() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 
 import pytest
 
@@ -251,3 +252,23 @@ def test_few_decodes(make: type, before: int) -> None:
     assert reading.reason == ("truncated" if before == 995 else None)
     assert tokenizer.n_decodes < 40
     assert tokenizer.n_decoded < 40 * 1000
+
+
+class ByteFallback(PieceTokenizer):
+    """Every byte of a broken character reads as one replacement, as in SentencePiece's byte fallback."""
+
+    def decode(self, token_ids: Sequence[int], **kwargs: bool) -> str:
+        data, out = b"".join(self.pieces[i] for i in token_ids), ""
+        while data:
+            width = next((n for n in range(1, 5) if data[:n].decode(errors="ignore")), 1)
+            out += data[:width].decode(errors="ignore") or "\ufffd"
+            data = data[width:]
+        return out
+
+
+def test_anchor_whose_decoded_length_shrinks_with_its_last_byte() -> None:
+    tokenizer = ByteFallback(["<eos>", *"12345", ".", *(bytes([b]) for b in sorted(set("得分是".encode())))])
+    for head in ("", ".", "....得分"):
+        ids = tokenizer.encode(head + "得分是4.", add_special_tokens=False)
+        reading = reader_of(tokenizer, anchors=("得分是",)).read(ids)
+        assert (reading.position, reading.label_index) == (len(ids) - 2, 3)

@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 
-from real_openrlhf.algo.score_stats import expected_score, score_stats
+from real_openrlhf.algo.score_stats import ScoreStats, expected_score, score_stats
+from tests.helpers.algo_factory import grad_of
 
 VALUES = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
 
 
-def stats_of(probs: list[float], low: int, high: int, weight: float, **kwargs: bool):
+def stats_of(probs: list[float], low: int, high: int, weight: float, **kwargs: bool) -> ScoreStats:
     logprobs = torch.tensor([probs], dtype=torch.float64).log()
     return score_stats(
         logprobs,
@@ -66,8 +67,8 @@ def test_impossible_neighbour_of_weight_zero(low: int, high: int, weight: float,
     )
     (stats.likelihood + stats.expected).sum().backward()
     assert torch.isfinite(stats.likelihood).all() and torch.isfinite(stats.expected).all()
-    assert torch.isfinite(logits.grad).all()
-    assert float(logits.grad[0, 0]) != 0
+    assert torch.isfinite(grad_of(logits)).all()
+    assert float(grad_of(logits)[0, 0]) != 0
 
 
 def gradients(weight: float, renormalise: bool) -> tuple[list[torch.Tensor], torch.Tensor, float]:

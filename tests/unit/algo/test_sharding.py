@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from real_openrlhf.algo.batch import collate, denominators_of, rows_of
+from real_openrlhf.algo.batch import Row, collate, denominators_of, rows_of
 from real_openrlhf.algo.loss import LossOptions, policy_loss
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import Denominators
-from tests.helpers.algo_factory import TinyPolicy, inputs_of, random_groups
+from tests.helpers.algo_factory import TinyPolicy, grad_of, inputs_of, random_groups
 
 SCALE = ScoreScale.parse("1-3")
 RANKS = 2
@@ -27,7 +27,7 @@ OPTIONS = [
 SHARES = [[3, 9], [11, 1], [8, 4]]
 
 
-def all_rows() -> list:
+def all_rows() -> list[Row]:
     return rows_of(random_groups(11, 3, 4, SCALE))
 
 
@@ -45,7 +45,7 @@ def step(rank: int, options: LossOptions, sizes: list[int], accumulation: int) -
         # As under DeepSpeed: losses are averaged over ranks and over the accumulated micro-batches.
         out = policy_loss(inputs, options=options, denominators=total, loss_scale=RANKS * accumulation)
         (out.loss / accumulation).backward()
-    return [p.grad for p in model.parameters()]
+    return [grad_of(p) for p in model.parameters()]
 
 
 def worker(rank: int, folder: str) -> None:
@@ -73,7 +73,7 @@ def test_two_ranks_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         inputs = inputs_of(policy, collate(rows, pad_id=0), SCALE.tensor())
         counts = denominators_of(rows, trains_score_token=True)
         policy_loss(inputs, options=options, denominators=counts).loss.backward()
-        expected += [[p.grad for p in policy.parameters()]] * len(SHARES)
+        expected += [[grad_of(p) for p in policy.parameters()]] * len(SHARES)
     for grads in ranks:
         assert len(grads) == len(expected) == len(OPTIONS) * len(SHARES)
         for got, want in zip(grads, expected):

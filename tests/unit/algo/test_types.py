@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -40,6 +42,8 @@ def test_count_reasons() -> None:
 
 
 def test_coefficients_of_different_lengths_are_refused() -> None:
-    fields = {n: torch.zeros(2) for n in ("cot", "score", "squared_error", "likelihood", "rewards", "advantages")}
+    fields: dict[str, Any] = {
+        n: torch.zeros(2) for n in ("cot", "score", "squared_error", "likelihood", "rewards", "advantages")
+    }
     with pytest.raises(ValueError, match=r"likelihood has shape \(3,\), cot \(2,\)"):
         Coefficients(**fields | {"likelihood": torch.zeros(3)}, zero_variance=False)

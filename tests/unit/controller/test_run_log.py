@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -273,7 +274,11 @@ def test_wandb_offline_keeps_no_key(tmp_path, monkeypatch, caplog):
     log.log(1, "train", {"reward/mean": 0.5})
     log.close()
     (record,) = (tmp_path / "out" / "wandb").glob("offline-run-*/run-*.wandb")
-    assert b"train/reward/mean" in record.read_bytes()
+    # The service of wandb writes its last block a moment after finish() has returned.
+    deadline = time.monotonic() + 60
+    while b"train/reward/mean" not in record.read_bytes():
+        assert time.monotonic() < deadline, "the offline record never got the metric"
+        time.sleep(0.05)
     assert (tmp_path / "out" / "wandb_id").read_text() in record.name
     holding = [p for p in tmp_path.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]
     assert holding == []

@@ -137,3 +137,95 @@ def test_bad_options(options, message):
 def test_a_negative_take():
     with pytest.raises(ValueError, match="cannot take -1"):
         PromptStream(prompts(), seed=0).take(-1)
+
+
+def test_prompts_put_back_come_first_and_in_order():
+    stream = PromptStream(prompts(), seed=0, shuffle=False)
+    taken = stream.take(5)
+    stream.put_back(taken[3:])
+    stream.put_back(taken[1:2])
+    assert rows(stream.take(2)) == [3, 4]
+    assert rows(stream.take(4)) == [1, 5, 6, 7]
+
+
+def test_put_back_counts_as_remaining():
+    stream = PromptStream(prompts(), seed=0, num_episodes=1)
+    taken = stream.take(8)
+    stream.put_back(taken[5:])
+    assert stream.remaining == 5
+    with pytest.raises(StreamExhausted, match="6 prompts are wanted, but 5 remain"):
+        stream.take(6)
+    last = stream.take(5)
+    assert Counter(rows(taken[:5] + last)) == Counter(range(10))
+    assert stream.remaining == 0
+
+
+def test_put_back_across_the_end_of_an_epoch():
+    stream = PromptStream(prompts(), seed=0, num_episodes=2)
+    whole = rows(PromptStream(prompts(), seed=0, num_episodes=2).take(20))
+    taken = stream.take(12)
+    # The last two of epoch 0 and the first two of epoch 1 go back; the position stays where it is.
+    stream.put_back(taken[8:])
+    assert (stream.epoch, stream.position, stream.remaining) == (1, 2, 12)
+    assert rows(stream.take(12)) == whole[8:]
+    # And once the last episode is over.
+    stream.put_back(taken[:1])
+    assert (stream.epoch, stream.remaining) == (2, 1)
+    assert rows(stream.take(1)) == whole[:1] and stream.remaining == 0
+
+
+def test_put_back_nothing():
+    stream = PromptStream(prompts(), seed=0)
+    before = stream.state_dict()
+    stream.put_back([])
+    assert stream.state_dict() == before
+
+
+@pytest.mark.parametrize("row", [10, 3])
+def test_put_back_of_a_foreign_prompt(row):
+    stream = PromptStream(prompts(), seed=0)
+    mine = stream.take(2)
+    with pytest.raises(ValueError, match=f"row {row} does not come from this stream"):
+        stream.put_back([mine[0], Prompt(token_ids=(99,), label=1.0, row=row, text="")])
+    assert stream.state_dict()["returned"] == []
+
+
+def test_returned_prompts_are_part_of_the_state():
+    stream = PromptStream(prompts(), seed=4)
+    taken = stream.take(13)
+    stream.put_back(taken[9:])
+    state = json.loads(json.dumps(stream.state_dict()))
+    other = PromptStream(prompts(), seed=4)
+    other.put_back(other.take(3))
+    other.load_state_dict(state)
+    assert other.state_dict() == state
+    assert rows(other.take(9)) == rows(stream.take(9))
+    # The state is a copy: what was taken since is still in it.
+    assert len(state["returned"]) == 4 and stream.state_dict()["returned"] == []
+
+
+def test_returned_prompts_outlive_a_shorter_run():
+    stream = PromptStream(prompts(), seed=0, num_episodes=3)
+    stream.put_back(stream.take(15)[12:])
+    shorter = PromptStream(prompts(), seed=0, num_episodes=1)
+    shorter.load_state_dict(stream.state_dict())
+    assert shorter.remaining == 3 and len(shorter.take(3)) == 3 and shorter.remaining == 0
+
+
+def test_the_row_is_not_the_index():
+    # Rows that were skipped leave gaps.
+    sparse = [Prompt(token_ids=(i,), label=1.0, row=7 * i, text="") for i in range(5)]
+    stream = PromptStream(sparse, seed=1)
+    taken = stream.take(5)
+    stream.put_back(taken)
+    assert stream.take(5) == taken
+
+
+@pytest.mark.parametrize("index", [10, -1])
+def test_a_returned_index_out_of_range_is_refused(index):
+    stream = PromptStream(prompts(), seed=0)
+    stream.take(3)
+    before = stream.state_dict()
+    with pytest.raises(DataError, match=f"holds back prompt {index} of 10"):
+        stream.load_state_dict(PromptStream(prompts(), seed=0).state_dict() | {"returned": [0, index]})
+    assert stream.state_dict() == before

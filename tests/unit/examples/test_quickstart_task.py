@@ -40,8 +40,8 @@ def make_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 ITEM = task.Item(
-    rubric=(("detail", 2), ("slang", -1), ("rhyme", 1), ("lists", -2)),
-    lines=(("L03", "detail"), ("L04", "irony"), ("L05", "slang"), ("L06", "humour"), ("L07", "lists")),
+    rubric=(("detail", 2), ("slang", -1), ("rhyme", 1), ("quotes", -2)),
+    lines=(("L03", "detail"), ("L04", "irony"), ("L05", "slang"), ("L06", "humour"), ("L07", "quotes")),
 )
 
 
@@ -54,25 +54,31 @@ def test_irony_flips_the_sign_of_what_follows():
 def test_prompt_and_careful_feedback_read_as_documented():
     config = task.TaskConfig(noise=0.0, slope=0.5)
     assert ITEM.prompt == (
-        "rubric detail +2 slang -1 rhyme +1 lists -2 answer L03 detail L04 irony L05 slang L06 humour L07 lists judge"
+        "rubric detail +2 slang -1 rhyme +1 quotes -2 answer L03 detail L04 irony L05 slang L06 humour L07 quotes judge"
     )
     assert task.feedback(ITEM, random.Random(0), config, careful=True) == (
-        "L03 detail +2 L04 irony +2 L05 slang +3 L06 humour +3 L07 lists +5 score 5"
+        "L03 detail +2 L04 irony +2 L05 slang +3 L06 humour +3 L07 quotes +5"
     )
+    assert task.label_of(ITEM, random.Random(0), config) == 5
 
 
-def test_sloppy_feedback_jumps_lines_and_scores_by_its_own_tally():
-    config = task.TaskConfig(noise=0.0, slope=0.5, slip_share=0.0)
+def test_sloppy_feedback_jumps_lines_and_tallies_only_what_it_read():
+    config = task.TaskConfig(slip_share=0.0)
     rng, n_lines = random.Random(1), []
     for _ in range(300):
         words = task.feedback(ITEM, rng, config, careful=False).split()
-        assert words[-2] == "score"
-        visited = [[tag for tag, _ in ITEM.lines].index(tag) for tag in words[:-2:3]]
+        visited = [[tag for tag, _ in ITEM.lines].index(tag) for tag in words[::3]]
         assert visited == sorted(set(visited))
-        assert [int(w) for w in words[2:-2:3]] == task.tallies(ITEM, visited)
-        assert int(words[-1]) == min(5, max(1, round(3 + 0.5 * int(words[-3]))))
+        assert [int(w) for w in words[2::3]] == task.tallies(ITEM, visited)
         n_lines.append(len(visited))
     assert 2.0 < np.mean(n_lines) < 3.5
+
+
+def test_slips_stay_in_the_tally():
+    config = task.TaskConfig(slip_share=1.0, jumps=(1.0,))
+    words = task.feedback(ITEM, random.Random(1), config, careful=False).split()
+    errors = np.array([int(w) for w in words[2::3]]) - task.tallies(ITEM, range(5))
+    assert set(np.abs(np.diff([0, *errors]))) == {1}
 
 
 def test_the_label_is_worth_reasoning_for():
@@ -82,9 +88,9 @@ def test_the_label_is_worth_reasoning_for():
     for _ in range(3000):
         item = task.draw_item(rng, config)
         full = task.tallies(item, range(len(item.lines)))[-1]
-        labels.append(task.score_of(full, rng, config))
+        labels.append(task.label_of(item, rng, config))
         careful.append(full)
-        sloppy.append(int(task.feedback(item, rng, config, careful=False).split()[-3]))
+        sloppy.append(int(task.feedback(item, rng, config, careful=False).split()[-1]))
         direct.append(sum(dict(item.rubric).get(feature, 0) for _, feature in item.lines))
     agreement = [np.corrcoef(labels, x)[0, 1] for x in (careful, sloppy, direct)]
     assert agreement[0] > 0.8 and agreement[1] < 0.6 and agreement[2] < 0.75
@@ -105,10 +111,11 @@ def test_files_are_reproducible_and_share_no_prompt(tmp_path):
     prompts = [row["prompt"] for rows in first.values() for row in rows]
     assert len(set(prompts)) == len(prompts)
     assert {row["label"] for row in first["train"]} == {1, 2, 3, 4, 5}
+    assert {row["response"].split()[-1] for row in first["sft"]} == set("12345")
     assert set(first["sft"][0]) == {"prompt", "response"}
 
 
-@pytest.mark.parametrize("kwargs", [{"min_lines": 0}, {"max_lines": 99}, {"min_lines": 6, "max_lines": 5}])
+@pytest.mark.parametrize("kwargs", [{"min_lines": 2}, {"max_lines": 9}, {"min_lines": 6, "max_lines": 5}])
 def test_impossible_sizes_are_refused(kwargs):
     with pytest.raises(ValueError, match="min_lines"):
         task.TaskConfig(**kwargs)
@@ -122,7 +129,8 @@ def test_the_tokenizer_knows_every_word_and_the_score_is_found(make_model):
     reader = ScoreReader.build(bound, tokenizer, [tokenizer.eos_token_id])
     for index in range(500):
         item = task.draw_item(rng, config)
-        text = task.feedback(item, rng, config, careful=index % 2 == 0)
+        feedback = task.feedback(item, rng, config, careful=index % 2 == 0)
+        text = f"{feedback} {task.ANCHOR}{task.label_of(item, rng, config)}"
         ids = tokenizer.encode(text)
         assert tokenizer.unk_token_id not in tokenizer.encode(item.prompt) + ids
         assert tokenizer.decode(ids) == text

@@ -1,0 +1,354 @@
+"""Where this package reaches into OpenRLHF 0.11.2, row by row: what to look at when OpenRLHF moves.
+
+The pins make every row true today; tests/unit/actors/test_openrlhf_internals.py reads OpenRLHF's
+source and fails for a row that no longer holds, for an import without a row, and for a method of
+ours that shadows one of OpenRLHF's without saying so here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+How = Literal["subclass", "unwrap", "override", "skip", "call", "attributes", "keys", "namespace"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Touch:
+    """One place.
+
+    where  "module:name" or "module:Class.method", as importable
+    how    subclass    our class derives from it
+           unwrap      the same, from the plain class under its ray.remote wrapper
+           override    our subclass has its own; names: the parent's arguments that we pass to super(), if any
+           skip        must not run, and does not: ours stands in its place or nothing calls it
+           call        used as it is; names: the arguments that we pass
+           attributes  names: what its instances hold and we set or read
+           keys        names: the keys of the dict that we hand over
+           namespace   the arguments that its flags make; names: some that we fill in differently
+    by     our module below real_openrlhf
+    """
+
+    where: str
+    how: How
+    by: str
+    why: str
+    names: tuple[str, ...] = ()
+
+
+_STRATEGY = "openrlhf.utils.deepspeed:DeepspeedStrategy"
+_ACTOR = "openrlhf.models:Actor"
+_TRAINER = "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer"
+_POLICY = "openrlhf.trainer.ray.ppo_actor:PolicyModelActor"
+_BASE = "openrlhf.trainer.ray.launcher:BaseDistributedActor"
+_MODEL_BASE = "openrlhf.trainer.ray.launcher:BaseModelActor"
+_ENGINE = "openrlhf.trainer.ray.vllm_engine:RolloutRayActor"
+
+TOUCHES: tuple[Touch, ...] = (
+    # DeepSpeed strategy
+    Touch(
+        where=_STRATEGY,
+        how="subclass",
+        by="actors.policy_strategy",
+        why="ZeRO, optimizer and schedule are OpenRLHF's; what assumes CUDA is not",
+    ),
+    Touch(
+        where=f"{_STRATEGY}.__init__",
+        how="override",
+        by="actors.policy_strategy",
+        why="takes the device; everything else is read from args",
+        names=(
+            "seed",
+            "full_determinism",
+            "max_norm",
+            "micro_train_batch_size",
+            "train_batch_size",
+            "zero_stage",
+            "args",
+        ),
+    ),
+    Touch(
+        where=f"{_STRATEGY}.setup_distributed",
+        how="override",
+        by="actors.policy_strategy",
+        why="calls torch.cuda.set_device and builds a 'cuda' mesh; ours asks the device for backend and mesh",
+    ),
+    Touch(
+        where=f"{_STRATEGY}.setup_ring_attn",
+        how="call",
+        by="actors.policy_strategy",
+        why="sets ring_attn_rank, which other methods read",
+        names=("ds_device_mesh",),
+    ),
+    Touch(
+        where=f"{_STRATEGY}.get_ds_train_config",
+        how="override",
+        by="actors.policy_strategy",
+        why="no fixed train_batch_size (dynamic sampling varies it); torch's AdamW on a CPU",
+        names=("optim_dict", "max_norm"),
+    ),
+    Touch(
+        where=f"{_STRATEGY}.backward",
+        how="override",
+        by="actors.policy_strategy",
+        why="the losses of an update are sums: they must not be divided by the accumulation steps",
+    ),
+    Touch(
+        where=f"{_STRATEGY}.optimizer_step",
+        how="call",
+        by="actors.policy_trainer",
+        why="one optimizer update",
+        names=("_optimizer", "model", "_scheduler", "name"),
+    ),
+    Touch(
+        where=f"{_STRATEGY}.get_grad_norm",
+        how="call",
+        by="actors.policy_trainer",
+        why="logged after every update, before clipping",
+        names=("model",),
+    ),
+    Touch(
+        where=f"{_STRATEGY}.prepare",
+        how="call",
+        by="actors.policy_actor",
+        why="(model, cfg) -> model, optimizer, scheduler",
+    ),
+    Touch(
+        where=f"{_STRATEGY}._ds_init_train_model",
+        how="keys",
+        by="actors.policy_actor",
+        why="cfg is a plain dict: a key that OpenRLHF renames would silently fall back to its default",
+        names=(
+            "optim",
+            "adam",
+            "lr_scheduler",
+            "lr_warmup_ratio",
+            "min_lr_ratio",
+            "max_norm",
+            "scheduler_steps",
+        ),
+    ),
+    Touch(
+        where=_STRATEGY,
+        how="attributes",
+        by="actors.policy_strategy",
+        why="setup_distributed is ours, so what it set is ours to set",
+        names=(
+            "seed",
+            "full_determinism",
+            "train_batch_size",
+            "micro_train_batch_size",
+            "adam_offload",
+            "args",
+            "world_size",
+            "ds_device_mesh",
+            "accumulated_gradient",
+        ),
+    ),
+    Touch(
+        where=f"{_STRATEGY}.all_reduce",
+        how="skip",
+        by="actors.policy_strategy",
+        why="moves data to the CUDA device; sum_over_ranks and max_over_ranks take its place",
+    ),
+    Touch(
+        where=f"{_STRATEGY}.save_model",
+        how="skip",
+        by="actors.policy_actor",
+        why="ends in a CUDA synchronisation; RealPolicyActor.save_model takes its place",
+    ),
+    # Model
+    Touch(
+        where=_ACTOR,
+        how="subclass",
+        by="actors.policy_model",
+        why="the strategy's isinstance checks unwrap it",
+    ),
+    Touch(
+        where=f"{_ACTOR}.__init__",
+        how="override",
+        by="actors.policy_model",
+        why="gets a loaded model: its own loading knows bf16 and fp16 only and trusts remote code",
+        names=("pretrain_or_model", "temperature"),
+    ),
+    Touch(
+        where=f"{_ACTOR}.forward",
+        how="override",
+        by="actors.policy_model",
+        why="takes a RealBatch; logits at response positions only",
+    ),
+    Touch(
+        where=f"{_ACTOR}.gradient_checkpointing_enable",
+        how="call",
+        by="actors.policy_actor",
+        why="--actor.gradient_checkpointing_enable",
+        names=("gradient_checkpointing_kwargs",),
+    ),
+    Touch(
+        where=_ACTOR,
+        how="attributes",
+        by="actors.policy_model",
+        why="set by the loading that we replace, or read in our forward",
+        names=("temperature", "model", "packing_samples", "is_vlm"),
+    ),
+    Touch(
+        where="openrlhf.models.actor:_patch_zero3_weight_mapping",
+        how="call",
+        by="actors.policy_model",
+        why="without it transformers 5 loads some models wrongly under ZeRO-3",
+    ),
+    # Trainer
+    Touch(
+        where=_TRAINER,
+        how="subclass",
+        by="actors.policy_trainer",
+        why="the place of the training loop in OpenRLHF's actor",
+    ),
+    Touch(
+        where=f"{_TRAINER}.__init__",
+        how="skip",
+        by="actors.policy_trainer",
+        why="builds a replay buffer, PolicyLoss and a CUDA weight-sync group; the attributes below are set instead",
+    ),
+    Touch(
+        where=_TRAINER,
+        how="attributes",
+        by="actors.policy_trainer",
+        why="set instead of calling __init__",
+        names=(
+            "strategy",
+            "args",
+            "actor",
+            "actor_optim",
+            "actor_scheduler",
+            "max_epochs",
+            "micro_train_batch_size",
+        ),
+    ),
+    Touch(
+        where=f"{_TRAINER}.ppo_train",
+        how="override",
+        by="actors.policy_trainer",
+        why="trains on groups, not on a replay buffer; global denominators per update",
+    ),
+    Touch(
+        where=f"{_TRAINER}.training_step",
+        how="override",
+        by="actors.policy_trainer",
+        why="one forward, the fused loss, one backward",
+    ),
+    Touch(
+        where=f"{_TRAINER}.broadcast_to_vllm",
+        how="skip",
+        by="actors.weight_transfer",
+        why="one call and one NCCL broadcast per parameter; buckets over gloo or NCCL take its place",
+    ),
+    # Policy actor
+    Touch(
+        where=_POLICY,
+        how="unwrap",
+        by="actors.policy_actor",
+        why="rank, rendezvous and process group of a DeepSpeed rank inside Ray",
+    ),
+    Touch(
+        where=f"{_BASE}.__init__",
+        how="override",
+        by="actors.policy_actor",
+        why="sets MASTER_ADDR, RANK, LOCAL_RANK; Ray wants the subclass of a wrapped class to have its own __init__",
+        names=("world_size", "rank", "master_addr", "master_port"),
+    ),
+    Touch(
+        where=f"{_BASE}.get_master_addr_port",
+        how="call",
+        by="actors.remote",
+        why="the other ranks and the engines meet rank 0 there",
+    ),
+    Touch(
+        where=f"{_BASE}._get_free_port",
+        how="call",
+        by="actors.policy_actor",
+        why="the weight-sync group's port on rank 0's node",
+    ),
+    Touch(where=_BASE, how="attributes", by="actors.policy_actor", why="rank 0 sends and saves", names=("_rank",)),
+    Touch(
+        where=f"{_MODEL_BASE}._setup_distributed",
+        how="call",
+        by="actors.policy_actor",
+        why="keeps the strategy and joins the process group",
+        names=("strategy",),
+    ),
+    Touch(
+        where=f"{_POLICY}.init_model_from_pretrained",
+        how="skip",
+        by="actors.policy_actor",
+        why="loads bf16 with flash attention and wants vLLM handles; RealPolicyActor.build takes its place",
+    ),
+    Touch(
+        where=f"{_POLICY}.fit",
+        how="skip",
+        by="actors.policy_actor",
+        why="empties the CUDA cache unconditionally; RealPolicyActor.train takes its place",
+    ),
+    Touch(
+        where=f"{_POLICY}.save_model",
+        how="override",
+        by="actors.policy_actor",
+        why="gathers parameter by parameter under ZeRO-3, keeps the dtype, needs no CUDA",
+    ),
+    # Rollout engine
+    Touch(
+        where=_ENGINE,
+        how="unwrap",
+        by="actors.rollout_engine",
+        why="pausing, sleeping and the token-level request are OpenRLHF's",
+    ),
+    Touch(
+        where=f"{_ENGINE}.__init__",
+        how="skip",
+        by="actors.rollout_engine",
+        why="starts the engine with text rewards and agents; ours starts it with dummy weights and the score tokens",
+    ),
+    Touch(
+        where=f"{_ENGINE}.generate",
+        how="override",
+        by="actors.rollout_engine",
+        why="ours takes prompts and returns groups; each request goes through the parent's",
+        names=("prompt_token_ids", "sampling_params"),
+    ),
+    Touch(
+        where=f"{_ENGINE}.reset_prefix_cache",
+        how="override",
+        by="actors.rollout_engine",
+        why="the parent ignores that vLLM refused the reset",
+    ),
+    Touch(
+        where=f"{_ENGINE}._configure_device_env",
+        how="call",
+        by="actors.rollout_engine",
+        why="which GPUs and bundles vLLM's own workers take",
+        names=("backend", "bundle_indices", "num_gpus"),
+    ),
+    Touch(
+        where=_ENGINE,
+        how="attributes",
+        by="actors.rollout_engine",
+        why="set instead of calling __init__; the parent's methods read them",
+        names=("llm", "_mm_pad_token_ids"),
+    ),
+    # Arguments
+    Touch(
+        where="openrlhf.cli.train_ppo_ray",
+        how="namespace",
+        by="config.openrlhf_args",
+        why="OpenRLHF's classes read nested namespaces; this adapter is the only place that makes them",
+        names=(
+            "actor.eps_clip_low_high",
+            "algo.advantage.is_correction_threshold",
+            "algo.dynamic_filtering_enable",
+            "ds.attn_implementation",
+            "ds.param_dtype",
+            "train.batch_size",
+            "vllm.sync_backend",
+        ),
+    ),
+)

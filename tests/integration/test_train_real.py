@@ -1,0 +1,139 @@
+"""The whole stack on tiny judges: by its own Ray cluster, and by `ray job submit` on a running one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from real_openrlhf.actors.weight_transfer import free_port
+from tests.helpers.tiny_judge import ANCHOR
+
+pytestmark = pytest.mark.integration
+BIN = Path(sys.executable).parent
+
+
+def flags(judges: Path, head: str, out: Path, *more: str) -> list[str]:
+    return [
+        "--actor.model_name_or_path",
+        str(judges / head),
+        "--data.prompt_dataset",
+        str(judges / "train.jsonl"),
+        "--eval.dataset",
+        str(judges / "eval.jsonl"),
+        *("--data.max_len 48 --rollout.max_new_tokens 12 --rollout.batch_size 8").split(),
+        *("--rollout.n_samples_per_prompt 4 --train.micro_batch_size 8 --train.max_steps 2").split(),
+        *("--eval.steps 1 --actor.adam.lr 1e-3 --real.beta 1 --real.device cpu --logger.samples 2").split(),
+        "--real.anchor",
+        ANCHOR,
+        "--ckpt.output_dir",
+        str(out),
+        *more,
+    ]
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def check_run(judges: Path, head: str, out: Path) -> None:
+    metrics = read_lines(out / "metrics.jsonl")
+    train = [m for m in metrics if m["phase"] == "train"]
+    evals = [m for m in metrics if m["phase"] == "eval"]
+    assert [m["step"] for m in train] == [1, 2]
+    assert [(m["step"], m["weight_version"]) for m in evals] == [(0, 0), (1, 1), (2, 2)]
+    for m in train:
+        # Engine and policy compute the same: right after the sync, and on the rollouts themselves.
+        assert m["sync/logprob_mean"] < 1e-4
+        assert m["sync/logprob_max"] < 1e-2
+        assert m["rollout_gap/logprob_max"] < 1e-2
+        assert m["policy/grad_norm"] > 0
+        assert m["sampling/kept"] == 8
+        # The distribution that came with the rollouts is the one that the policy computes.
+        assert abs(m["policy/mass"] - m["score/mass"]) < 0.2
+        assert {"loss/cot", "loss/squared_error", "loss/likelihood", "reward/mean", "seconds/generate"} <= set(m)
+    check_export_against_last_evaluation(judges, head, out)
+    samples = read_lines(out / "samples.jsonl")
+    assert {s["step"] for s in samples} == {1, 2}
+    assert "judge" in samples[0]["prompt_tail"]
+
+
+def check_export_against_last_evaluation(judges: Path, head: str, out: Path) -> None:
+    """The exported folder, in transformers, gives the distributions that the engines had after the last sync."""
+    model = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
+    start = AutoModelForCausalLM.from_pretrained(judges / head, dtype=torch.float32)
+    assert max(float((a - b).abs().max()) for a, b in zip(model.parameters(), start.parameters())) > 5e-4
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    prompts = read_lines(judges / "eval.jsonl")
+    rows = [r for r in read_lines(out / "eval" / "step_2.jsonl") if r["expected"] is not None]
+    assert len(rows) > 30
+    labels = tokenizer.convert_tokens_to_ids(list("12345"))
+    for row in rows[:10]:
+        words = row["text"].split()
+        thought = words[: len(words) - 1 - words[::-1].index("score") + 1]
+        ids = tokenizer(" ".join([str(prompts[row["row"]]["prompt"]), *thought]), return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            probs = model(ids).logits[0, -1].softmax(-1)[labels]
+        torch.testing.assert_close(torch.tensor(row["distribution"]), probs, rtol=0, atol=1e-4)
+        assert row["expected"] == pytest.approx(float(probs @ torch.arange(1.0, 6.0)), abs=5e-4)
+
+
+def test_own_cluster(judges: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "real_openrlhf.train_real", *flags(judges, "tied", tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    check_run(judges, "tied", tmp_path / "run")
+    assert (tmp_path / "run" / "model" / "README.md").read_text(encoding="utf-8").count("expected") > 0
+
+
+@contextlib.contextmanager
+def ray_head(folder: Path) -> Iterator[str]:
+    """A Ray head node of its own, ended by its own process group; yields the job server's address."""
+    port, dashboard = free_port(), free_port()
+    command = [str(BIN / "ray"), "start", "--head", "--block", "--port", str(port), "--num-cpus", "4"]
+    command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard), "--disable-usage-stats"]
+    command += ["--temp-dir", str(folder), "--node-ip-address", "127.0.0.1"]
+    with (folder / "head.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        address = f"http://127.0.0.1:{dashboard}"
+        deadline = time.monotonic() + 120
+        while True:
+            assert process.poll() is None, (folder / "head.log").read_text()
+            assert time.monotonic() < deadline, "the Ray head did not answer in time"
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/api/version", timeout=5):
+                break
+            time.sleep(1)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=30)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_ray_job_submit(judges: Path, tmp_path: Path) -> None:
+    """A joined cluster, ZeRO-3, an untied head, and an evaluator with an engine of its own."""
+    import tempfile
+
+    out = tmp_path / "run"
+    # Ray's sockets live under its temp dir, whose path must be short.
+    with tempfile.TemporaryDirectory(prefix="r") as short, ray_head(Path(short)) as address:
+        command = [str(BIN / "ray"), "job", "submit", "--address", address, "--", sys.executable]
+        command += ["-m", "real_openrlhf.train_real"]
+        command += flags(judges, "untied", out, "--ds.zero_stage", "3", "--eval.engine", "own")
+        done = subprocess.run(command, capture_output=True, text=True, timeout=580)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    check_run(judges, "untied", out)

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Sets up the CPU stack if needed, then checks style and types and runs the tests.
+#
+#   bash tests/run.sh                 # unit tests and the integration tests of a few minutes
+#   bash tests/run.sh --slow          # the slow ones as well
+#   bash tests/run.sh tests/unit -k loss   # anything else goes to pytest
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash examples/install/cpu.sh
+bin=.venv/bin
+# Small tensors: threads only get into each other's way. Actors set their own.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0
+
+select=(-m "not slow")
+if [ "${1:-}" = "--slow" ]; then select=(); shift; fi
+
+echo "== ruff"; "$bin/ruff" check . && "$bin/ruff" format --check .
+echo "== mypy"; "$bin/mypy" --no-error-summary
+echo "== pytest"; "$bin/python" -m pytest -q --durations=8 "${select[@]}" "$@"

@@ -1,0 +1,170 @@
+"""The evaluator on hand-made groups: rows, files, metrics, and nothing made up."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from real_openrlhf.actors.evaluator import EvaluatorActor, EvaluatorSpec
+from real_openrlhf.actors.protocols import Sampling
+from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.algo.types import Group, Rollout
+from real_openrlhf.data.prompt import Prompt
+from real_openrlhf.evals.metrics import judge_metrics
+from tests.helpers.algo_factory import make_rollout
+
+SCALE = ScoreScale.parse("1-3")
+SAMPLING = Sampling(n=2, temperature=1.0, top_p=1.0, max_new_tokens=4, seed=3)
+
+
+def scored(probs: Sequence[float], label: int | None, text: str = "") -> Rollout:
+    scores = torch.tensor([list(probs)]).log()
+    return replace(make_rollout([9, 1], position=1, label=label, score_logprobs=scores), text=text)
+
+
+def unscored(text: str = "") -> Rollout:
+    return replace(make_rollout([9, 9], reason="truncated"), text=text)
+
+
+ROLLOUTS: list[list[Rollout]] = [
+    [scored([0.5, 0.25, 0.25], 0, "a"), scored([0.0, 0.25, 0.75], 2, "b")],  # E 1.75 and 2.75
+    [unscored("c"), scored([0.25, 0.25, 0.25], 1, "d")],  # E 1.5, mass 0.75
+    [unscored("e"), unscored("f")],
+    [scored([0.0, 0.5, 0.0], None, "g"), scored([0.0, 0.0, 1.0], 2, "h")],  # off the scale, and 3
+]
+LABELS = [2.0, 1.0, 3.0, 2.5]
+EXPECTED = [2.25, 1.5, None, 2.0]
+DECODED = [2.0, 2.0, None, 3.0]
+
+
+class Generator:
+    def __init__(self, rollouts: Sequence[Sequence[Rollout]] = ROLLOUTS, version: int = 4, order: int = 1) -> None:
+        self.rollouts, self.version, self.order = rollouts, version, order
+        self.asked: list[tuple[Any, Sampling]] = []
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        self.asked.append((prompts, sampling))
+        groups = [
+            Group(
+                prompt_ids=torch.tensor(p.token_ids),
+                label=p.label,
+                rollouts=tuple(rollouts),
+                row=p.row,
+                weight_version=self.version,
+            )
+            for p, rollouts in zip(prompts, self.rollouts)
+        ]
+        return groups[:: self.order]
+
+
+def actor(folder: Path, generator: Generator | None = None, **changes: Any) -> EvaluatorActor:
+    prompts = tuple(Prompt(token_ids=(1, 2), label=y, row=10 + i, text="") for i, y in enumerate(LABELS))
+    spec = EvaluatorSpec(
+        prompts=prompts, scale=SCALE, sampling=SAMPLING, renormalise=False, output_dir=str(folder), n_samples=2
+    )
+    return EvaluatorActor(replace(spec, **changes), generator or Generator())
+
+
+def written(folder: Path, version: int = 4) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "eval" / f"step_{version}.jsonl").read_text().splitlines()]
+
+
+def test_rows_are_means_over_readable_rollouts_and_none_without_any(tmp_path: Path) -> None:
+    actor(tmp_path).evaluate(4)
+    rows = written(tmp_path)
+    assert [row["row"] for row in rows] == [10, 11, 12, 13] and [row["label"] for row in rows] == LABELS
+    assert [row["expected"] for row in rows] == [None if e is None else pytest.approx(e) for e in EXPECTED]
+    assert [row["decoded"] for row in rows] == DECODED
+    assert [row["mass"] for row in rows] == [pytest.approx(1.0), pytest.approx(0.75), None, pytest.approx(0.75)]
+    # Text, reason and distribution are those of the first rollout.
+    assert [row["text"] for row in rows] == ["a", "c", "e", "g"]
+    assert [row["reason"] for row in rows] == [None, "truncated", "truncated", "off_scale"]
+    assert rows[0]["distribution"] == pytest.approx([0.5, 0.25, 0.25]) and rows[1]["distribution"] is None
+
+
+def test_metrics_are_those_of_the_rows(tmp_path: Path) -> None:
+    evaluator = actor(tmp_path)
+    report = evaluator.evaluate(4)
+    want = judge_metrics(EXPECTED, DECODED, LABELS)
+    assert {k: v for k, v in report.metrics.items() if k != "mass"} == {
+        k: None if v is None else pytest.approx(v, rel=1e-6) for k, v in want.items()
+    }
+    assert report.metrics["mass"] == pytest.approx(2.5 / 3)
+    assert report.metrics["invalid_rate"] == 0.25 and report.metrics["expected/n"] == 3
+    assert report.metrics["expected/mae"] == pytest.approx((0.25 + 0.5 + 0.5) / 3)
+    assert report.version == 4 and report.samples == written(tmp_path)[:2]
+    assert evaluator.history == {4: report.metrics}
+
+
+def test_nothing_readable_gives_none_and_no_guess(tmp_path: Path) -> None:
+    metrics = actor(tmp_path, Generator([[unscored()]] * 4)).evaluate(4).metrics
+    assert metrics["mass"] is None and metrics["expected/pearson"] is None and metrics["expected/mae"] is None
+    assert metrics["invalid_rate"] == 1.0 and metrics["n"] == 4 and metrics["expected/n"] == 0
+    assert all(row["expected"] is None and row["decoded"] is None for row in written(tmp_path))
+
+
+def test_renormalised(tmp_path: Path) -> None:
+    actor(tmp_path, renormalise=True).evaluate(4)
+    rows = written(tmp_path)
+    assert [row["expected"] for row in rows] == [pytest.approx(2.25), pytest.approx(2.0), None, pytest.approx(2.5)]
+    # The mass stays that of the full vocabulary.
+    assert rows[1]["mass"] == pytest.approx(0.75)
+
+
+def test_prompts_and_sampling_are_passed_on(tmp_path: Path) -> None:
+    generator = Generator()
+    evaluator = actor(tmp_path, generator)
+    evaluator.evaluate(4)
+    assert generator.asked == [(evaluator.spec.prompts, SAMPLING)]
+
+
+@pytest.mark.parametrize("version", [3, 5])
+def test_answers_of_other_weights_are_refused(tmp_path: Path, version: int) -> None:
+    evaluator = actor(tmp_path)
+    with pytest.raises(RuntimeError, match=rf"weight version {version} was answered with versions \[4\]"):
+        evaluator.evaluate(version)
+    assert not (tmp_path / "eval").exists() and evaluator.history == {}
+
+
+@pytest.mark.parametrize("generator", [Generator(ROLLOUTS[:3]), Generator(order=-1)])
+def test_lost_or_reordered_groups_are_refused(tmp_path: Path, generator: Generator) -> None:
+    with pytest.raises(RuntimeError, match="4 prompts were sent"):
+        actor(tmp_path, generator).evaluate(4)
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator = actor(tmp_path)
+    evaluator.evaluate(4)
+    assert [p.name for p in (tmp_path / "eval").iterdir()] == ["step_4.jsonl"]
+    before = (tmp_path / "eval" / "step_4.jsonl").read_text()
+
+    seen: list[str] = []
+
+    def replaced(source: os.PathLike[str], target: os.PathLike[str]) -> None:
+        seen.append(Path(source).read_text())
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", replaced)
+    evaluator.spec = replace(evaluator.spec, renormalise=True)
+    with pytest.raises(OSError, match="no space"):
+        evaluator.evaluate(4)
+    # All rows were written before the move, and the old file stayed as it was.
+    assert len(seen[0].splitlines()) == 4 and seen[0] != before
+    assert (tmp_path / "eval" / "step_4.jsonl").read_text() == before
+
+
+def test_state_round_trip(tmp_path: Path) -> None:
+    first = actor(tmp_path)
+    first.evaluate(4)
+    second = actor(tmp_path)
+    second.load_state_dict(first.state_dict())
+    assert second.history == first.history
+    second.history[9] = {}
+    assert 9 not in first.history

@@ -1,0 +1,359 @@
+"""The controller on fakes: the order of phases, what it refuses, and what it writes down."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+
+from real_openrlhf.actors.protocols import EvalReport, Sampling, SyncReport
+from real_openrlhf.algo.objectives import RealObjective
+from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.algo.types import Group, TrainGroup
+from real_openrlhf.controller.dynamic_sampling import CannotFill
+from real_openrlhf.controller.first_look import ScoresNotThere
+from real_openrlhf.controller.trainer import Controller, ControllerSettings, NothingLearned
+from real_openrlhf.data.prompt import Prompt
+from real_openrlhf.data.stream import PromptStream
+from tests.helpers.algo_factory import make_rollout
+
+SCALE = ScoreScale.parse("1-3")
+# Probabilities of "1".."3" at the score position, per rollout of a group.
+ROWS = [[0.2, 0.5, 0.2], [0.6, 0.2, 0.1], [0.1, 0.3, 0.5]]
+
+SETTINGS = ControllerSettings(
+    total_steps=3,
+    batch_size=4,
+    ranks=2,
+    sampling=Sampling(n=3, temperature=1.0, top_p=1.0, max_new_tokens=8),
+    seed=5,
+    seeded=False,
+    keep="partial",
+    refill=True,
+    max_refills=3,
+    eval_steps=-1,
+    min_mass=0.05,
+    min_readable=0.1,
+    dead_steps=0,
+    renormalise=False,
+    n_samples=2,
+    logging_steps=1,
+    output_dir="out/model",
+)
+
+
+def prompts(n: int = 40) -> list[Prompt]:
+    return [Prompt(token_ids=(5, 6, 7), label=2.0, row=i, text=str(i)) for i in range(n)]
+
+
+def partly_right(prompt: Prompt, k: int) -> int | None:
+    """The label of the k-th rollout: 1 is right (label 2.0)."""
+    return [1, 0, 2][k]
+
+
+@dataclass
+class World:
+    """Every fake, and what happened in order."""
+
+    labels: Callable[[Prompt, int], int | None] = partly_right
+    same_scores: bool = False
+    age: int = 0
+    events: list[tuple[Any, ...]] = field(default_factory=list)
+    samplings: list[Sampling] = field(default_factory=list)
+    trained: list[Sequence[TrainGroup]] = field(default_factory=list)
+    logs: list[tuple[int, str, dict[str, Any]]] = field(default_factory=list)
+    samples: list[tuple[int, list[dict[str, Any]]]] = field(default_factory=list)
+    shown: list[tuple[Any, ...]] = field(default_factory=list)
+    version: int = -1
+
+    # rollouts
+    def generate(self, wanted: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        self.events.append(("generate", len(wanted)))
+        self.samplings.append(sampling)
+        groups = []
+        for prompt in wanted:
+            rollouts = []
+            for k in range(sampling.n):
+                label = self.labels(prompt, k)
+                if label is None:
+                    rollouts.append(make_rollout([4, 4, 4]))
+                    continue
+                row = ROWS[0 if self.same_scores else k]
+                scores = torch.tensor([row]).log()
+                rollouts.append(make_rollout([4, 4, label + 1, 0], position=2, label=label, score_logprobs=scores))
+            groups.append(
+                Group(
+                    prompt_ids=torch.tensor(prompt.token_ids),
+                    label=prompt.label,
+                    rollouts=tuple(rollouts),
+                    row=prompt.row,
+                    weight_version=self.version - self.age,
+                )
+            )
+        return groups
+
+    # policy
+    def train(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
+        self.events.append(("train", len(groups)))
+        self.trained.append(groups)
+        return {"loss/total": 0.5, "policy/grad_norm": 2.0}
+
+    def save_model(self, path: str) -> None:
+        self.events.append(("save", path))
+
+    # sync
+    def sync(self, version: int) -> SyncReport:
+        self.events.append(("sync", version))
+        self.version = version
+        return SyncReport(
+            version=version, seconds=1.5, check_seconds=0.25, mean_difference=1e-5, max_difference=1e-4, n_tokens=9
+        )
+
+    # evaluator
+    def evaluate(self, version: int) -> EvalReport:
+        self.events.append(("evaluate", version))
+        return EvalReport(version=version, metrics={"expected/pearson": 0.1 * version, "decoded/pearson": None})
+
+    # log
+    def log(self, step: int, phase: str, metrics: dict[str, Any]) -> None:
+        self.logs.append((step, phase, dict(metrics)))
+
+    def log_samples(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
+        self.samples.append((step, list(samples)))
+
+    # progress
+    def step(self, step: int, metrics: dict[str, Any]) -> None:
+        self.shown.append(("step", step))
+
+    def evaluated(self, step: int, metrics: dict[str, Any]) -> None:
+        self.shown.append(("evaluated", step))
+
+    # both RolloutGroup, PolicyGroup and Evaluator
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def controller(world: World, *, n_prompts: int = 40, evaluate: bool = True, **changes: Any) -> Controller:
+    return Controller(
+        replace(SETTINGS, **changes),
+        scale=SCALE,
+        objective=RealObjective(),
+        prompts=PromptStream(prompts(n_prompts), seed=0, num_episodes=1),
+        rollouts=world,
+        policy=world,
+        weight_sync=world,
+        evaluator=world if evaluate else None,
+        log=world,
+        progress=world,
+        decode=lambda ids: f"<{len(ids)} ids>",
+    )
+
+
+def step_events(n: int, size: int = 4) -> list[tuple[Any, ...]]:
+    return [("generate", size), ("train", size), ("sync", n)]
+
+
+def test_phases_in_order() -> None:
+    world = World()
+    metrics = controller(world).fit()
+    assert world.events == [
+        *(("sync", 0), ("evaluate", 0)),
+        *step_events(1),
+        *step_events(2),
+        *step_events(3),
+        *(("evaluate", 3), ("save", "out/model")),
+    ]
+    assert metrics == {"expected/pearson": pytest.approx(0.3), "decoded/pearson": None}
+
+
+@pytest.mark.parametrize(("every", "at"), [(-1, [0, 5]), (1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4, 5]), (5, [0, 5])])
+def test_evaluation_every_so_often_and_never_twice_at_a_step(every: int, at: list[int]) -> None:
+    world = World()
+    controller(world, total_steps=5, eval_steps=every).fit()
+    assert [event[1] for event in world.events if event[0] == "evaluate"] == at
+    assert [step for step, phase, _ in world.logs if phase == "eval"] == at
+    assert [event[1] for event in world.shown if event[0] == "evaluated"] == at
+
+
+def test_total_steps_0_evaluates_and_saves_only() -> None:
+    world = World()
+    controller(world, total_steps=0).fit()
+    assert world.events == [("sync", 0), ("evaluate", 0), ("save", "out/model")]
+
+
+def test_without_an_evaluator() -> None:
+    world = World()
+    assert controller(world, evaluate=False, total_steps=1, eval_steps=1).fit() == {}
+    assert world.events == [("sync", 0), *step_events(1), ("save", "out/model")]
+
+
+def test_the_end_of_the_prompts_ends_the_run_cleanly() -> None:
+    world = World()
+    run = controller(world, n_prompts=10, total_steps=9)
+    run.fit()
+    assert run.step_number == 2
+    assert world.events[-2:] == [("evaluate", 2), ("save", "out/model")]
+    assert isinstance(run.prompts, PromptStream) and run.prompts.remaining == 2
+
+
+def test_prompts_that_never_fill_a_batch_are_an_error_not_an_empty_run() -> None:
+    world = World(labels=lambda prompt, k: 0 if prompt.row % 2 else partly_right(prompt, k))
+    run = controller(world, n_prompts=5, max_refills=9)
+    with pytest.raises(CannotFill, match=r"before the first batch was full.*--train.num_episodes 1 over 5 prompts"):
+        run.fit()
+    assert ("save", "out/model") not in world.events
+    assert isinstance(run.prompts, PromptStream) and run.prompts.remaining == 5
+
+
+@pytest.mark.parametrize("age", [1, -1])
+def test_rollouts_of_other_weights_are_refused(age: int) -> None:
+    world = World(age=age)
+    with pytest.raises(RuntimeError, match=rf"rollouts of step 0 come from weight versions \[{-age}\]"):
+        controller(world).fit()
+    assert "train" not in [event[0] for event in world.events]
+
+
+def test_dead_steps_in_a_row_stop_the_run() -> None:
+    world = World(same_scores=True)
+    with pytest.raises(NothingLearned, match=r"3 steps in a row.*--rollout.temperature.*--real.dead_steps"):
+        controller(world, total_steps=8, dead_steps=3).fit()
+    assert [event for event in world.events if event[0] == "train"] == [("train", 4)] * 3
+    assert [step for step, phase, _ in world.logs if phase == "train"] == [1, 2, 3]
+
+
+def test_dead_steps_0_never_stops() -> None:
+    world = World(same_scores=True)
+    controller(world, total_steps=6, dead_steps=0).fit()
+    assert ("evaluate", 6) in world.events
+
+
+def test_one_live_step_starts_the_count_of_dead_ones_anew() -> None:
+    world = World(same_scores=True)
+    run = controller(world, total_steps=8, dead_steps=3)
+    run._sync()
+    run.step()
+    run.step()
+    assert run.dead_steps == 2
+    world.same_scores = False
+    run.step()
+    assert run.dead_steps == 0
+
+
+def test_metrics_have_the_names_that_users_see() -> None:
+    world = World()
+    controller(world, total_steps=1).fit()
+    assert [(step, phase) for step, phase, _ in world.logs] == [(0, "sync"), (0, "eval"), (1, "train"), (1, "eval")]
+    start, first, train, last = (metrics for _, _, metrics in world.logs)
+    assert start["sync/logprob_mean"] == 1e-5 and start["sync/logprob_max"] == 1e-4 and "seconds/sync" in start
+    assert first["eval/expected/pearson"] == 0.0 and first["eval/decoded/pearson"] is None
+    assert first["weight_version"] == 0 and last["weight_version"] == 1
+    assert set(first) == {"eval/expected/pearson", "eval/decoded/pearson", "weight_version", "seconds/evaluate"}
+    expected = [sum(v * p for v, p in zip((1, 2, 3), row)) for row in ROWS]
+    rewards = [-((e - 2) ** 2) + torch.tensor(row[1]).log().item() for e, row in zip(expected, ROWS)]
+    assert train["reward/mean"] == pytest.approx(sum(rewards) / 3, rel=1e-5)
+    assert train["score/mass"] == pytest.approx(0.9) and train["invalid/rate"] == 0.0
+    assert train["loss/total"] == 0.5 and train["policy/grad_norm"] == 2.0
+    assert train["sync/logprob_mean"] == 1e-5 and train["sync/transfer_seconds"] == 1.5
+    assert train["sync/check_seconds"] == 0.25
+    assert (train["sampling/pass_rate"], train["sampling/waves"]) == (1.0, 1.0)
+    assert (train["sampling/groups"], train["sampling/kept"]) == (4.0, 4.0)
+    assert {f"seconds/{name}" for name in ("generate", "advantages", "train", "sync")} <= set(train)
+    assert "seconds/evaluate" not in train
+    # 4 groups of 3 rollouts: 4 tokens each are generated, 3 more of the prompt are trained through.
+    seconds = train["seconds/generate"]
+    assert train["speed/generated_tokens_per_second"] == pytest.approx(48 / max(seconds, 1e-9))
+    assert train["speed/trained_tokens_per_second"] == pytest.approx(84 / max(train["seconds/train"], 1e-9))
+    json.dumps([start, first, train, last])
+
+
+def test_judgements_are_logged_with_their_advantage() -> None:
+    world = World()
+    controller(world, total_steps=1).fit()
+    ((step, samples),) = world.samples
+    assert step == 1 and len(samples) == 2
+    assert all(s["advantage"] is not None and s["prompt_tail"] == "<3 ids>" for s in samples)
+    assert samples[0]["label"] == 2.0 and samples[0]["decoded"] == 2.0
+
+
+def test_logging_steps() -> None:
+    world = World()
+    controller(world, total_steps=5, logging_steps=2).fit()
+    assert [step for step, phase, _ in world.logs if phase == "train"] == [2, 4]
+    assert [step for step, _ in world.samples] == [2, 4]
+    assert [event[1] for event in world.shown if event[0] == "step"] == [1, 2, 3, 4, 5]
+
+
+def test_the_policy_gets_what_the_objective_made_of_the_kept_groups() -> None:
+    world = World(labels=lambda prompt, k: 0 if prompt.row % 4 == 0 else partly_right(prompt, k))
+    controller(world, total_steps=2).fit()
+    for groups in world.trained:
+        assert len(groups) == 4
+        for train_group in groups:
+            assert train_group.group.row % 4 and train_group.target == SCALE.target(2.0)
+            k = torch.tensor(ROWS)
+            errors = (k @ torch.tensor([1.0, 2.0, 3.0]) - 2) ** 2
+            rewards = -errors + k[:, 1].log()
+            torch.testing.assert_close(train_group.coefficients.rewards.float(), rewards)
+    metrics = next(m for _, phase, m in world.logs if phase == "train")
+    sampled = sum(event[1] for event in world.events[: world.events.index(("train", 4))] if event[0] == "generate")
+    assert metrics["sampling/groups"] == sampled and metrics["sampling/pass_rate"] == pytest.approx(4 / sampled)
+
+
+def test_seeds_differ_between_steps_and_waves_and_repeat_between_runs() -> None:
+    def seeds(seeded: bool, seed: int = 5) -> list[int | None]:
+        # Every third prompt passes, so that there are several waves per step.
+        world = World(labels=lambda prompt, k: partly_right(prompt, k) if prompt.row % 3 == 0 else 0)
+        controller(world, seeded=seeded, seed=seed, max_refills=9, n_prompts=90).fit()
+        assert len(world.samplings) > 3
+        assert all(s == replace(SETTINGS.sampling, seed=s.seed) for s in world.samplings)
+        return [s.seed for s in world.samplings]
+
+    mine = seeds(True)
+    assert None not in mine and len(set(mine)) == len(mine) and mine == seeds(True)
+    assert not set(mine) & set(seeds(True, seed=6))
+    assert set(seeds(False)) == {None}
+
+
+def test_a_judge_that_writes_no_scores_gets_advice_before_any_filter() -> None:
+    world = World(labels=lambda prompt, k: None)
+    with pytest.raises(ScoresNotThere, match="only 0 of the first 12 rollouts"):
+        controller(world).fit()
+    assert world.events[-1] == ("generate", 4)
+
+
+def test_the_first_look_is_only_at_the_very_first_rollouts(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    world = World(labels=lambda prompt, k: partly_right(prompt, k) if prompt.row % 3 == 0 else 0)
+    controller(world, max_refills=9, n_prompts=90).fit()
+    assert len([r for r in caplog.records if r.message.startswith("first rollouts")]) == 1
+
+
+def test_state_goes_on_without_a_second_evaluation() -> None:
+    world = World()
+    first = controller(world, total_steps=2)
+    first.fit()
+    first.dead_steps = 7
+    state = first.state_dict()
+    again = World()
+    second = controller(again, total_steps=3)
+    second.load_state_dict(state)
+    assert second.state_dict() == state
+    assert (second.step_number, second.dead_steps) == (2, 7)
+    second.fit()
+    assert again.events == [("sync", 2), *step_events(3), ("evaluate", 3), ("save", "out/model")]
+
+
+def test_a_state_is_a_copy() -> None:
+    world = World()
+    run = controller(world, total_steps=1)
+    run.fit()
+    state = run.state_dict()
+    run.last_eval["expected/pearson"] = -1.0
+    assert state["last_eval"]["expected/pearson"] == pytest.approx(0.1)
