@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from real_openrlhf.actors.device import Device, DeviceError
 from real_openrlhf.algo.score_scale import BoundScale, bind_scale
 from real_openrlhf.config.cli import parse_args
+from real_openrlhf.config.plan import batch_plan
 from real_openrlhf.config.schema import Config
 from real_openrlhf.config.validate import validate
 from real_openrlhf.controller.run_log import RunLogError, check_output_dir
@@ -71,13 +72,15 @@ def load_inputs(config: Config) -> Inputs:
             skip_bad_rows=config.data.skip_bad_rows,
         )
 
+    train_set = load(config.data.prompt_dataset, config.data.max_samples)
+    batch_plan(config, len(train_set))  # raises when the prompts do not fill a step
     return Inputs(
         config=config,
         tokenizer=tokenizer,
         bound=bound,
         end_ids=end_token_ids(config.actor.model_name_or_path, tokenizer),
         template=template,
-        train_set=load(config.data.prompt_dataset, config.data.max_samples),
+        train_set=train_set,
         eval_set=load(config.eval.dataset, config.eval.max_samples) if config.eval.dataset else None,
         warnings=tuple(warnings),
     )

@@ -30,7 +30,7 @@ say "supervised warm-up"
   --model_name_or_path "$out/init" \
   --data "$out/data/sft.jsonl" \
   --output_dir "$out/warmup" \
-  --learning_rate 2e-3 --warmup_steps 30 --lr_scheduler cosine \
+  --learning_rate 3e-3 --warmup_steps 50 --lr_scheduler cosine \
   --batch_size 64 --max_steps 800 --max_len 256 \
   --seed "$seed" --log_steps 20 --device cpu
 
@@ -43,7 +43,7 @@ say "REAL"
   --train.micro_batch_size 32 --train.max_steps 50 --train.seed "$seed" \
   --actor.adam.lr 2e-4 \
   --real.preset paper --real.beta 0.01 --real.scale 1-5 --real.anchor "score " --real.keep_groups all \
-  --eval.dataset "$out/data/test.jsonl" --eval.steps 10 \
+  --eval.dataset "$out/data/test.jsonl" --eval.steps 25 \
   --ckpt.output_dir "$out/real" \
   --real.device cpu
 

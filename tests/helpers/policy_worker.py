@@ -1,6 +1,6 @@
 """One rank of the real policy actor (DeepSpeed, gloo) on fixed groups; run as a process of its own.
 
-    python -m tests.helpers.policy_worker FOLDER OUT --stage 2 --rank 0 --world 1 --port 29500
+python -m tests.helpers.policy_worker FOLDER OUT --stage 2 --rank 0 --world 1 --port 29500
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def test_loss_is_the_cross_entropy_of_each_response_by_itself(data, tokenizer, m
         logprobs = model(input_ids=ids).logits[0].log_softmax(-1)
         for at in range(example.n_prompt, len(example.token_ids)):
             expected -= logprobs[at - 1, example.token_ids[at]].item()
-    assert float(summed_loss(model, examples, pad_id=0, device=CPU)) == pytest.approx(expected, rel=1e-5)
+    assert summed_loss(model, examples, pad_id=0, device=CPU).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("micro", [1, 3])

@@ -29,7 +29,10 @@ def test_what_fits(requests: list[Request], nodes: list[dict[str, float]]) -> No
 
 
 def test_a_bundle_that_no_node_can_hold() -> None:
-    requests = [Request(name="policy", bundles=(CPU,)), Request(name="rollout", bundles=({"GPU": 1, "CPU": 4},) * 2)]
+    requests = [
+        Request(name="policy", bundles=(CPU,)),
+        Request(name="rollout", bundles=({"GPU": 1.0, "CPU": 4.0},) * 2),
+    ]
     # The sums would do: 2 GPUs and 9 CPUs.
     nodes = [node(3, 2), node(20)]
     with pytest.raises(PlacementError) as caught:
@@ -60,7 +63,7 @@ def test_a_sum_that_is_too_large(nodes: list[dict[str, float]], says: str) -> No
 
 
 def test_other_resources_count_too() -> None:
-    request = Request(name="policy", bundles=({"CPU": 1, "special": 1},) * 2)
+    request = Request(name="policy", bundles=({"CPU": 1.0, "special": 1.0},) * 2)
     check_fits([request], [node(4, special=2)])
     with pytest.raises(PlacementError, match="2 special asked for, the cluster has 1"):
         check_fits([request], [node(4, special=1)])

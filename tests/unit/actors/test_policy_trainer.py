@@ -234,7 +234,7 @@ def test_updates_follow_one_another() -> None:
         gradient = reference(rows_of(GROUPS), actor, options)[1]
         with torch.no_grad():
             for parameter, g in zip(actor.parameters(), gradient):
-                parameter -= lr * g
+                parameter.sub_(lr * g)
     for mine, theirs in zip(run.actor.parameters(), actor.parameters()):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
     assert metrics["policy/lr"] == 0.25 and metrics["policy/updates"] == 2.0

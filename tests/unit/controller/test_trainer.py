@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -67,7 +67,7 @@ class World:
     samplings: list[Sampling] = field(default_factory=list)
     trained: list[Sequence[TrainGroup]] = field(default_factory=list)
     logs: list[tuple[int, str, dict[str, Any]]] = field(default_factory=list)
-    samples: list[tuple[int, list[dict[str, Any]]]] = field(default_factory=list)
+    samples: list[tuple[int, list[Mapping[str, Any]]]] = field(default_factory=list)
     shown: list[tuple[Any, ...]] = field(default_factory=list)
     version: int = -1
 
@@ -120,17 +120,17 @@ class World:
         return EvalReport(version=version, metrics={"expected/pearson": 0.1 * version, "decoded/pearson": None})
 
     # log
-    def log(self, step: int, phase: str, metrics: dict[str, Any]) -> None:
+    def log(self, step: int, phase: str, metrics: Mapping[str, Any]) -> None:
         self.logs.append((step, phase, dict(metrics)))
 
-    def log_samples(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         self.samples.append((step, list(samples)))
 
     # progress
-    def step(self, step: int, metrics: dict[str, Any]) -> None:
+    def step(self, step: int, metrics: Mapping[str, Any]) -> None:
         self.shown.append(("step", step))
 
-    def evaluated(self, step: int, metrics: dict[str, Any]) -> None:
+    def evaluated(self, step: int, metrics: Mapping[str, Any]) -> None:
         self.shown.append(("evaluated", step))
 
     # both RolloutGroup, PolicyGroup and Evaluator

@@ -1,0 +1,204 @@
+"""Whether a checkpoint belongs to the run that wants to resume from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from enum import Enum
+from typing import Any
+
+from real_openrlhf.checkpoint.errors import CheckpointError, IncompatibleCheckpointError, LayoutError
+
+logger = logging.getLogger(__name__)
+
+# Of a model's config: where it came from, how it is run, who wrote it; not what it is.
+_VOLATILE = (
+    "_name_or_path",
+    "name_or_path",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "use_cache",
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "attn_implementation",
+)
+
+
+class Severity(Enum):
+    """REFUSE: resuming would silently train on something else. LAYOUT: shards do not fit. WARN: may change."""
+
+    REFUSE = "refuse"
+    LAYOUT = "layout"
+    WARN = "warn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mismatch:
+    """One field that differs; name of a setting as `settings.<name>`."""
+
+    name: str
+    saved: Any
+    now: Any
+    severity: Severity
+
+    def __str__(self) -> str:
+        return f"{_TITLES.get(self.name, self.name)}: {_shown(self.saved)} in the checkpoint, {_shown(self.now)} now"
+
+
+_TITLES = {
+    "model_sha256": "model config (sha256)",
+    "tokenizer_sha256": "tokenizer (sha256)",
+    "data_sha256": "data set (sha256)",
+    "template_sha256": "prompt template (sha256)",
+    "scale": "score scale",
+    "anchors": "answer anchors",
+    "ranks": "policy ranks",
+    "zero_stage": "ZeRO stage",
+}
+_SEVERITY = {
+    "model_sha256": Severity.REFUSE,
+    "tokenizer_sha256": Severity.REFUSE,
+    "data_sha256": Severity.REFUSE,
+    "template_sha256": Severity.REFUSE,
+    "scale": Severity.REFUSE,
+    "anchors": Severity.REFUSE,
+    "ranks": Severity.LAYOUT,
+    "zero_stage": Severity.LAYOUT,
+    "preset": Severity.WARN,
+    "seed": Severity.WARN,
+}
+_STRINGS = ("model_sha256", "tokenizer_sha256", "data_sha256", "template_sha256", "preset")
+_INTEGERS = ("seed", "ranks", "zero_stage")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """What a run trains, on what, and over how many ranks.
+
+    model_sha256       `model_config_sha256`; tokenizer_sha256 `tokenizer_sha256`
+    data_sha256        `Dataset.sha256`; template_sha256 `PromptTemplate.sha256`
+    scale              (value, label) pairs in order; anchors the texts before the score
+    ranks, zero_stage  of the policy group: the layout of its shards
+    settings           what may change (learning rate, ...): JSON values by flag name
+    """
+
+    model_sha256: str
+    tokenizer_sha256: str
+    data_sha256: str
+    template_sha256: str
+    scale: tuple[tuple[float, str], ...]
+    anchors: tuple[str, ...]
+    preset: str
+    seed: int
+    ranks: int
+    zero_stage: int
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_json(cls, content: Any) -> RunIdentity:
+        """Inverse of `to_json`; CheckpointError when a field is missing, unknown or of another type."""
+        if not isinstance(content, Mapping):
+            raise CheckpointError("the run identity is not a JSON object")
+        names = {f.name for f in fields(cls)}
+        if names != set(content):
+            raise CheckpointError(
+                f"the run identity lacks {sorted(names - set(content))} and has unknown {sorted(set(content) - names)}"
+            )
+        wrong = [name for name in _STRINGS if not isinstance(content[name], str)]
+        wrong += [name for name in _INTEGERS if type(content[name]) is not int]
+        try:
+            scale = tuple((float(value), str(label)) for value, label in content["scale"])
+            anchors, settings = tuple(map(str, content["anchors"])), dict(content["settings"])
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"the run identity's scale, anchors or settings are malformed: {error}") from error
+        if wrong:
+            raise CheckpointError(f"the run identity has another type than expected in {', '.join(wrong)}")
+        return cls(**{**content, "scale": scale, "anchors": anchors, "settings": settings})
+
+    def diff(self, other: RunIdentity) -> list[Mismatch]:
+        """Fields in which `other` (now) differs from this one (saved), in the order of the fields."""
+        # Compared as JSON, so that a tuple and the list it was read back as are the same.
+        saved, now = self.to_json(), other.to_json()
+        pairs = [(name, saved[name], now[name], severity) for name, severity in _SEVERITY.items()]
+        absent = "not set"
+        for name in sorted({*saved["settings"], *now["settings"]}):
+            before, after = (side["settings"].get(name, absent) for side in (saved, now))
+            pairs.append((f"settings.{name}", before, after, Severity.WARN))
+        return [
+            Mismatch(name=name, saved=before, now=after, severity=severity)
+            for name, before, after, severity in pairs
+            if before != after
+        ]
+
+
+def check(saved: RunIdentity, now: RunIdentity, *, force: bool, universal: bool = False) -> list[Mismatch]:
+    """Raise if a run that is `now` must not resume what was `saved`; returns what was let through, and logs it.
+
+    IncompatibleCheckpointError: other model, tokenizer, data, template, scale or anchors; `force` lets them through.
+    LayoutError: other ranks or ZeRO stage; only `universal` (DeepSpeed's universal checkpoints) helps, not `force`.
+    """
+    mismatches = saved.diff(now)
+    refused = [m for m in mismatches if m.severity is Severity.REFUSE]
+    layout = [m for m in mismatches if m.severity is Severity.LAYOUT]
+    if refused and not force:
+        raise IncompatibleCheckpointError(
+            "the checkpoint belongs to another run:\n"
+            + "".join(f"  {m}\n" for m in refused)
+            + "resume with what the checkpoint was made with, start afresh in a new output folder, or force it"
+        )
+    if layout and not universal:
+        raise LayoutError(
+            "the checkpoint's shards do not fit this run:\n"
+            + "".join(f"  {m}\n" for m in layout)
+            + "resume with the same layout, or convert to a universal checkpoint (DeepSpeed's ds_to_universal)"
+        )
+    for mismatch in mismatches:
+        forced = " (forced)" if mismatch.severity is Severity.REFUSE else ""
+        logger.warning("resuming with a change%s: %s", forced, mismatch)
+    return mismatches
+
+
+def json_sha256(content: Any) -> str:
+    """sha256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def model_config_sha256(config: Mapping[str, Any]) -> str:
+    """Of `PretrainedConfig.to_dict()`, less what says where the model lies and how it is run."""
+    return json_sha256(_without(config, _VOLATILE))
+
+
+def tokenizer_sha256(tokenizer: Any) -> str:
+    """Of a Hugging Face tokenizer: vocabulary, merges, special tokens, chat template."""
+    content: dict[str, Any] = {
+        "vocab": tokenizer.get_vocab(),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "chat_template": getattr(tokenizer, "chat_template", None),
+    }
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        # Padding and truncation are set anew by every call.
+        content["backend"] = _without(json.loads(backend.to_str()), ("padding", "truncation"))
+    return json_sha256(content)
+
+
+def _without(content: Any, names: tuple[str, ...]) -> Any:
+    """Nested dicts less some keys; configs of vision or MoE models hold configs."""
+    if isinstance(content, Mapping):
+        return {str(key): _without(value, names) for key, value in content.items() if key not in names}
+    return content
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    if len(text) == 64 and not set(text) - set("0123456789abcdef"):
+        return text[:12]
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,23 @@
+"""What can be wrong with checkpoints."""
+
+from __future__ import annotations
+
+
+class CheckpointError(ValueError):
+    """No checkpoint can be used as asked; the message names the path and what would work."""
+
+
+class NoCheckpointError(CheckpointError):
+    """The folder has no checkpoint at all, not even a broken one: a first start."""
+
+
+class IncompatibleCheckpointError(CheckpointError):
+    """The checkpoint was made with another model, tokenizer, data set, template or scale."""
+
+
+class LayoutError(CheckpointError):
+    """The checkpoint's shards are for another number of ranks or another ZeRO stage."""
+
+
+class CheckpointWriteError(RuntimeError):
+    """A save failed and left nothing behind; earlier checkpoints are untouched and the run can go on."""

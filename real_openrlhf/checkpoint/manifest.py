@@ -1,0 +1,185 @@
+"""The manifest: written last, it is what makes a folder a checkpoint.
+
+    {"format": "real_openrlhf.checkpoint", "format_version": 1,
+     "step": 40, "sequence": 4, "time": "2025-01-31T12:00:00+00:00",
+     "metric_name": "pearson", "metric": 0.71, "best": true,
+     "meta": {...}, "hashes": "how files are hashed, in words",
+     "files": [{"path": "policy/rank_0.pt", "size": 123, "kind": "sha256", "hash": "..."}, ...],
+     "checksum": sha256 of all of the above}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from real_openrlhf.checkpoint.compat import RunIdentity
+from real_openrlhf.checkpoint.durable import MIB, Fingerprint, files_of
+from real_openrlhf.checkpoint.errors import CheckpointError
+
+MANIFEST_FILE = "manifest.json"
+FORMAT = "real_openrlhf.checkpoint"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointMeta:
+    """What a checkpoint says about its run, readable without loading any state.
+
+    identity         what must be the same to resume
+    weight_version   of the weights that the engines had at the step boundary
+    extra            anything else that JSON can hold; keys are strings
+    """
+
+    identity: RunIdentity
+    weight_version: int
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "identity": self.identity.to_json(),
+            "weight_version": self.weight_version,
+            "extra": dict(self.extra),
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> CheckpointMeta:
+        """Inverse of `to_json`; CheckpointError for anything else."""
+        try:
+            identity, version, extra = content["identity"], content["weight_version"], content["extra"]
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"the meta data lacks {error}") from error
+        if type(version) is not int or not isinstance(extra, dict):
+            raise CheckpointError("the meta data has a weight_version or extra of another type")
+        return cls(identity=RunIdentity.from_json(identity), weight_version=version, extra=extra)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """path: below the checkpoint, with slashes. size: bytes. kind, hash: see `Fingerprint`."""
+
+    path: str
+    size: int
+    kind: str
+    hash: str
+
+    def __post_init__(self) -> None:
+        pure = PurePosixPath(self.path)
+        if pure.is_absolute() or ".." in pure.parts or not pure.parts:
+            raise CheckpointError(f"the file {self.path!r} is not inside the checkpoint")
+        if type(self.size) is not int or self.kind not in (Fingerprint.WHOLE, Fingerprint.EDGES):
+            raise CheckpointError(f"the entry of {self.path!r} has size {self.size!r} and hash kind {self.kind!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """step: done before the save. sequence: counts saves; a run that went back saves a lower step later.
+
+    time: ISO 8601, UTC. metric: of metric_name; None when not measured or undefined.
+    best: whether it was the best of its folder when it was written.
+    """
+
+    step: int
+    sequence: int
+    time: str
+    metric_name: str
+    metric: float | None
+    best: bool
+    meta: CheckpointMeta
+    files: tuple[FileEntry, ...]
+
+    def dumps(self, fingerprint: Fingerprint) -> bytes:
+        """The content of manifest.json."""
+        limit = fingerprint.whole_up_to / MIB
+        content: dict[str, Any] = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "step": self.step,
+            "sequence": self.sequence,
+            "time": self.time,
+            "metric_name": self.metric_name,
+            "metric": self.metric,
+            "best": self.best,
+            "meta": self.meta.to_json(),
+            "hashes": f"{Fingerprint.WHOLE}: of the whole file; {Fingerprint.EDGES}: of its first and last MiB only, "
+            f"for files above {limit:g} MiB, whose middle is checked by nothing but the size",
+            "files": [asdict(entry) for entry in self.files],
+        }
+        # From the text as it will be read: JSON turns tuples into lists and integer keys into strings.
+        content = json.loads(json.dumps(content))
+        content["checksum"] = _checksum(content)
+        return (json.dumps(content, indent=1) + "\n").encode()
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Of a checkpoint folder. CheckpointError, naming the file, if it is missing, invalid or of another version."""
+        path = folder / MANIFEST_FILE
+        try:
+            content = json.loads(path.read_bytes())
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is missing: the save or the copy was not finished") from error
+        except PermissionError as error:
+            raise CheckpointError(f"no permission to read {path}") from error
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise CheckpointError(f"{path} is not the manifest of a checkpoint of this program")
+        version = content.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format version {version!r}, this program reads version {FORMAT_VERSION}; "
+                "resume with the version of real_openrlhf that wrote it"
+            )
+        if content.pop("checksum", None) != _checksum(content):
+            raise CheckpointError(f"{path} was changed after it was written: its checksum does not fit")
+        try:
+            return cls(
+                **{name: content[name] for name in ("step", "sequence", "time", "metric_name", "metric", "best")},
+                meta=CheckpointMeta.from_json(content["meta"]),
+                files=tuple(FileEntry(**entry) for entry in content["files"]),
+            )
+        except (KeyError, TypeError, CheckpointError) as error:
+            raise CheckpointError(f"{path} is not a whole manifest: {error}") from error
+
+
+def list_files(folder: Path, fingerprint: Fingerprint) -> tuple[FileEntry, ...]:
+    """Entries of all files in the folder, which has no manifest yet."""
+    entries = []
+    for path in files_of(folder):
+        kind, digest = fingerprint.of(path)
+        relative = path.relative_to(folder).as_posix()
+        entries.append(FileEntry(path=relative, size=path.stat().st_size, kind=kind, hash=digest))
+    return tuple(entries)
+
+
+def find_defect(folder: Path, manifest: Manifest, *, hashes: bool) -> str | None:
+    """The first file that is not as the manifest says, in words; None when all are there.
+
+    hashes=False looks at sizes only and reads nothing.
+    """
+    for entry in manifest.files:
+        path = folder / entry.path
+        try:
+            if not path.is_file():
+                return f"{path} is missing"
+            size = path.stat().st_size
+            if size != entry.size:
+                return f"{path} has {size} bytes, not {entry.size}"
+            if hashes and Fingerprint.digest(path, entry.kind) != entry.hash:
+                return f"{path} has other content than was written (hash differs)"
+        except PermissionError:
+            return f"no permission to read {path}"
+        except OSError as error:
+            return f"{path} cannot be read: {error}"
+    return None
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

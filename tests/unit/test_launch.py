@@ -1,0 +1,304 @@
+"""From a configuration to objective, loss, controller settings, specs and the printed plan."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from real_openrlhf.actors.device import Device, DeviceError
+from real_openrlhf.actors.placement import Request
+from real_openrlhf.actors.protocols import Sampling
+from real_openrlhf.algo.loss import LossOptions
+from real_openrlhf.algo.objectives import RealObjective
+from real_openrlhf.algo.types import GroupScores
+from real_openrlhf.config.cli import parse_args
+from real_openrlhf.config.flags import ConfigError
+from real_openrlhf.config.plan import batch_plan
+from real_openrlhf.config.schema import Config
+from real_openrlhf.launch import (
+    check_samplings,
+    controller_settings,
+    describe,
+    engine_spec,
+    evaluator_spec,
+    loss_options,
+    make_objective,
+    placement_requests,
+    probe_sequences,
+    split_metrics,
+)
+from real_openrlhf.train_real import Inputs, load_inputs
+from tests.helpers.tiny_judge import make_rows, make_tokenizer, write_rows
+
+CPU = Device(name="cpu", dtype_name="fp32")
+CUDA = Device(name="cuda", dtype_name="bf16")
+
+
+def config_of(*flags: str) -> Config:
+    return parse_args(
+        ["--actor.model_name_or_path", "m", "--data.prompt_dataset", "d", "--ckpt.output_dir", "out", *flags]
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("inputs")
+    make_tokenizer().save_pretrained(folder / "model")
+    write_rows(folder / "train.jsonl", make_rows(40, seed=0))
+    write_rows(folder / "test.jsonl", make_rows(6, seed=1))
+    named = {
+        "actor.model_name_or_path": folder / "model",
+        "data.prompt_dataset": folder / "train.jsonl",
+        "eval.dataset": folder / "test.jsonl",
+        "ckpt.output_dir": folder / "out",
+        "real.anchor": "score ",
+        "real.device": "cpu",
+        "data.max_len": 32,
+        "rollout.max_new_tokens": 8,
+        "rollout.batch_size": 8,
+        "rollout.n_samples_per_prompt": 4,
+    }
+    return [part for name, value in named.items() for part in (f"--{name}", str(value))]
+
+
+def inputs_of(flags: list[str], *more: str) -> Inputs:
+    return load_inputs(parse_args([*flags, *more]))
+
+
+# -- objective and loss ----------------------------------------------------------------------------------
+
+
+def test_the_presets_objectives() -> None:
+    common: dict[str, Any] = dict(lam=1.0, standardise=True, clip=1.0, tolerance=1e-6, invalid_penalty=0.0)
+    paper = RealObjective(beta=0.01, answer_reward="logprob", renormalise=False, **common)
+    reference = RealObjective(beta=0.0, answer_reward="prob", renormalise=False, **common)
+    assert make_objective(config_of()) == make_objective(config_of("--real.preset", "paper")) == paper
+    assert make_objective(config_of("--real.preset", "reference")) == reference
+
+
+def test_every_setting_of_the_objective_arrives() -> None:
+    flags = "--real.lam 2 --real.beta 0.5 --no-real.standardise --real.advantage_clip none --real.tolerance 0.01"
+    flags += " --real.invalid_penalty 3 --real.renormalise --real.answer_reward prob"
+    assert make_objective(config_of(*flags.split())) == RealObjective(
+        lam=2.0,
+        beta=0.5,
+        answer_reward="prob",
+        standardise=False,
+        clip=None,
+        tolerance=0.01,
+        invalid_penalty=3.0,
+        renormalise=True,
+    )
+
+
+def test_the_papers_reward_on_numbers() -> None:
+    scale = config_of().real.score_scale
+    probs = torch.tensor([[0.1, 0.2, 0.4, 0.2, 0.1], [0.0, 0.0, 0.5, 0.5, 0.0]])
+    scores = GroupScores(
+        values=scale.tensor(),
+        label_logprobs=probs.log(),
+        readable=torch.tensor([True, True]),
+        sampled=torch.tensor([2, 3]),
+        target=scale.target(3),
+    )
+    result = make_objective(config_of())(scores)
+    assert result.rewards.tolist() == pytest.approx([math.log(0.4), -0.25 + math.log(0.5)], rel=1e-5)
+    assert result.squared_error.tolist() == [0.01, 0.01] and result.likelihood.tolist() == [0.01, 0.01]
+
+
+def test_the_presets_losses() -> None:
+    assert loss_options(config_of()) == LossOptions(aggregation="token_sum", ratio="on_policy")
+    assert loss_options(config_of("--real.preset", "reference")) == LossOptions(aggregation="token_mean", ratio="none")
+
+
+@pytest.mark.parametrize(
+    ("flags", "change"),
+    [
+        ("--train.max_epochs 2", {"ratio": "clip"}),
+        ("--real.mini_batches 2", {"ratio": "clip"}),
+        ("--real.mini_batches 2 --real.ratio none", {"ratio": "none"}),
+        ("--real.ratio clip --actor.eps_clip 0.1", {"ratio": "clip", "clip_low": 0.1, "clip_high": 0.1}),
+        ("--actor.eps_clip_low_high 0.1 0.3", {"clip_low": 0.1, "clip_high": 0.3}),
+        ("--algo.advantage.is_correction_threshold 3", {}),
+        (
+            "--algo.advantage.is_correction_level token --algo.advantage.is_correction_threshold 3",
+            {"tis_cap": 3.0},
+        ),
+        ("--algo.kl.init_coef 0.1 --algo.kl.estimator k1", {"kl_coef": 0.1, "kl_estimator": "k1"}),
+        ("--actor.entropy_coef 0.01", {"entropy_coef": 0.01}),
+        ("--actor.entropy_coef 0", {"entropy_coef": 0.0}),
+        ("--real.renormalise --real.aggregation token_mean", {"renormalise": True, "aggregation": "token_mean"}),
+    ],
+)
+def test_every_setting_of_the_loss_arrives(flags: str, change: dict[str, Any]) -> None:
+    base = LossOptions(aggregation="token_sum", ratio="on_policy")
+    assert loss_options(config_of(*flags.split())) == replace(base, **change)
+
+
+# -- controller, engines, evaluator ----------------------------------------------------------------------
+
+
+def test_controller_settings_of_the_presets() -> None:
+    for preset, refill, top_p in (("paper", True, 1.0), ("reference", False, 0.9)):
+        config = config_of("--real.preset", preset, "--actor.num_gpus_per_node", "4", "--train.seed", "7")
+        settings = controller_settings(config, batch_plan(config, 1000))
+        assert (settings.total_steps, settings.batch_size, settings.ranks) == (3, 256, 4)
+        assert settings.sampling == Sampling(n=16, temperature=1.0, top_p=top_p, max_new_tokens=1024)
+        assert (settings.keep, settings.refill, settings.max_refills) == ("partial", refill, 10)
+        assert (settings.eval_steps, settings.seed, settings.seeded) == (10, 7, False)
+        assert (settings.min_mass, settings.min_readable, settings.dead_steps) == (0.05, 0.02, 20)
+        assert settings.output_dir == "out/model"
+
+
+def test_controller_settings_follow_their_flags() -> None:
+    flags = "--train.max_steps 2 --train.full_determinism_enable --real.keep_groups all --real.min_mass 0.5 "
+    flags += "--real.min_readable 0.25 --real.dead_steps 0 --eval.steps -1 --logger.samples 9 --logger.logging_steps 3 "
+    flags += "--real.renormalise --real.max_refills 4"
+    config = config_of(*flags.split())
+    settings = controller_settings(config, batch_plan(config, 1000))
+    got = {name: getattr(settings, name) for name in ("total_steps", "seeded", "keep", "refill", "max_refills")}
+    assert got == {"total_steps": 2, "seeded": True, "keep": "all", "refill": False, "max_refills": 4}
+    assert (settings.min_mass, settings.min_readable, settings.dead_steps) == (0.5, 0.25, 0)
+    assert (settings.eval_steps, settings.n_samples, settings.logging_steps) == (-1, 9, 3)
+    assert settings.renormalise
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--real.preset reference --eval.dataset e",
+        "--rollout.temperature 0.7",
+        "--rollout.temperature 0.7 --eval.dataset e --eval.temperature 0.7",
+        "--eval.dataset e --eval.temperature 0 --eval.top_p 0.9",
+        "--rollout.temperature 0.7 --eval.top_p 0.9",  # no evaluation: its flags do not count
+    ],
+)
+def test_samplings_that_the_engines_can_answer(flags: str) -> None:
+    check_samplings(config_of(*flags.split()))
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (
+            "--rollout.temperature 0.7 --rollout.top_p 0.9",
+            "--rollout.temperature, --rollout.top_p: .*0.7 with top_p 0.9",
+        ),
+        ("--rollout.temperature 0.001", "--rollout.temperature.*at least 0.01, got 0.001"),
+        (
+            "--eval.dataset e --eval.temperature 0.7",
+            "--eval.temperature 0.7 .* --rollout.temperature 1: .*raw_logprobs",
+        ),
+        (
+            "--rollout.temperature 0.7 --eval.dataset e --eval.top_p 0.9",
+            "--eval.top_p 0.9 does not go together with --rollout.temperature 0.7: .*use top_p 1",
+        ),
+    ],
+)
+def test_samplings_that_no_engine_can_answer(flags: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        check_samplings(config_of(*flags.split()))
+
+
+def test_engine_and_evaluator_specs(flags: list[str]) -> None:
+    inputs = inputs_of(flags, "--eval.n_samples_per_prompt", "3", "--eval.seed", "9", "--rollout.temperature", "0.5")
+    inputs = replace(inputs, config=parse_args([*flags, "--rollout.temperature", "0.5", "--vllm.num_engines", "2"]))
+    spec = engine_spec(inputs, CPU)
+    assert spec.load_format == "dummy" and spec.logprobs_mode == "processed_logprobs" and spec.enforce_eager
+    assert spec.max_model_len == 32 and spec.seed == 42 and spec.device == CPU
+    assert not engine_spec(inputs, CUDA).enforce_eager
+    assert engine_spec(inputs_of(flags), CPU).logprobs_mode == "raw_logprobs"
+
+
+def test_the_evaluator_uses_its_own_flags(flags: list[str]) -> None:
+    inputs = inputs_of(flags, "--eval.n_samples_per_prompt", "3", "--eval.seed", "9", "--eval.top_p", "0.8")
+    spec = evaluator_spec(inputs)
+    assert spec.sampling == Sampling(n=3, temperature=1.0, top_p=0.8, max_new_tokens=8, seed=9)
+    assert len(spec.prompts) == 6 and str(spec.scale) == "1,2,3,4,5"
+
+
+def test_probes_are_the_ends_of_the_first_prompts(flags: list[str]) -> None:
+    inputs = inputs_of(flags, "--sync.check_sequences", "3", "--sync.check_tokens", "2")
+    assert probe_sequences(inputs) == [list(p.token_ids)[-2:] for p in inputs.train_set.prompts[:3]]
+    whole = probe_sequences(inputs_of(flags, "--sync.check_sequences", "99"))
+    assert whole == [list(p.token_ids) for p in inputs.train_set.prompts]
+
+
+@pytest.mark.parametrize(
+    ("more", "sizes"),
+    [
+        ("", {"policy": 1, "rollout": 1}),
+        ("--actor.num_nodes 2 --actor.num_gpus_per_node 4 --vllm.num_engines 3", {"policy": 8, "rollout": 3}),
+        ("--eval.dataset e --eval.engine own", {"policy": 1, "rollout": 1, "evaluator": 1}),
+        (
+            "--vllm.num_engines 2 --vllm.tensor_parallel_size 2 --eval.dataset e --eval.engine own",
+            {"policy": 1, "rollout": 4, "evaluator": 2},
+        ),
+    ],
+)
+def test_placement(more: str, sizes: dict[str, int]) -> None:
+    for device, bundle in ((CPU, {"CPU": 1.0}), (CUDA, {"GPU": 1.0, "CPU": 1.0})):
+        got = placement_requests(config_of(*more.split()), device)
+        assert got == [Request(name=name, bundles=(bundle,) * n) for name, n in sizes.items()]
+
+
+# -- text ------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_says_what_a_run_would_do(flags: list[str]) -> None:
+    more = ["--real.beta", "0.1", "--actor.num_gpus_per_node", "2", "--eval.engine", "own", "--eval.steps", "3"]
+    inputs = inputs_of(flags, *more)
+    text = describe(inputs)
+    token = inputs.tokenizer.convert_tokens_to_ids("3")
+    for piece in (
+        "fp32 on cpu, ZeRO 2",
+        "policy: 2 x (1 CPU), PACK",
+        "rollout: 1 x (1 CPU), PACK",
+        "evaluator: 1 x (1 CPU), PACK",
+        "8 prompts x 4 rollouts = 32 rollouts per step",
+        "16 rollouts per update and rank = 2 micro-batch(es) of 8, 2 rank(s)",
+        "up to 24 prompt and 8 response tokens",
+        "dynamic sampling: partial, refilled up to 10 times",
+        "40 prompts x 1 episode(s): at most 5 steps, at most 5 updates",
+        "evaluation before training, every 3 steps, and at the end",
+        "after 'score' (anchor 'score '):",
+        f"'3' (value 3) -> token {token} '3'",
+        "--real.beta 0.1 (preset: 0.01)",
+    ):
+        assert piece in text, piece
+    assert "Warnings" not in text
+
+
+def test_the_plan_shows_warnings(flags: list[str]) -> None:
+    text = describe(inputs_of(flags, "--actor.adam.lr", "0"))
+    assert text.splitlines()[-2:] == ["Warnings", "  --actor.adam.lr 0: nothing is learned"]
+
+
+def test_the_plan_for_a_cluster_with_gpus(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = replace(inputs_of(flags), config=parse_args([*flags, "--real.device", "cuda"]))
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(DeviceError, match="no GPU"):
+        describe(inputs)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert "bf16 on cuda" in describe(inputs) and "policy: 1 x (1 CPU, 1 GPU), PACK" in describe(inputs)
+
+
+def test_split_metrics() -> None:
+    metrics = {"expected/pearson": 0.5, "decoded/pearson": None, "expected/n": 3.0, "mass": 0.9}
+    assert split_metrics(metrics) == {
+        "expected": {"pearson": 0.5, "n": 3.0},
+        "decoded": {"pearson": None},
+        "all": {"mass": 0.9},
+    }
+    assert split_metrics({}) == {}
