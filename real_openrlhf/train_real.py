@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from real_openrlhf.config.validate import validate
 from real_openrlhf.controller.run_log import RunLogError, check_output_dir
 from real_openrlhf.data.dataset import JudgeDataset
 from real_openrlhf.data.template import PromptTemplate
+from real_openrlhf.errors import RunError
 from real_openrlhf.ray_session import cluster_to_join
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ def load_inputs(config: Config) -> Inputs:
     """Check flags against each other, then load tokenizer, scale and data sets."""
     from real_openrlhf.launch import check_samplings
 
+    config = with_absolute_paths(config)
     warnings = validate(config, device=known_device(config))
     check_samplings(config)
     tokenizer = load_tokenizer(config.actor.model_name_or_path)
@@ -94,6 +96,16 @@ def known_device(config: Config) -> Literal["cpu", "cuda"] | None:
     if cluster_to_join(config.ray.address):
         return None if config.real.device == "auto" else config.real.device
     return "cuda" if Device.resolve(config.real.device, config.ds.param_dtype).is_cuda else "cpu"
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Local paths made absolute: actors on a joined cluster run in another folder than the driver."""
+    actor, ckpt = config.actor, config.ckpt
+    if Path(actor.model_name_or_path).is_dir():
+        actor = replace(actor, model_name_or_path=str(Path(actor.model_name_or_path).resolve()))
+    if ckpt.output_dir:
+        ckpt = replace(ckpt, output_dir=str(Path(ckpt.output_dir).resolve()))
+    return replace(config, actor=actor, ckpt=ckpt)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -149,6 +161,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What only shows once the cluster or the log is there; nothing has been trained.
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except RunError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
     logger.info("done: the judge is in %s", Path(config.ckpt.output_dir) / "model")
     return 0
 

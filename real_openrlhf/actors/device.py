@@ -29,6 +29,8 @@ SYNC_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 
 # GiB of KV cache per engine on a CPU: some 50,000 tokens of a 135M-parameter model in fp32.
 CPU_KVCACHE_GIB = "1"
+# Tokens of one forward pass of an engine on a CPU: vLLM's default there.
+CPU_BATCHED_TOKENS = 4096
 
 
 class DeviceError(ValueError):
@@ -162,6 +164,17 @@ class Device:
                 "TORCHDYNAMO_DISABLE": "1",
             }
         return {key: os.environ.get(key) or value for key, value in env.items()}
+
+    def engine_options(self, max_model_len: int) -> dict[str, Any]:
+        """vLLM engine arguments that only one of the stacks needs.
+
+        On CPU a seeded request must never have its prompt cut into chunks: vLLM 0.29 takes back the
+        sample drawn for an unfinished chunk by Generator.set_offset (gpu_model_runner.py), which CPU
+        generators do not have, and the engine dies of it.
+        """
+        if self.is_cuda:
+            return {}
+        return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_model_len, CPU_BATCHED_TOKENS)}
 
     def trainer_env(self, ranks_on_node: int) -> dict[str, str]:
         """For a training rank. Ray sets OMP_NUM_THREADS to the actor's CPUs, hence one thread."""

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from real_openrlhf.errors import RunError
+
 logger = logging.getLogger(__name__)
 
 
-class PlacementError(RuntimeError):
+class PlacementError(RunError):
     """The cluster cannot hold what was asked for, or did not in time."""
 
 

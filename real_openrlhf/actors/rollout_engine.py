@@ -78,6 +78,7 @@ class RolloutEngine(_Base):
                 # Token in, token out: nothing is ever tokenized or detokenized by the engine.
                 skip_tokenizer_init=True,
                 disable_log_stats=True,
+                **spec.device.engine_options(spec.max_model_len),
             )
         )
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from real_openrlhf.errors import RunError
 
-class StaleWeights(RuntimeError):
+
+class StaleWeights(RunError):
     """An engine does not compute with the policy's weights."""
 
 

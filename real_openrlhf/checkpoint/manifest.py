@@ -1,11 +1,11 @@
 """The manifest: written last, it is what makes a folder a checkpoint.
 
-    {"format": "real_openrlhf.checkpoint", "format_version": 1,
-     "step": 40, "sequence": 4, "time": "2025-01-31T12:00:00+00:00",
-     "metric_name": "pearson", "metric": 0.71, "best": true,
-     "meta": {...}, "hashes": "how files are hashed, in words",
-     "files": [{"path": "policy/rank_0.pt", "size": 123, "kind": "sha256", "hash": "..."}, ...],
-     "checksum": sha256 of all of the above}
+{"format": "real_openrlhf.checkpoint", "format_version": 1,
+ "step": 40, "sequence": 4, "time": "2025-01-31T12:00:00+00:00",
+ "metric_name": "pearson", "metric": 0.71, "best": true,
+ "meta": {...}, "hashes": "how files are hashed, in words",
+ "files": [{"path": "policy/rank_0.pt", "size": 123, "kind": "sha256", "hash": "..."}, ...],
+ "checksum": sha256 of all of the above}
 """
 
 from __future__ import annotations

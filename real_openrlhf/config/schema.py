@@ -284,7 +284,7 @@ class SyncConfig(Section):
     prefix: ClassVar[str] = "sync"
     deadline: float = flag(600.0, "seconds a weight sync may take", gt=0)
     check_sequences: int = flag(4, "sequences on which engine and policy are compared after each sync", ge=1)
-    check_tokens: int = flag(128, "tokens of each of these sequences", ge=1)
+    check_tokens: int = flag(128, "tokens of each of these sequences", ge=2)
     max_mean_difference: float | None = flag(None, "largest mean log-prob difference; none: by dtype", gt=0)
     bucket_mb: int = flag(256, "megabytes of weights sent at a time", ge=1)
 

@@ -15,6 +15,7 @@ from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import Group
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.data.stream import StreamExhausted
+from real_openrlhf.errors import RunError
 
 Keep = Literal["partial", "some_right", "some_wrong", "all"]
 
@@ -22,7 +23,7 @@ Keep = Literal["partial", "some_right", "some_wrong", "all"]
 LOWEST_RATE = 0.25
 
 
-class CannotFill(RuntimeError):
+class CannotFill(RunError):
     """The data did not yield enough groups to train on."""
 
 

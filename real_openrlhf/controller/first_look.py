@@ -13,9 +13,10 @@ import torch
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.score_stats import expected_score
 from real_openrlhf.algo.types import Group, count_reasons
+from real_openrlhf.errors import RunError
 
 
-class ScoresNotThere(RuntimeError):
+class ScoresNotThere(RunError):
     """The first rollouts hold too few scores, or too little probability on the scale."""
 
 

@@ -26,11 +26,12 @@ from real_openrlhf.controller.progress import PhaseTimer
 from real_openrlhf.controller.rollout_stats import judgement_samples, rollout_metrics
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.data.stream import StreamExhausted
+from real_openrlhf.errors import RunError
 
 logger = logging.getLogger(__name__)
 
 
-class NothingLearned(RuntimeError):
+class NothingLearned(RunError):
     """Too many steps in a row without a single non-zero advantage."""
 
 
