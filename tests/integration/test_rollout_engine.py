@@ -231,6 +231,10 @@ def test_sync_and_generate(stack: Stack) -> None:
     other = stack.run(engine.generate(batch, replace(sampling, seed=8)))
     assert other[0].rollouts[0].token_ids.tolist() != groups[0].rollouts[0].token_ids.tolist()
 
+    # More prompt tokens than one forward pass of the engine takes, all with seeds of their own.
+    many = stack.run(engine.generate(prompts(60, length=120), replace(sampling, n=1, max_new_tokens=2)))
+    assert [g.row for g in many] == [10 + i for i in range(60)]
+
     # Greedy: the argmax, with the log-probs of temperature 1.
     greedy = stack.run(engine.generate(batch, Sampling(n=1, temperature=0.0, top_p=1.0, max_new_tokens=24)))
     stack.check_groups(greedy, 1.0)
