@@ -19,15 +19,19 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from real_openrlhf.actors.device import Device, DeviceError
 from real_openrlhf.algo.score_scale import BoundScale, bind_scale
+from real_openrlhf.checkpoint.signals import EXIT_RESUME
+from real_openrlhf.checkpoint.store import Checkpoint
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.plan import batch_plan
 from real_openrlhf.config.schema import Config
 from real_openrlhf.config.validate import validate
 from real_openrlhf.controller.run_log import RunLogError, check_output_dir
+from real_openrlhf.controller.trainer import Stopped
 from real_openrlhf.data.dataset import JudgeDataset
 from real_openrlhf.data.template import PromptTemplate
 from real_openrlhf.errors import RunError
 from real_openrlhf.ray_session import cluster_to_join
+from real_openrlhf.resume import checkpoint_to_load
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +52,7 @@ class Inputs:
 
 def load_inputs(config: Config) -> Inputs:
     """Check flags against each other, then load tokenizer, scale and data sets."""
-    from real_openrlhf.launch import check_samplings
+    from real_openrlhf.wiring import check_samplings
 
     config = with_absolute_paths(config)
     warnings = validate(config, device=known_device(config))
@@ -105,6 +109,8 @@ def with_absolute_paths(config: Config) -> Config:
         actor = replace(actor, model_name_or_path=str(Path(actor.model_name_or_path).resolve()))
     if ckpt.output_dir:
         ckpt = replace(ckpt, output_dir=str(Path(ckpt.output_dir).resolve()))
+    if ckpt.path:
+        ckpt = replace(ckpt, path=str(Path(ckpt.path).resolve()))
     return replace(config, actor=actor, ckpt=ckpt)
 
 
@@ -131,15 +137,15 @@ def end_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[in
     return frozenset(ids)
 
 
-def run(inputs: Inputs) -> dict[str, Any]:
+def run(inputs: Inputs, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
     """Start the actors, train, export. Returns the metrics of the last evaluation."""
     from real_openrlhf.launch import launch
 
-    return launch(inputs)
+    return launch(inputs, checkpoint)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 the input is wrong, 1 the run failed."""
+    """Exit codes: 0 done, 2 the input is wrong, 1 the run failed, 85 stopped by a signal: run me again to resume."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
     for noisy in ("httpx", "filelock", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -151,12 +157,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             sys.stdout.write(describe(inputs) + "\n")
             return 0
-        check_output_dir(config.ckpt.output_dir)
+        checkpoint = checkpoint_to_load(inputs)
+        check_output_dir(inputs.config.ckpt.output_dir, append=checkpoint is not None)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     try:
-        run(inputs)
+        run(inputs, checkpoint)
+    except Stopped as stopped:
+        if not stopped.saved:
+            sys.stderr.write(f"error: {stopped}, but its state could not be saved\n")
+            return 1
+        logger.info("%s; the same command with --ckpt.load latest goes on", stopped)
+        return EXIT_RESUME
     except (DeviceError, RunLogError) as error:
         # What only shows once the cluster or the log is there; nothing has been trained.
         sys.stderr.write(f"error: {error}\n")

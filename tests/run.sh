@@ -15,6 +15,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false RAY_US
 select=(-m "not slow")
 if [ "${1:-}" = "--slow" ]; then select=(); shift; fi
 
-echo "== ruff"; "$bin/ruff" check . && "$bin/ruff" format --check .
+echo "== ruff"
+"$bin/ruff" check .
+"$bin/ruff" format --check .
 echo "== mypy"; "$bin/mypy" --no-error-summary
 echo "== pytest"; "$bin/python" -m pytest -q --durations=8 "${select[@]}" "$@"

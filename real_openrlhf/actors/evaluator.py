@@ -100,7 +100,8 @@ class EvaluatorActor:
         return {"history": self.history}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.history = dict(state["history"])
+        # JSON has string keys only.
+        self.history = {int(version): dict(metrics) for version, metrics in state["history"].items()}
 
 
 def _mean(values: list[float]) -> float | None:

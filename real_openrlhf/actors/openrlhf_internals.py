@@ -297,6 +297,13 @@ TOUCHES: tuple[Touch, ...] = (
     ),
     # Rollout engine
     Touch(
+        where=f"{_POLICY}.save_checkpoint",
+        how="override",
+        by="actors.policy_actor",
+        why="OpenRLHF rotates and names checkpoints itself; here a store does, and the shards go where it says",
+    ),
+    # Rollout engine
+    Touch(
         where=_ENGINE,
         how="unwrap",
         by="actors.rollout_engine",

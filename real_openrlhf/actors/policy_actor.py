@@ -26,6 +26,8 @@ from real_openrlhf.algo.types import TrainGroup
 # OpenRLHF wraps its class with @ray.remote; the plain class lies under the wrapper.
 _OpenRLHFPolicyActor = PolicyModelActor.__ray_metadata__.modified_class.__ray_actor_class__
 
+_CHECKPOINT_TAG = "deepspeed"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PolicySpec:
@@ -183,6 +185,21 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
             module.save_pretrained(path, state_dict=state)
             module.config.use_cache = False
             AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(path)
+        distributed.barrier()
+
+    def save_checkpoint(self, path: str) -> None:
+        """DeepSpeed's checkpoint of weights, optimizer and schedule, and this rank's own state beside it."""
+        self.actor.model.save_checkpoint(path, tag=_CHECKPOINT_TAG, save_latest=False)
+        torch.save(self.state_dict(), Path(path) / f"rank_{self._rank}.pt")
+        distributed.barrier()
+
+    def load_checkpoint(self, path: str) -> None:
+        """The inverse, on as many ranks. RuntimeError when DeepSpeed finds nothing to load."""
+        loaded, _ = self.actor.model.load_checkpoint(path, tag=_CHECKPOINT_TAG)
+        if loaded is None:
+            raise RuntimeError(f"DeepSpeed loaded nothing from {path}")
+        # Our own file, just checked against its manifest; it holds RNG states of numpy and python.
+        self.load_state_dict(torch.load(Path(path) / f"rank_{self._rank}.pt", weights_only=False))
         distributed.barrier()
 
     def state_dict(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from real_openrlhf.actors.rollout_engine import RolloutEngine
 from real_openrlhf.actors.weight_sync import check_agreement, timed
 from real_openrlhf.actors.weight_transfer import to_wire
 from real_openrlhf.algo.types import Group, TrainGroup
+from real_openrlhf.checkpoint.hf_export import atomic_folder
 from real_openrlhf.data.prompt import Prompt
 
 
@@ -109,7 +110,15 @@ class RayPolicyGroup:
         return ray.get(self.call("counts"))
 
     def save_model(self, path: str) -> None:
-        ray.get(self.call("save_model", path, self._tokenizer_path))
+        """The folder appears whole or not at all; an older one stays until then."""
+        with atomic_folder(path) as folder:
+            ray.get(self.call("save_model", str(folder), self._tokenizer_path))
+
+    def save_checkpoint(self, path: str) -> None:
+        ray.get(self.call("save_checkpoint", path))
+
+    def load_checkpoint(self, path: str) -> None:
+        ray.get(self.call("load_checkpoint", path))
 
     def state_dict(self) -> dict[str, Any]:
         return {"ranks": ray.get(self.call("state_dict"))}

@@ -108,7 +108,7 @@ class RolloutEngine(_Base):
             raise SyncError("the engine has no weights: it starts with dummy ones and no sync has been completed")
         version = self._version
         jobs = [self._respond(prompt, sampling, k) for prompt in prompts for k in range(sampling.n)]
-        rollouts = await self._run(jobs)
+        rollouts = await (self._run(jobs) if sampling.seed is None else self._run_in_order(jobs))
         return [
             Group(
                 prompt_ids=torch.tensor(prompt.token_ids, dtype=torch.int64),
@@ -187,6 +187,22 @@ class RolloutEngine(_Base):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self._in_flight -= 1
+
+    async def _run_in_order(self, jobs: list[Coroutine[Any, Any, T]]) -> list[T]:
+        """As `_run`, but the engine starts only when it has all requests, in order, and with an empty cache.
+
+        What a batch is made of changes the last bits of its log-probs, and those a sampled token:
+        arrival times and cached prefixes must not decide it.
+        """
+        await self.llm.pause_generation(mode="keep", clear_cache=self.spec.enable_prefix_caching)
+        before = self.get_num_unfinished_requests()
+        running = asyncio.ensure_future(self._run(jobs))
+        try:
+            while self.get_num_unfinished_requests() < before + len(jobs) and not running.done():
+                await asyncio.sleep(0.001)
+        finally:
+            await self.llm.resume_generation()
+        return await running
 
     def _check_length(self, ids: Sequence[int], new_tokens: int, what: str) -> None:
         if len(ids) + new_tokens > self.spec.max_model_len:

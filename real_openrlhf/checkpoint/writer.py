@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from real_openrlhf.checkpoint.durable import remove_tree, write_file
+from real_openrlhf.checkpoint.durable import MIB, remove_tree, write_file
 from real_openrlhf.checkpoint.errors import CheckpointWriteError
 from real_openrlhf.checkpoint.manifest import MANIFEST_FILE
 
@@ -97,9 +98,10 @@ class CheckpointWriter:
         try:
             yield
         except Exception as error:
+            room = self._room()  # before the clean-up makes some
             self.abort()
             if not isinstance(error, CheckpointWriteError):
-                message = f"the checkpoint of step {self.step} was not saved: {type(error).__name__}: {error}"
+                message = f"the checkpoint of step {self.step} was not saved: {type(error).__name__}: {error}{room}"
                 failure = CheckpointWriteError(f"{message}; earlier checkpoints in {self.path.parent} are untouched")
             else:
                 failure = error
@@ -110,6 +112,13 @@ class CheckpointWriter:
         except BaseException:
             self.abort()
             raise
+
+    def _room(self) -> str:
+        """torch reports a full disk as "unexpected pos"; so say what is left."""
+        try:
+            return f" ({shutil.disk_usage(self.path.parent).free / MIB:.0f} MiB were free on that disk)"
+        except OSError:
+            return ""
 
     def _write(self, name: str, content: bytes) -> None:
         pure = PurePosixPath(name)

@@ -181,6 +181,28 @@ class EvalConfig(Section):
 class CkptConfig(Section):
     prefix: ClassVar[str] = "ckpt"
     output_dir: str = flag("", "folder of the trained model, logs and samples; needed unless --dry_run")
+    path: str | None = flag(None, "folder of the checkpoints; none: <output_dir>/checkpoints")
+    save_steps: int = flag(-1, "save a checkpoint every so many steps; -1: only when a signal stops the run")
+    max_num: int = flag(3, "how many of the newest checkpoints to keep; the best comes on top", ge=1)
+    best_metric_key: str = flag("expected/pearson", "evaluation metric of the best checkpoint, or 'none'")
+    load: str = flag("none", "resume: none, latest, best, a checkpoint's path, or auto (latest if there is one)")
+    force: bool = flag(False, "resume even if data, template, scale, tokenizer or model changed")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.save_steps != -1 and self.save_steps < 1:
+            self.reject("save_steps", f"must be a whole number >= 1, or -1 for never, got {self.save_steps}")
+        if not self.load:
+            self.reject("load", "is empty; use none, auto, latest, best or a path")
+
+    @property
+    def best_metric(self) -> str | None:
+        return None if self.best_metric_key == "none" else self.best_metric_key
+
+    @property
+    def folder(self) -> str:
+        """Where checkpoints lie."""
+        return self.path or f"{self.output_dir}/checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True)

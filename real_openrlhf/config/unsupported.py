@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_CKPT = "only the final model is written (--ckpt.output_dir); checkpoints to resume from are not supported yet"
+_CKPT = "checkpoints always hold all of DeepSpeed's state; see --ckpt.save_steps, --ckpt.max_num and --ckpt.load"
 _ASYNC = "training is synchronous: every step trains on the weights that sampled it"
 _DEVICE = "REAL decides this itself from the device (--real.device)"
 _VLM = "only text models are trained"
@@ -52,14 +52,10 @@ UNSUPPORTED: dict[str, str] = {
     "data.disable_fast_tokenizer": "the tokenizer is the model's own",
     "data.dataloader_num_workers": "prompts are read once, at start",
     "eval.split": "give the split's own file, or a hub id with its split, to --eval.dataset",
-    "ckpt.save_steps": _CKPT,
-    "ckpt.path": _CKPT,
     "ckpt.save_hf": "the final model always is a Hugging Face folder",
     "ckpt.disable_ds": _CKPT,
-    "ckpt.max_num": _CKPT,
     "ckpt.max_mem": _CKPT,
-    "ckpt.load_enable": _CKPT,
-    "ckpt.best_metric_key": _CKPT,
+    "ckpt.load_enable": "use --ckpt.load latest, best, auto or a path",
     "ds.use_universal_ckpt": _CKPT,
     "ds.deepcompile": "compiled training is not supported",
     "ds.experts_implementation": "mixtures of experts are not supported",

@@ -31,6 +31,15 @@ from real_openrlhf.errors import RunError
 logger = logging.getLogger(__name__)
 
 
+class Stopped(Exception):
+    """A signal asked the run to stop; its state is saved. saved: the save succeeded."""
+
+    def __init__(self, step: int, signal: str, saved: bool) -> None:
+        super().__init__(f"{signal}: stopped after step {step}")
+        self.step = step
+        self.saved = saved
+
+
 class NothingLearned(RunError):
     """Too many steps in a row without a single non-zero advantage."""
 
@@ -39,6 +48,14 @@ class Log(Protocol):
     def log(self, step: int, phase: Literal["train", "eval", "sync"], metrics: Mapping[str, Any]) -> None: ...
 
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None: ...
+
+
+class Saver(Protocol):
+    """Writes checkpoints; `controller.checkpointing.Checkpointer`."""
+
+    def is_due(self, step: int, evaluation: dict[str, float | None] | None) -> bool: ...
+
+    def save(self, step: int, evaluation: dict[str, float | None] | None = None) -> bool: ...
 
 
 class Progress(Protocol):
@@ -93,6 +110,7 @@ class Controller:
         log: Log,
         progress: Progress,
         decode: Callable[[list[int]], str] | None = None,
+        stop_requested: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.settings = settings
         self.scale = scale
@@ -105,11 +123,15 @@ class Controller:
         self.log = log
         self.progress = progress
         self.decode = decode
+        self.stop_requested = stop_requested
+        # Set once all parts exist: it saves this controller too.
+        self.saver: Saver | None = None
         self.timer = PhaseTimer()
         self.step_number = 0
         self.dead_steps = 0
         self.last_eval: dict[str, float | None] = {}
         self._evaluated_at = -1
+        self._resumed = False
 
     def fit(self) -> dict[str, float | None]:
         """The whole run; returns the metrics of the last evaluation.
@@ -117,8 +139,11 @@ class Controller:
         The end of the prompts ends training, unless it comes before a single step: CannotFill.
         """
         synced = self._sync()
-        self.log.log(self.step_number, "sync", {**synced, **self.timer.pop()})
-        self._evaluate()
+        if not self._resumed:
+            # An unbroken run has neither of them at a later step.
+            self.log.log(self.step_number, "sync", {**synced, **self.timer.pop()})
+            self._evaluate()
+        self.timer.pop()
         while self.step_number < self.settings.total_steps:
             try:
                 self.step()
@@ -159,6 +184,17 @@ class Controller:
         every = self.settings.eval_steps
         if every > 0 and self.step_number % every == 0:
             self._evaluate()
+        # 7. Checkpoint, and the end of the run if a signal asked for it.
+        self._save()
+
+    def _save(self) -> None:
+        evaluation = self.last_eval if self._evaluated_at == self.step_number else None
+        signal = self.stop_requested()
+        saved = False
+        if self.saver is not None and (signal is not None or self.saver.is_due(self.step_number, evaluation)):
+            saved = self.saver.save(self.step_number, evaluation)
+        if signal is not None:
+            raise Stopped(self.step_number, signal, saved)
 
     def _collect(self) -> Collected:
         s = self.settings
@@ -289,3 +325,4 @@ class Controller:
         self.dead_steps = state["dead_steps"]
         self.last_eval = dict(state["last_eval"])
         self._evaluated_at = state["evaluated_at"]
+        self._resumed = True

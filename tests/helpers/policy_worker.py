@@ -20,7 +20,8 @@ from real_openrlhf.config.openrlhf_args import to_openrlhf_args
 from tests.helpers.algo_factory import make_rollout
 
 SCALE = ScoreScale.parse("1-5")
-LEARNING_RATE, WEIGHT_DECAY, MAX_NORM, UPDATES = 1e-2, 0.1, 0.5, 3
+# A large epsilon: where a gradient is rounding noise, Adam would turn the noise into a full step.
+LEARNING_RATE, WEIGHT_DECAY, EPSILON, MAX_NORM, UPDATES = 1e-2, 0.1, 1e-4, 0.5, 3
 
 
 def make_groups(vocabulary: int, seed: int = 3) -> list[TrainGroup]:
@@ -73,6 +74,7 @@ def main() -> None:
             "actor.model_name_or_path": args.folder,
             "actor.adam.lr": LEARNING_RATE,
             "actor.adam.weight_decay": WEIGHT_DECAY,
+            "actor.adam.eps": EPSILON,
             "actor.max_norm": MAX_NORM,
             "ds.zero_stage": args.stage,
             "rollout.batch_size": 4,

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from real_openrlhf.actors.weight_transfer import free_port
 from real_openrlhf.algo.batch import collate, denominators_of, rows_of
 from real_openrlhf.algo.loss import LossOptions, policy_loss
-from tests.helpers.policy_worker import LEARNING_RATE, MAX_NORM, SCALE, UPDATES, WEIGHT_DECAY, make_groups
+from tests.helpers.policy_worker import EPSILON, LEARNING_RATE, MAX_NORM, SCALE, UPDATES, WEIGHT_DECAY, make_groups
 
 pytestmark = pytest.mark.integration
 
@@ -44,7 +44,7 @@ def reference(folder: Path) -> tuple[torch.nn.Module, list[float], list[float]]:
     decays = [p for n, p in model.named_parameters() if "norm.weight" not in n and "layernorm.weight" not in n]
     others = [p for n, p in model.named_parameters() if "norm.weight" in n or "layernorm.weight" in n]
     groups = [{"params": decays, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=EPSILON)
     rows = rows_of(make_groups(model.config.vocab_size))
     batch = collate(rows, pad_id=0)
     denominators = denominators_of(rows, trains_score_token=False)
@@ -67,7 +67,7 @@ def reference(folder: Path) -> tuple[torch.nn.Module, list[float], list[float]]:
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return model, losses, norms
 
 
@@ -91,7 +91,7 @@ def test_updates_equal_plain_torch(judges: Path, tmp_path: Path, head: str, stag
     for (name, mine), theirs, old in zip(trained.named_parameters(), model.parameters(), start.parameters()):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
         moved = max(moved, float((mine - old).abs().max()))
-    assert moved > 5e-3, "the weights did not move: the comparison would prove nothing"
+    assert moved > 1e-3, "the weights did not move: the comparison would prove nothing"
     # Log-probs of the actor itself, after training, equal the exported model's.
     for ids, got in zip([[3, 4, 5, 6, 7], [8, 9, 3]], record["probe"]):
         logits = trained(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)

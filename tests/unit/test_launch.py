@@ -19,19 +19,18 @@ from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.config.plan import batch_plan
 from real_openrlhf.config.schema import Config
-from real_openrlhf.launch import (
+from real_openrlhf.launch import describe, split_metrics
+from real_openrlhf.train_real import Inputs, load_inputs
+from real_openrlhf.wiring import (
     check_samplings,
     controller_settings,
-    describe,
     engine_spec,
     evaluator_spec,
     loss_options,
     make_objective,
     placement_requests,
     probe_sequences,
-    split_metrics,
 )
-from real_openrlhf.train_real import Inputs, load_inputs
 from tests.helpers.tiny_judge import make_rows, make_tokenizer, write_rows
 
 CPU = Device(name="cpu", dtype_name="fp32")

@@ -52,7 +52,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[train_real.Inputs]:
     """The runs that were started; nothing really is."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     runs: list[train_real.Inputs] = []
-    monkeypatch.setattr(train_real, "run", runs.append)
+    monkeypatch.setattr(train_real, "run", lambda inputs, checkpoint: runs.append(inputs))
     return runs
 
 
@@ -188,7 +188,7 @@ def test_too_few_prompts_for_one_step_are_found_before_a_run(
 def test_what_the_log_or_the_cluster_refuses_is_wrong_input_too(
     flags: Flags, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(inputs: train_real.Inputs) -> None:
+    def run(inputs: train_real.Inputs, checkpoint: object) -> None:
         raise RunLogError("--logger.tensorboard_dir '/x' cannot be written")
 
     monkeypatch.setattr(train_real, "run", run)
@@ -196,7 +196,7 @@ def test_what_the_log_or_the_cluster_refuses_is_wrong_input_too(
 
 
 def test_a_failure_of_the_run_is_no_input_error(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(inputs: train_real.Inputs) -> None:
+    def run(inputs: train_real.Inputs, checkpoint: object) -> None:
         raise ValueError("a bug")
 
     monkeypatch.setattr(train_real, "run", run)
@@ -272,6 +272,21 @@ def test_a_model_that_never_ends(model: Path, tmp_path: Path) -> None:
 def test_run_is_launch(monkeypatch: pytest.MonkeyPatch, flags: Flags) -> None:
     monkeypatch.undo()
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(launch, "launch", lambda inputs: {"seen": inputs})
+    monkeypatch.setattr(launch, "launch", lambda inputs, checkpoint: {"seen": inputs, "from": checkpoint})
     inputs = load_inputs(parse_args(argv(flags)))
-    assert train_real.run(inputs) == {"seen": inputs}
+    assert train_real.run(inputs, None) == {"seen": inputs, "from": None}
+
+
+@pytest.mark.parametrize(("saved", "code"), [(True, 85), (False, 1)])
+def test_a_signal_ends_with_the_code_that_means_resume(
+    flags: Flags, monkeypatch: pytest.MonkeyPatch, saved: bool, code: int
+) -> None:
+    def run(inputs: train_real.Inputs, checkpoint: object) -> None:
+        raise train_real.Stopped(3, "SIGTERM", saved)
+
+    monkeypatch.setattr(train_real, "run", run)
+    assert main(argv(flags)) == code
+
+
+def test_a_checkpoint_that_is_not_there_is_wrong_input(flags: Flags, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "checkpoint" in refused(capsys, [*argv(flags), "--ckpt.load", "latest"])

@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def deaths(scenario: Callable[[], object]) -> Iterator[int]:
     Yields after each death; the last, complete run ends the iteration. The caller resets the folder itself.
     """
     for fatal in count(1):
-        code = in_child(lambda: _doomed(scenario, fatal))
+        code = in_child(partial(_doomed, scenario, fatal))
         if code == 0:
             assert fatal > 10, "the scenario changes nothing: the harness does not see its calls"
             return
@@ -119,7 +120,7 @@ def _doomed(scenario: Callable[[], object], fatal: int) -> None:
         point()
         return done
 
-    os.fsync = fsync
+    os.fsync = fsync  # type: ignore[assignment]
     durable.write_file = writer.write_file = write_file
     durable.exchange = exchange
     sys.addaudithook(hook)

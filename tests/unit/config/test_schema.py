@@ -31,7 +31,7 @@ IMPOSSIBLE = [
     ("vllm.num_engines", 0),
     ("vllm.gpu_memory_utilization", 1.1),
     ("train.batch_size", 0),
-    ("train.max_steps", 0),
+    ("train.max_steps", -1),
     ("train.micro_batch_size", True),
     ("train.seed", -1),
     ("rollout.batch_size", 1.0),

@@ -1,0 +1,44 @@
+"""Where a run goes on: what identifies it, and the checkpoint that its flags ask for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from transformers import AutoConfig
+
+from real_openrlhf.checkpoint.compat import RunIdentity, model_config_sha256, tokenizer_sha256
+from real_openrlhf.checkpoint.store import Checkpoint
+from real_openrlhf.config.cli import config_to_dict
+from real_openrlhf.controller.checkpointing import find_checkpoint
+
+if TYPE_CHECKING:
+    from real_openrlhf.train_real import Inputs
+
+
+def run_identity(inputs: Inputs) -> RunIdentity:
+    """What must be the same to resume, and the settings that may change with a warning."""
+    config = inputs.config
+    flags = config_to_dict(config)
+    scale = config.real.score_scale
+    return RunIdentity(
+        model_sha256=model_config_sha256(AutoConfig.from_pretrained(config.actor.model_name_or_path).to_dict()),
+        tokenizer_sha256=tokenizer_sha256(inputs.tokenizer),
+        data_sha256=inputs.train_set.sha256,
+        template_sha256=inputs.template.sha256,
+        scale=tuple(zip(scale.values, scale.labels)),
+        anchors=config.real.anchor,
+        preset=config.real.preset,
+        seed=config.train.seed,
+        ranks=config.ranks,
+        zero_stage=config.ds.zero_stage,
+        settings={name: flags[name] for name in ("actor", "algo", "rollout", "real", "vllm")},
+    )
+
+
+def checkpoint_to_load(inputs: Inputs) -> Checkpoint | None:
+    """The complete checkpoint that --ckpt.load names, if any. CheckpointError for one that cannot be resumed from."""
+    ckpt = inputs.config.ckpt
+    if ckpt.load == "none":
+        return None
+    identity = run_identity(inputs)
+    return find_checkpoint(ckpt.folder, ckpt.load, identity, metric=ckpt.best_metric, force=ckpt.force)

@@ -1,0 +1,198 @@
+"""From flags to what each part of a run is built from. No actor, no Ray, no file is touched here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from real_openrlhf.actors.device import Device
+from real_openrlhf.actors.engine_spec import EngineSpec, EngineSpecError, check_sampling, logprobs_mode_for
+from real_openrlhf.actors.placement import Request
+from real_openrlhf.actors.protocols import Sampling
+from real_openrlhf.algo.loss import LossOptions
+from real_openrlhf.algo.objectives import Objective, RealObjective
+from real_openrlhf.config.flags import ConfigError
+from real_openrlhf.config.plan import BatchPlan, resolve_ratio
+from real_openrlhf.config.schema import Config
+from real_openrlhf.controller.trainer import ControllerSettings
+
+if TYPE_CHECKING:
+    from real_openrlhf.actors.evaluator import EvaluatorSpec
+    from real_openrlhf.actors.policy_actor import PolicySpec
+    from real_openrlhf.train_real import Inputs
+
+
+def make_objective(config: Config) -> Objective:
+    real = config.real
+    return RealObjective(
+        lam=real.lam,
+        beta=real.beta,
+        answer_reward=real.answer_reward,
+        standardise=real.standardise,
+        clip=real.advantage_clip,
+        tolerance=real.tolerance,
+        invalid_penalty=real.invalid_penalty,
+        renormalise=real.renormalise,
+    )
+
+
+def loss_options(config: Config) -> LossOptions:
+    low, high = config.actor.clip_bounds
+    advantage = config.algo.advantage
+    return LossOptions(
+        aggregation=config.real.aggregation,
+        ratio=resolve_ratio(config),
+        clip_low=low,
+        clip_high=high,
+        tis_cap=advantage.is_correction_threshold if advantage.is_correction_level == "token" else None,
+        kl_coef=config.algo.kl.init_coef,
+        kl_estimator=config.algo.kl.estimator,
+        entropy_coef=config.actor.entropy_coef or 0.0,
+        renormalise=config.real.renormalise,
+    )
+
+
+def rollout_sampling(config: Config) -> Sampling:
+    return Sampling(
+        n=config.rollout.n_samples_per_prompt,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        max_new_tokens=config.rollout.max_new_tokens,
+    )
+
+
+def evaluation_sampling(config: Config) -> Sampling:
+    return Sampling(
+        n=config.eval.n_samples_per_prompt,
+        temperature=config.eval.temperature,
+        top_p=config.eval.top_p,
+        max_new_tokens=config.rollout.max_new_tokens,
+        seed=config.eval.seed,
+    )
+
+
+def check_samplings(config: Config) -> None:
+    """ConfigError for rollouts or evaluation that draw from another distribution than the engines give log-probs of."""
+    try:
+        mode = logprobs_mode_for(config.rollout.temperature, config.rollout.top_p)
+        check_sampling(rollout_sampling(config), mode)
+    except EngineSpecError as error:
+        raise ConfigError(f"--rollout.temperature, --rollout.top_p: {error}") from error
+    if config.eval.dataset is None:
+        return
+    try:
+        check_sampling(evaluation_sampling(config), mode)
+    except EngineSpecError as error:
+        raise ConfigError(
+            f"--eval.temperature {config.eval.temperature:g} with --eval.top_p {config.eval.top_p:g} does not go "
+            f"together with --rollout.temperature {config.rollout.temperature:g}: {error}"
+        ) from error
+
+
+def controller_settings(config: Config, plan: BatchPlan) -> ControllerSettings:
+    return ControllerSettings(
+        total_steps=plan.total_steps,
+        batch_size=config.rollout.batch_size,
+        ranks=config.ranks,
+        sampling=rollout_sampling(config),
+        seed=config.train.seed,
+        seeded=config.train.full_determinism_enable,
+        keep=config.real.keep_groups,
+        refill=config.real.refill,
+        max_refills=config.real.max_refills,
+        eval_steps=config.eval.steps,
+        min_mass=config.real.min_mass,
+        min_readable=config.real.min_readable,
+        dead_steps=config.real.dead_steps,
+        renormalise=config.real.renormalise,
+        n_samples=config.logger.samples,
+        logging_steps=config.logger.logging_steps,
+        output_dir=str(model_folder(config)),
+    )
+
+
+def model_folder(config: Config) -> Path:
+    return Path(config.ckpt.output_dir) / "model"
+
+
+def placement_requests(config: Config, device: Device) -> list[Request]:
+    """One placement group for the policy, one for the engines, one for the evaluator's own engine."""
+    bundle = device.bundle()
+    width = config.vllm.tensor_parallel_size
+    requests = [
+        Request(name="policy", bundles=(bundle,) * config.ranks),
+        Request(name="rollout", bundles=(bundle,) * (config.vllm.num_engines * width)),
+    ]
+    if config.eval.dataset and config.eval.engine == "own":
+        requests.append(Request(name="evaluator", bundles=(bundle,) * width))
+    return requests
+
+
+def engine_spec(inputs: Inputs, device: Device) -> EngineSpec:
+    config = inputs.config
+    return EngineSpec(
+        model=config.actor.model_name_or_path,
+        device=device,
+        bound=inputs.bound,
+        max_model_len=config.data.max_len,
+        tensor_parallel_size=config.vllm.tensor_parallel_size,
+        enable_prefix_caching=config.vllm.enable_prefix_caching,
+        # Without a GPU there are no graphs to capture.
+        enforce_eager=config.vllm.enforce_eager or not device.is_cuda,
+        gpu_memory_utilization=config.vllm.gpu_memory_utilization,
+        seed=config.train.seed,
+        logprobs_mode=logprobs_mode_for(config.rollout.temperature, config.rollout.top_p),
+    )
+
+
+def policy_spec(inputs: Inputs, plan: BatchPlan, device: Device) -> PolicySpec:
+    from real_openrlhf.actors.policy_actor import PolicySpec
+    from real_openrlhf.config.openrlhf_args import to_openrlhf_args
+
+    config = inputs.config
+    return PolicySpec(
+        path=config.actor.model_name_or_path,
+        args=to_openrlhf_args(
+            config,
+            device_dtype=device.dtype_name,
+            attn=config.ds.attn_implementation,
+            sync_backend=device.dist_backend,
+        ),
+        device=device,
+        attn_implementation=config.ds.attn_implementation,
+        ranks_per_node=config.actor.num_gpus_per_node,
+        values=config.real.score_scale.values,
+        options=loss_options(config),
+        trains_score_token=make_objective(config).trains_score_token,
+        term_grad_norm_steps=config.logger.term_grad_norm_steps,
+        max_steps=max(1, plan.total_updates),
+        bucket_bytes=config.sync.bucket_mb * 2**20,
+    )
+
+
+def evaluator_spec(inputs: Inputs) -> EvaluatorSpec:
+    from real_openrlhf.actors.evaluator import EvaluatorSpec
+
+    config = inputs.config
+    assert inputs.eval_set is not None
+    return EvaluatorSpec(
+        prompts=inputs.eval_set.prompts,
+        scale=config.real.score_scale,
+        sampling=evaluation_sampling(config),
+        renormalise=config.real.renormalise,
+        output_dir=config.ckpt.output_dir,
+    )
+
+
+def probe_sequences(inputs: Inputs) -> list[list[int]]:
+    """What engine and policy are compared on after a sync: the ends of the first prompts.
+
+    The end of a prompt differs from row to row, its beginning is often a template.
+    """
+    sync = inputs.config.sync
+    return [list(p.token_ids[-sync.check_tokens :]) for p in inputs.train_set.prompts[: sync.check_sequences]]
+
+
+def engine_workers(config: Config) -> int:
+    own = 1 if config.eval.dataset and config.eval.engine == "own" else 0
+    return (config.vllm.num_engines + own) * config.vllm.tensor_parallel_size
