@@ -27,8 +27,9 @@ _VLLM_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 # differences reach a few 1e-2 in the mean, stale weights lie an order above that.
 SYNC_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 
-# GiB of KV cache per engine on a CPU: some 50,000 tokens of a 135M-parameter model in fp32.
-CPU_KVCACHE_GIB = "1"
+# GiB of KV cache per engine on a CPU: some 90,000 tokens of a 135M-parameter model in fp32, so that 256 requests of a
+# few hundred tokens run at once and none is preempted and computed again.
+CPU_KVCACHE_GIB = "4"
 # Tokens of one forward pass of an engine on a CPU: vLLM's default there.
 CPU_BATCHED_TOKENS = 4096
 
