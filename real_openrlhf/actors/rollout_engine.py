@@ -130,7 +130,7 @@ class RolloutEngine(_Base):
             if len(ids) < 2:
                 raise EngineSpecError(f"sequence {i} has {len(ids)} tokens; log-probs need at least 2")
             self._check_length(ids, 1, f"sequence {i}")
-        return await self._run([self._score(ids) for ids in sequences])
+        return await self._run_in_order([self._score(ids) for ids in sequences])
 
     async def _respond(self, prompt: Prompt, sampling: Sampling, sample: int) -> Rollout:
         read_ids = self.spec.read_token_ids
