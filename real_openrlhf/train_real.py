@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from real_openrlhf.actors.device import Device, DeviceError
 from real_openrlhf.algo.score_scale import BoundScale, bind_scale
@@ -29,6 +29,7 @@ from real_openrlhf.controller.run_log import RunLogError, check_output_dir
 from real_openrlhf.controller.trainer import Stopped
 from real_openrlhf.data.dataset import JudgeDataset
 from real_openrlhf.data.template import PromptTemplate
+from real_openrlhf.data.tokenizer import end_token_ids, load_tokenizer
 from real_openrlhf.errors import RunError
 from real_openrlhf.ray_session import cluster_to_join
 from real_openrlhf.resume import checkpoint_to_load
@@ -112,29 +113,6 @@ def with_absolute_paths(config: Config) -> Config:
     if ckpt.path:
         ckpt = replace(ckpt, path=str(Path(ckpt.path).resolve()))
     return replace(config, actor=actor, ckpt=ckpt)
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, or ValueError that says what is missing."""
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--actor.model_name_or_path {path!r} has no tokenizer that loads: {error}") from error
-
-
-def end_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids that end a response: the tokenizer's, and those of the generation config if there is one."""
-    ids: set[int] = set()
-    if tokenizer.eos_token_id is not None:
-        ids.add(int(tokenizer.eos_token_id))
-    try:
-        named = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:
-        named = None
-    ids.update([named] if isinstance(named, int) else (named or []))
-    if not ids:
-        raise ValueError(f"{path!r}: neither the tokenizer nor the generation config names an end-of-text token")
-    return frozenset(ids)
 
 
 def run(inputs: Inputs, checkpoint: Checkpoint | None = None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from real_openrlhf.actors.weight_transfer import NO_VERSION, SyncError
 from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.algo.types import Group, Rollout
 from real_openrlhf.data.prompt import Prompt
+from real_openrlhf.data.tokenizer import end_token_ids, load_tokenizer
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -46,8 +47,8 @@ class RolloutEngine(_Base):
 
     def __init__(self, spec: EngineSpec, bundle_indices: list[int] | None = None, num_gpus: float = 1) -> None:
         self.spec = spec
-        self.tokenizer, end_ids = load_tokenizer(spec.model, spec.trust_remote_code)
-        self.reader = ScoreReader.build(spec.bound, self.tokenizer, end_ids)
+        self.tokenizer = load_tokenizer(spec.model, trust_remote_code=spec.trust_remote_code)
+        self.reader = ScoreReader.build(spec.bound, self.tokenizer, end_token_ids(spec.model, self.tokenizer))
         self._version = NO_VERSION if spec.load_format == "dummy" else 0
         self._requests = 0
         self._in_flight = 0
@@ -267,28 +268,6 @@ class RolloutEngine(_Base):
         """End the engine's processes; killed when they do not go within the grace period."""
         # Blocks the event loop on purpose: vLLM's output task would report the end as a crash.
         self.llm.shutdown(timeout=_SHUTDOWN_S)
-
-
-def load_tokenizer(model: str, trust_remote_code: bool = False) -> tuple[Any, frozenset[int]]:
-    """The model's tokenizer, and the ids that end a response: of the generation config and the tokenizer.
-
-    Raises EngineSpecError when neither names one: responses would never end.
-    """
-    from transformers import AutoTokenizer, GenerationConfig
-
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    ids: set[int] = set()
-    try:
-        named = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:
-        named = None  # the model has no generation config
-    if named is not None:
-        ids.update([named] if isinstance(named, int) else named)
-    if tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
-    if not ids:
-        raise EngineSpecError(f"neither generation_config.json nor the tokenizer of {model} names an end-of-text token")
-    return tokenizer, frozenset(ids)
 
 
 def _executor_backend(spec: EngineSpec) -> str:

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import Group
+from real_openrlhf.controller.rollout_stats import group_accuracy
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.data.stream import StreamExhausted
 from real_openrlhf.errors import RunError
@@ -44,13 +45,6 @@ class Collected:
     @property
     def pass_rate(self) -> float:
         return len(self.kept) / len(self.sampled) if self.sampled else 0.0
-
-
-def accuracy(group: Group, scale: ScoreScale) -> float:
-    """Share of the group's rollouts whose written score is nearest to the label."""
-    target = scale.target(group.label)
-    right = sum(scale.is_correct(r.reading.label_index, target) for r in group.rollouts)
-    return right / len(group)
 
 
 def keeps(keep: Keep, value: float) -> bool:
@@ -100,7 +94,7 @@ def collect(
         waves += 1
         for prompt, group in zip(prompts, groups):
             prompts_of[id(group)] = prompt
-            if keeps(keep, accuracy(group, scale)):
+            if keeps(keep, group_accuracy(group, scale)):
                 kept.append(group)
         sampled += groups
         if len(kept) >= batch_size or not refill:
@@ -119,7 +113,7 @@ def collect(
 def _explain(
     kept: Sequence[Group], sampled: Sequence[Group], batch_size: int, keep: Keep, waves: int, scale: ScoreScale
 ) -> str:
-    shares = [accuracy(group, scale) for group in sampled]
+    shares = [group_accuracy(group, scale) for group in sampled]
     wrong, right = sum(a == 0 for a in shares), sum(a == 1 for a in shares)
     return (
         f"dynamic sampling kept {len(kept)} of {len(sampled)} groups in {waves} generation waves, {batch_size} are "

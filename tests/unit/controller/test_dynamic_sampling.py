@@ -11,7 +11,8 @@ import pytest
 
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import Group
-from real_openrlhf.controller.dynamic_sampling import CannotFill, Collected, accuracy, collect, keeps
+from real_openrlhf.controller.dynamic_sampling import CannotFill, Collected, collect, keeps
+from real_openrlhf.controller.rollout_stats import group_accuracy
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.data.stream import PromptStream, StreamExhausted
 from tests.helpers.algo_factory import make_group, make_rollout
@@ -45,12 +46,12 @@ def group(labels: Sequence[int | None], *, label: float = 3.0, row: int = 0) -> 
     ],
 )
 def test_accuracy(label: float, labels: list[int | None], share: float) -> None:
-    assert accuracy(group(labels, label=label), SCALE) == pytest.approx(share)
+    assert group_accuracy(group(labels, label=label), SCALE) == pytest.approx(share)
 
 
 def test_an_off_scale_score_is_wrong() -> None:
     rollouts = [make_rollout([9, 1], position=1, n_labels=5), make_rollout([9, 1], position=1, label=2, n_labels=5)]
-    assert accuracy(make_group([1], rollouts, label=3.0), SCALE) == 0.5
+    assert group_accuracy(make_group([1], rollouts, label=3.0), SCALE) == 0.5
 
 
 @pytest.mark.parametrize(
