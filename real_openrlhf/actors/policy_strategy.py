@@ -42,7 +42,7 @@ class PolicyStrategy(DeepspeedStrategy):
             transformers.enable_full_determinism(self.seed)
             # It also makes torch fill every new buffer, a debugging aid: DeepSpeed's buckets of 2 GB then
             # cost seconds per step. Nothing reads them before they are written.
-            torch.utils.deterministic.fill_uninitialized_memory = False
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         else:
             transformers.set_seed(self.seed)
         self.device.set_local_rank(int(os.environ.get("LOCAL_RANK", "0")))
