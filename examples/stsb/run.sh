@@ -55,7 +55,7 @@ part "warm-up" "$python" -m real_openrlhf.train_warmup \
   --model_name_or_path "$cache/model" --data "$out/data/sft.jsonl" --output_dir "$out/warmup" \
   --apply_chat_template --max_len 320 --seed "$seed" --device "$device" \
   --learning_rate 2e-4 --lr_scheduler cosine --warmup_steps 2 \
-  --batch_size 8 --micro_batch_size 8 --max_steps "${WARMUP_STEPS:-20}" --log_steps 2
+  --batch_size 8 --micro_batch_size 8 --max_steps "${WARMUP_STEPS:-100}" --log_steps 2
 
 part "REAL, evaluations included" "$python" -m real_openrlhf.train_real "${common[@]}" \
   --actor.model_name_or_path "$out/warmup" --actor.adam.lr "${LR:-1e-5}" \
