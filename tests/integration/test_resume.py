@@ -93,7 +93,7 @@ def test_signal_then_resume(judges: Path, tmp_path: Path, unbroken: Path) -> Non
     assert 1 <= stopped_at < STEPS, "the signal came too late to test anything"
     assert [p.name for p in (out / "checkpoints").iterdir() if p.name.startswith("step_")] == [f"step_{stopped_at}"]
 
-    # Another learning rate is let through with a warning elsewhere; another scale is refused before anything starts.
+    # Another scale is refused before anything starts.
     refused = run(command(judges, out, "--ckpt.load", "latest", "--real.scale", "1-4", "--data.skip_bad_rows"))
     assert refused.returncode == 2 and "scale" in refused.stderr
 
