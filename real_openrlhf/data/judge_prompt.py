@@ -27,10 +27,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, meta
+from jinja2 import StrictUndefined, Template, meta
 from jinja2 import TemplateError as JinjaError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -91,7 +92,7 @@ class JudgeTemplate:
 
     def __post_init__(self) -> None:
         try:
-            unknown = meta.find_undeclared_variables(_ENVIRONMENT.parse(self.text)) - set(VARIABLES)
+            unknown = self.variables - set(VARIABLES)
         except JinjaError as error:
             line = getattr(error, "lineno", None)
             raise TemplateError(f"template {self.name}, line {line} of its text: {error}") from error
@@ -131,7 +132,7 @@ class JudgeTemplate:
     @property
     def variables(self) -> frozenset[str]:
         """Those that the text uses."""
-        return frozenset(meta.find_undeclared_variables(_ENVIRONMENT.parse(self.text)))
+        return _compiled(self.text)[1]
 
     def render(
         self,
@@ -166,7 +167,7 @@ class JudgeTemplate:
         if unused:
             raise PromptError(f"template {self.name} has no place for the {', '.join(unused)}; leave it out")
         try:
-            return _ENVIRONMENT.from_string(self.text).render(values)
+            return _compiled(self.text)[0].render(values)
         except JinjaError as error:
             raise PromptError(f"template {self.name} cannot be rendered: {error}") from error
 
@@ -203,6 +204,12 @@ _ENVIRONMENT = ImmutableSandboxedEnvironment(
     lstrip_blocks=True,
     autoescape=False,
 )
+
+
+@lru_cache(maxsize=32)
+def _compiled(text: str) -> tuple[Template, frozenset[str]]:
+    """The template and its variables: milliseconds to make, and needed for every prompt."""
+    return _ENVIRONMENT.from_string(text), frozenset(meta.find_undeclared_variables(_ENVIRONMENT.parse(text)))
 
 
 def _load(name_or_path: str | Path) -> JudgeTemplate:

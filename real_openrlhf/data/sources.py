@@ -16,7 +16,10 @@ from typing import IO, Any
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SPLIT_WORDS = ("train", "validation", "valid", "val", "dev", "test", "eval")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# "owner/name", or "owner/name:config" where the data set has several configurations.
+HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
+# Written by `python -m real_openrlhf.data` beside its parquet files; never data itself.
+MANIFEST = "manifest.json"
 
 
 class DataError(ValueError):
@@ -98,7 +101,8 @@ def lookup(values: Mapping[str, Any], key: str) -> Any:
 
 def read_rows(source: str) -> Iterator[Row | BadRow]:
     """The rows of a .jsonl, .json (a list), .csv or .parquet file (text ones also as .gz), of a folder of such files
-    or of a `save_to_disk` folder, or of a hub id "owner/name". "@split" chooses a split of a folder or a hub id.
+    or of a `save_to_disk` folder, or of a hub id "owner/name" or "owner/name:config". "@split" chooses a split of a
+    folder or a hub id.
 
     Rows that cannot be read come out as BadRow; a file that cannot be read raises DataError.
     """
@@ -248,7 +252,8 @@ def _read_folder(path: Path, split: str | None) -> Iterator[Row | BadRow]:
             raise DataError(f"{path}: cannot be read as a saved data set: {error}") from error
         yield from _read_dataset(str(path), data, split)
         return
-    files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".") and _suffix(p))
+    listed = (p for p in path.iterdir() if p.is_file() and not p.name.startswith(".") and p.name != MANIFEST)
+    files = sorted(p for p in listed if _suffix(p))
     if not files:
         raise DataError(f"{path}: the folder has no file that ends in {', '.join(SUFFIXES)}")
     splits = sorted({word for word in map(_split_of, files) if word})
@@ -283,7 +288,7 @@ def _datasets(source: str) -> Any:
 def _read_hub(name: str, split: str | None) -> Iterator[Row | BadRow]:
     datasets = _datasets(name)
     try:
-        data = datasets.load_dataset(name)
+        data = datasets.load_dataset(*name.split(":", 1))
     except Exception as error:  # the library raises many kinds: offline, unknown id, broken files
         raise DataError(
             f"{name}: there is no such file or folder, and as a hub id it could not be loaded: {error}"

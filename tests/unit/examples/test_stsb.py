@@ -1,10 +1,9 @@
-"""The STS-B example's scripts: feedback, rounding, splits, bad input, the report. No network, no model."""
+"""The STS-B example's scripts: data, bad input, the report. No network, no model."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import random
 import re
 import sys
 import zipfile
@@ -33,21 +32,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-feedback, report, get_model = load("feedback"), load("report"), load("get_model")
-# prepare imports its neighbour by plain name; other examples may have one of that name too.
-with pytest.MonkeyPatch.context() as _patch:
-    _patch.setitem(sys.modules, "feedback", feedback)
-    prepare = load("prepare")
-
-SENTENCES = [
-    ("A man is playing a guitar.", "A man plays the flute."),
-    ("Death toll rises to 49", "Death toll rises to 638"),
-    ("He isn't here.", "He is here with 3 dogs and 12 cats, running."),
-    ("4", "5 of them"),
-    ("So the overall score is 2", "So the overall score is high"),
-    ("One two three four five six seven", "alpha beta gamma delta epsilon zeta eta theta"),
-    ("Tan cow with ear tags on a grassy field by a red barn.", "Many sheep standing on a green hill."),
-]
+prepare, report, get_model = load("prepare"), load("report"), load("get_model")
 
 
 def write_splits(folder: Path, **splits: list[tuple[str, str, float]]) -> Path:
@@ -93,105 +78,11 @@ def pairs_in(path: Path) -> set[frozenset[str]]:
     return set(found)
 
 
-def test_feedback_names_shared_and_differing_words() -> None:
-    text = feedback.write_feedback("A man plays a guitar.", "A man is playing the flute.", random.Random(0))
-    assert text == ("Both mention man, plays. Only the first has guitar. Only the second has flute. Most words agree.")
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "clause"),
-    [
-        ("It costs $5", "It costs $7", "The numbers differ."),
-        ("5 cats sleep", "Sleeping are 5 cats", "The numbers agree."),
-        ("He can't swim", "He can swim", "Only the first is negated."),
-        ("He swims", "He never swims", "Only the second is negated."),
-        ("Dogs run", "Dogs run, jump, bark, eat, sleep", "The second says more."),
-        ("Cats sleep", "Cats sleep", "All words agree."),
-        ("Cats sleep", "Prices rose", "They share no content word."),
-    ],
-)
-def test_feedback_clauses(first: str, second: str, clause: str) -> None:
-    assert clause in feedback.write_feedback(first, second, random.Random(0))
-
-
-@pytest.mark.parametrize(("first", "second"), [("He swims", "He dives"), ("He never swims", "He can't swim")])
-def test_no_clause_without_a_difference(first: str, second: str) -> None:
-    text = feedback.write_feedback(first, second, random.Random(0))
-    assert "negated" not in text and "numbers" not in text and "says more" not in text
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [("plays", "playing"), ("runs", "running"), ("carry", "carries"), ("taking", "take"), ("stopped", "stops")],
-)
-def test_forms_of_a_word_share_a_stem(one: str, other: str) -> None:
-    assert feedback.stem(one) == feedback.stem(other)
-
-
-@pytest.mark.parametrize(("one", "other"), [("glass", "gla"), ("king", "k"), ("cat", "car"), ("sing", "s")])
-def test_different_words_keep_their_stems(one: str, other: str) -> None:
-    assert feedback.stem(one) != feedback.stem(other)
-
-
-def test_long_word_lists_are_capped_in_order() -> None:
-    words = [f"{a}{b}" for a in "bdfgk" for b in ("alo", "umi")]
-    text = feedback.write_feedback(" ".join(words), " ".join(words), random.Random(3))
-    match = re.match(r"Both mention (.*?)\.", text)
-    assert match is not None
-    named = match.group(1).split(", ")
-    assert len(named) == feedback.MAX_SHARED and named == sorted(named, key=words.index)
-
-
-def test_no_label_leaks_before_the_verdict() -> None:
-    pairs = [prepare.Pair(first=a, second=b, criteria="x", score=3.0) for a, b in SENTENCES]
-    for row in prepare.warmup_rows(pairs, rounding="stochastic", seed=0):
-        assert_no_leak(row["response"], allowed="012345")
-
-
-def test_feedback_does_not_depend_on_the_label() -> None:
-    """Nothing in the feedback may tell the label, not even by the choice of words."""
-    for a, b in SENTENCES:
-        texts = {
-            prepare.warmup_rows([prepare.Pair(first=a, second=b, criteria="x", score=s)], rounding=r, seed=0)[0][
-                "response"
-            ].rpartition(ANCHOR)[0]
-            for s in (0.0, 2.0, 3.8, 5.0)
-            for r in prepare.ROUNDINGS
-        }
-        assert len(texts) == 1
-
-
 def assert_no_leak(response: str, allowed: str) -> None:
     before, anchor, verdict = response.rpartition(ANCHOR)
     assert anchor and verdict in tuple(allowed)
     assert not any(char.isdigit() for char in before), response
     assert ANCHOR.strip().lower() not in before.lower()
-
-
-def test_nearest_rounding() -> None:
-    rounded = [prepare.round_nearest(score, random.Random(0)) for score in (0.0, 0.49, 0.5, 3.8, 4.5, 5.0)]
-    assert rounded == [0, 0, 1, 4, 5, 5]
-
-
-@pytest.mark.parametrize("score", [0.0, 2.25, 3.8, 4.909, 5.0])
-def test_stochastic_rounding_keeps_the_mean(score: float) -> None:
-    rng = random.Random(1)
-    values = [prepare.round_stochastic(score, rng) for _ in range(20_000)]
-    assert set(values) <= {int(score), min(5, int(score) + 1)}
-    # Four standard errors of a Bernoulli mean are at most 4 * 0.5 / sqrt(20000) = 0.0142.
-    assert abs(sum(values) / len(values) - score) < 0.0142
-    if score == int(score):
-        assert set(values) == {int(score)}
-
-
-def test_stochastic_and_nearest_differ_on_fractions() -> None:
-    pairs = [prepare.Pair(first=f"word{i}", second="other", criteria="x", score=2.3) for i in range(200)]
-    verdicts = {
-        rounding: [int(row["response"][-1]) for row in prepare.warmup_rows(pairs, rounding=rounding, seed=0)]
-        for rounding in prepare.ROUNDINGS
-    }
-    assert set(verdicts["nearest"]) == {2}
-    assert 35 <= verdicts["stochastic"].count(3) <= 85  # 60 expected, standard deviation 6.5
 
 
 def test_splits_share_no_pair(small: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -213,32 +104,20 @@ def test_written_rows_are_reproducible(small: Path, tmp_path: Path) -> None:
     assert (tmp_path / "a" / "sft.jsonl").read_bytes() == (tmp_path / "b" / "sft.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"instruction": "a", "response": "b", "criteria": "c"}', r"row 2: no column 'score'"),
-        ('{"instruction": "a", "response": "b", "criteria": "c", "score": "3"}', r"row 2, column 'score'.*number"),
-        ('{"instruction": "a", "response": "b", "criteria": "c", "score": 5.5}', r"row 2, column 'score'.*off the"),
-        ('{"instruction": "a", "response": "b", "criteria": "c", "score": NaN}', r"row 2, column 'score'.*nan"),
-        ('{"instruction": "a", "response": " ", "criteria": "c", "score": 3}', r"row 2, column 'response'"),
-        ("{broken", r"row 2: broken JSON"),
-        ("[1]", r"row 2: expected an object"),
-    ],
-)
-def test_bad_rows_are_named(small: Path, tmp_path: Path, line: str, message: str) -> None:
+def test_bad_rows_are_named(small: Path, tmp_path: Path) -> None:
     path = small / "stsb_dev.jsonl"
     first = path.read_text(encoding="utf-8").splitlines()[0]
-    path.write_text(f"{first}\n{line}\n", encoding="utf-8")
-    with pytest.raises(prepare.DataError, match=f"stsb_dev.jsonl, {message}"):
+    path.write_text(f"{first}\n{first.replace('4.0', '5.5')}\n", encoding="utf-8")
+    with pytest.raises(prepare.DataError, match=r"stsb_dev.jsonl, line 2, column 'score': 5.5 is off the scale"):
         prepare.main(["--data_dir", str(small), "--output_dir", str(tmp_path / "out")])
 
 
 def test_missing_and_empty_files_are_named(small: Path, tmp_path: Path) -> None:
     (small / "stsb_test.jsonl").write_text("", encoding="utf-8")
-    with pytest.raises(prepare.DataError, match=r"stsb_test\.jsonl is empty"):
+    with pytest.raises(prepare.DataError, match=r"stsb_test\.jsonl: the file is empty"):
         prepare.main(["--data_dir", str(small), "--output_dir", str(tmp_path / "out")])
     (small / "stsb_test.jsonl").unlink()
-    with pytest.raises(prepare.DataError, match=r"stsb_test\.jsonl does not exist"):
+    with pytest.raises(prepare.DataError, match=r"stsb_test\.jsonl: there is no such file"):
         prepare.main(["--data_dir", str(small), "--output_dir", str(tmp_path / "out")])
 
 

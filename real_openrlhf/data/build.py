@@ -1,0 +1,315 @@
+"""From sources to a built data set: rows checked, prompts rendered, groups split, files and manifest written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.data.builders.base import Builder, FieldError, Item, Options, Parts
+from real_openrlhf.data.judge_prompt import JudgeTemplate, Rubric
+from real_openrlhf.data.rounding import written_label
+from real_openrlhf.data.sources import BadRow, DataError, Place, Row, read_rows
+from real_openrlhf.data.splits import PRECEDENCE, check_split, keep_one_split, split_of
+from real_openrlhf.data.table import MESSAGES, SCHEMA_VERSION, TEXT, prepare_folder, write_manifest, write_table
+from real_openrlhf.data.template import PromptError
+from real_openrlhf.data.verdict import cut
+
+LISTED = 20
+SFT = "sft"
+_NAMED = re.compile(r"([A-Za-z]+)=(.+)", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """
+    sources        SOURCE or SPLIT=SOURCE, each a file, folder or hub id; either all name a split or none does
+    scale          of the labels
+    template       of the prompts
+    fractions      share of the groups per split, where nothing names a split
+    shuffle        the order of rows, by seed
+    sft            also write sft.parquet, the rows of the training split that have feedback of their own
+    rounding       of fractional labels in sft.parquet: "stochastic" or "nearest"
+    prompt_form    "text", "messages", or None: text where each prompt is one user message
+    """
+
+    sources: Sequence[str]
+    scale: ScoreScale
+    template: JudgeTemplate
+    fractions: Mapping[str, float]
+    shuffle: bool = False
+    sft: bool = False
+    rounding: str = "stochastic"
+    prompt_form: str | None = None
+    skip_bad_rows: bool = False
+    seed: int = 0
+    label_key: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """records: split to rows in the form of `table.schema`, prompts as chat messages; "sft" beside the splits.
+    dropped: reason to rows left out. feedback_left_out: reason to rows that stay without feedback."""
+
+    records: dict[str, list[dict[str, Any]]]
+    skipped: list[BadRow]
+    dropped: Counter[str]
+    feedback_left_out: Counter[str]
+    sources: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    item: Item
+    place: Place
+    messages: list[dict[str, str]]
+    split: str
+    feedback: str | None
+    number: int
+
+
+def build(builder: Builder, settings: Settings) -> Built:
+    """Read everything. Raises DataError at the first bad row (file, row, column, reason), unless they are skipped."""
+    options = Options(scale=settings.scale, seed=settings.seed, label_key=settings.label_key, columns=settings.columns)
+    if builder.check is not None:
+        builder.check(options)
+    named = [_NAMED.fullmatch(source) if not Path(source).exists() else None for source in settings.sources]
+    if any(named) and not all(named):
+        raise DataError("--source: either every source names its split (train=...), or none does")
+    left_out: Counter[str] = Counter()
+    skipped: list[BadRow] = []
+    rows: list[_Read] = []
+    sources = []
+    for source, match in zip(settings.sources, named):
+        split = None if match is None else check_split(match[1])
+        name = source if match is None else match[2]
+        digest, count = hashlib.sha256(), 0
+        for row in read_rows(name):
+            count += 1
+            if isinstance(row, Row):
+                digest.update(json.dumps(row.values, sort_keys=True, default=str).encode())
+                found = _read(builder, settings, options, row, split, len(rows), left_out)
+            else:
+                found = row
+            if isinstance(found, _Read):
+                rows.append(found)
+            elif settings.skip_bad_rows:
+                skipped.append(found)
+            else:
+                raise DataError(f"{found}. Repair the row, or pass --skip_bad_rows to leave such rows out.")
+        sources.append({"source": _shown(name), "split": split, "rows": count, "rows_sha256": digest.hexdigest()})
+    if not rows:
+        bad = "\n".join(f"  {row}" for row in skipped[:LISTED])
+        raise DataError(f"{', '.join(settings.sources)}: no usable row is left; all {len(skipped)} are bad:\n{bad}")
+    kept, dropped = _split(builder, rows)
+    records = {split: [_record(row) for row in kept[split]] for split in PRECEDENCE[::-1] if kept.get(split)}
+    if settings.shuffle:
+        for split in kept:
+            # The same order for records and rows, whose SFT texts follow.
+            random.Random(settings.seed).shuffle(records[split])
+            random.Random(settings.seed).shuffle(kept[split])
+    if settings.sft:
+        records[SFT] = _warmup(builder, settings, kept)
+    return Built(records=records, skipped=skipped, dropped=dropped, feedback_left_out=left_out, sources=sources)
+
+
+def write(
+    builder: Builder, settings: Settings, folder: Path, *, command: str, overwrite: bool = False
+) -> dict[str, Any]:
+    """Build, and write a parquet file per split, sft.parquet if asked for, and the manifest, which is returned."""
+    built = build(builder, settings)
+    prompt_form = _prompt_form(built, settings)
+    prepare_folder(folder, overwrite=overwrite)
+    files = {}
+    for name, records in built.records.items():
+        if prompt_form == TEXT:
+            records = [{**record, "prompt": record["prompt"][0]["content"]} for record in records]
+        files[f"{name}.parquet"] = write_table(folder / f"{name}.parquet", records, prompt_form)
+    manifest = _manifest(builder, settings, built, files, prompt_form, command)
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _read(
+    builder: Builder,
+    settings: Settings,
+    options: Options,
+    row: Row,
+    split: str | None,
+    number: int,
+    left_out: Counter[str],
+) -> _Read | BadRow:
+    column = None
+    try:
+        item = builder.read(row.values, options)
+        column = "prompt"
+        messages = _messages(item, settings.template)
+        column = "split"
+        home = split or (check_split(item.split) if item.split else None)
+        home = home or split_of(item.group, settings.fractions, settings.seed)
+    except FieldError as error:
+        return BadRow(place=row.place, column=error.column, reason=str(error))
+    except (PromptError, DataError) as error:
+        return BadRow(place=row.place, column=column, reason=str(error))
+    feedback, reason = _feedback(item)
+    if reason is not None:
+        left_out[reason] += 1
+    if feedback is not None and any(feedback in message["content"] for message in messages):
+        return BadRow(place=row.place, column="feedback", reason="the prompt holds the feedback, and its label with it")
+    return _Read(item=item, place=row.place, messages=messages, split=home, feedback=feedback, number=number)
+
+
+def _messages(item: Item, template: JudgeTemplate) -> list[dict[str, str]]:
+    """The prompt as chat messages; a template "as in the source" goes around the last message."""
+    if item.whole is not None and template.variables <= {"instruction"}:
+        given = item.whole
+        if isinstance(given, str):
+            return template.messages(instruction=given)
+        if not isinstance(given, list) or not given:
+            raise PromptError("a prompt is text or a list of chat messages")
+        for message in given:
+            if not isinstance(message, Mapping) or not all(
+                isinstance(message.get(k), str) for k in ("role", "content")
+            ):
+                raise PromptError("every message needs a text 'role' and a text 'content'")
+        *before, last = ({"role": message["role"], "content": message["content"]} for message in given)
+        if last["role"] == "assistant":
+            raise PromptError("the last message is the assistant's; a prompt ends before the answer")
+        return [*before, {"role": last["role"], "content": template.render(instruction=last["content"])}]
+    if item.parts is None:
+        raise PromptError(f"it cannot be taken apart to fill template {template.name}; use --template source")
+    parts = {name: value for name, value in vars(item.parts).items() if name in template.variables}
+    return template.messages(**parts)
+
+
+def _feedback(item: Item) -> tuple[str | None, str | None]:
+    """(the feedback to train on, None), or (None, why there is none although there is a critique)."""
+    if item.critique is None:
+        return None, None
+    if item.n != 1:
+        return None, "several judgements were averaged"
+    critique = cut(item.critique)
+    if critique.verdict is not None and critique.verdict != item.label:
+        return None, "its own verdict is not the label"
+    if not critique.feedback:
+        return None, "nothing stands before its verdict"
+    return critique.feedback, None
+
+
+def _split(builder: Builder, rows: Sequence[_Read]) -> tuple[dict[str, list[_Read]], Counter[str]]:
+    kept: dict[str, list[_Read]] = {}
+    dropped: Counter[str] = Counter()
+    seen: set[str] = set()
+    for row, other in zip(rows, keep_one_split([(row.split, row.item.group) for row in rows])):
+        if other is not None:
+            dropped[f"{row.split}: its group is in {other}"] += 1
+        elif builder.unique and row.item.group in seen:
+            dropped[f"{row.split}: its group is there already"] += 1
+        else:
+            seen.add(row.item.group)
+            kept.setdefault(row.split, []).append(row)
+    return kept, dropped
+
+
+def _record(row: _Read) -> dict[str, Any]:
+    item = row.item
+    return {
+        "id": f"{row.number}" if item.id is None else f"{row.number}:{item.id}",
+        "prompt": row.messages,
+        "label": item.label,
+        "group": item.group,
+        "split": row.split,
+        "source": _shown(row.place.file),
+        "source_row": row.place.index,
+        "n": item.n,
+        "feedback": row.feedback,
+        "response": None,
+        "judged": None if item.parts is None else _judged(item.parts),
+        "meta": json.dumps(dict(item.meta), sort_keys=True, ensure_ascii=False, default=str),
+    }
+
+
+def _judged(parts: Parts) -> dict[str, Any]:
+    rubric = parts.rubric if isinstance(parts.rubric, Rubric) else None
+    return {
+        "instruction": parts.instruction,
+        "response": parts.response,
+        "reference": parts.reference,
+        "context": parts.context,
+        "rubric": None if parts.rubric is None else str(parts.rubric),
+        "criteria": rubric and rubric.criteria,
+        "descriptions": rubric and [{"score": score, "text": words} for score, words in rubric.descriptions.items()],
+    }
+
+
+def _warmup(builder: Builder, settings: Settings, kept: Mapping[str, Sequence[_Read]]) -> list[dict[str, Any]]:
+    if not builder.critiques:
+        raise DataError(f"--sft: {builder.name} has no feedback that a warm-up could learn from")
+    records = []
+    for row in kept.get("train", ()):
+        if row.feedback is not None:
+            rng = row.item.rng or random.Random(f"{settings.seed}|{row.item.group}|{row.place.index}")
+            written = written_label(row.item.label, settings.scale, settings.rounding, rng)
+            records.append({**_record(row), "response": f"{row.feedback} {settings.template.anchors[0]}{written}"})
+    if not records:
+        raise DataError("--sft: no row of the split train has feedback; see the manifest of a build without --sft")
+    return records
+
+
+def _prompt_form(built: Built, settings: Settings) -> str:
+    prompts = [record["prompt"] for records in built.records.values() for record in records]
+    single = all(len(prompt) == 1 and prompt[0]["role"] == "user" for prompt in prompts)
+    if settings.prompt_form == TEXT and not single:
+        raise DataError("--prompt_form text: some prompts are more than one user message; leave the flag out")
+    return settings.prompt_form or (TEXT if single else MESSAGES)
+
+
+def _shown(source: str) -> str:
+    """A local path by its name alone: where a file lies on one machine says nothing on another."""
+    path = Path(source).expanduser()
+    return path.name if path.exists() else source
+
+
+def _manifest(
+    builder: Builder,
+    settings: Settings,
+    built: Built,
+    files: Mapping[str, dict[str, Any]],
+    prompt_form: str,
+    command: str,
+) -> dict[str, Any]:
+    splits = {
+        split: {
+            "rows": len(records),
+            "groups": len({record["group"] for record in records}),
+            "fractional_labels": sum(float(record["label"]) not in settings.scale.values for record in records),
+            "with_feedback": sum(record["feedback"] is not None for record in records),
+        }
+        for split, records in built.records.items()
+    }
+    template = settings.template
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "builder": builder.name,
+        "sources": built.sources,
+        "splits": splits,
+        "dropped": dict(built.dropped),
+        "bad_rows": {"count": len(built.skipped), "first": [str(row) for row in built.skipped[:LISTED]]},
+        "feedback_left_out": dict(built.feedback_left_out),
+        "scale": str(settings.scale),
+        "template": {"name": template.name, "sha256": template.sha256, "anchors": list(template.anchors)},
+        "prompt_form": prompt_form,
+        "rounding": settings.rounding if settings.sft else None,
+        "shuffle": settings.shuffle,
+        "seed": settings.seed,
+        "command": command,
+        "files": dict(files),
+    }

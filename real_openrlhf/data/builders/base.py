@@ -1,0 +1,166 @@
+"""What a builder is: a function from one row of a source to one judged item, and the defaults of its data set."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.data.dataset import read_label
+from real_openrlhf.data.judge_prompt import Rubric
+from real_openrlhf.data.sources import lookup, shorten
+
+
+class FieldError(ValueError):
+    """A field of a row cannot be used; the caller adds file and row."""
+
+    def __init__(self, column: str, reason: str) -> None:
+        super().__init__(reason)
+        self.column = column
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a judge's prompt is made of; see `real_openrlhf.data.judge_prompt`."""
+
+    instruction: str
+    response: str
+    reference: str | None = None
+    rubric: Rubric | str | None = None
+    context: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One judged response.
+
+    id         where the data set tells its rows apart by; None: the row's number in its file stands in
+    label      the score, on the scale
+    group      rows of one group share a split: the question, or the pair
+    whole      the prompt as the source has it (text or chat messages), if it has one
+    parts      what a template is filled with, if the source has them, or if `whole` could be taken apart
+    split      the source's own split, if it names one
+    critique   text of the judgement behind the label, its verdict and all; None: none, or none that fits the label
+    n          judgements averaged into the label; feedback is trained on only where it is 1
+    meta       the rest of the source's ids and categories
+    rng        random numbers of this row alone, so that it does not depend on its place
+    """
+
+    id: str | None = None
+    label: float
+    group: str
+    whole: object = None
+    parts: Parts | None = None
+    split: str | None = None
+    critique: str | None = None
+    n: int = 1
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    rng: random.Random | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line tells a builder. label_key: column of the score; None: the data set's own. columns: the
+    field map of the generic builder."""
+
+    scale: ScoreScale
+    seed: int = 0
+    label_key: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Builder:
+    """A data set.
+
+    about       one line for --help
+    read        one row to an item; raises FieldError, or KeyError from `lookup`
+    scale       of its labels; None: has to be given
+    template    of its prompts unless another is asked for; None: has to be given
+    sources     where it is read from unless told otherwise: SOURCE or SPLIT=SOURCE
+    fractions   of the groups per split, where neither source nor row names one
+    shuffle     rows stand in an order that means something, so that the first N would not stand for all
+    unique      one row per group; the others repeat it
+    critiques   rows come with feedback that a warm-up can be made of
+    check       looks at the options before any row is read; raises ValueError
+    """
+
+    name: str
+    about: str
+    read: Callable[[Mapping[str, Any], Options], Item]
+    scale: str | None
+    template: str | None
+    sources: Sequence[str] = ()
+    fractions: Mapping[str, float] = field(default_factory=lambda: {"test": 1.0})
+    shuffle: bool = False
+    unique: bool = False
+    critiques: bool = False
+    check: Callable[[Options], None] | None = None
+
+
+def get(values: Mapping[str, Any], column: str) -> Any:
+    """The value of a column that has to be there; a dotted name reaches into objects."""
+    try:
+        return lookup(values, column)
+    except KeyError as error:
+        raise FieldError(column, str(error.args[0])) from None
+
+
+def text(values: Mapping[str, Any], column: str, *, blank: bool = False) -> str:
+    """The text of a column, as it is. blank: may be empty."""
+    value = get(values, column)
+    if not isinstance(value, str) or not (blank or value.strip()):
+        raise FieldError(column, f"expected text, got {shorten(value)}")
+    return value
+
+
+def optional_text(values: Mapping[str, Any], column: str) -> str | None:
+    """None when the column is not there, null or blank."""
+    value = values.get(column)
+    if value is not None and not isinstance(value, str):
+        raise FieldError(column, f"expected text or nothing, got {shorten(value)}")
+    return value if value and value.strip() else None
+
+
+def label(values: Mapping[str, Any], column: str, scale: ScoreScale) -> float:
+    """The score of a column, on the scale."""
+    try:
+        return read_label(get(values, column), scale)
+    except FieldError:
+        raise
+    except ValueError as error:
+        raise FieldError(column, str(error)) from error
+
+
+def mean_label(values: Mapping[str, Any], column: str, scale: ScoreScale) -> tuple[float, int]:
+    """The mean of a list of scores, or a single score, and how many there were. Each has to be on the scale."""
+    value = get(values, column)
+    scores = value if isinstance(value, (list, tuple)) else [value]
+    if not scores:
+        raise FieldError(column, "the list of scores is empty")
+    try:
+        numbers = [read_label(score, scale) for score in scores]
+    except ValueError as error:
+        raise FieldError(column, str(error)) from error
+    return sum(numbers) / len(numbers), len(numbers)
+
+
+def group_of(*texts: str) -> str:
+    """A name for what the texts say, whatever their case and spacing.
+
+    >>> group_of("Say  hello.") == group_of("say hello.")
+    True
+    """
+    plain = "\n".join(" ".join(part.casefold().split()) for part in texts)
+    return hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def rubric_of(values: Mapping[str, Any], criteria: str, descriptions: Mapping[str, str]) -> Rubric:
+    """From columns: the criteria's, and score to the column of its description."""
+    return Rubric(
+        criteria=text(values, criteria),
+        descriptions={score: text(values, name) for score, name in descriptions.items()},
+    )

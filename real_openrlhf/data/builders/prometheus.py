@@ -1,0 +1,59 @@
+"""The benchmarks in Prometheus's form: `instruction` is the whole prompt, `gpt4_score` one or several scores.
+
+FLASK, Vicuna Bench, MT Bench and (in the paper's evaluation) Feedback Bench share it. The label is the mean of the
+scores. With several judgements behind a label none of their texts fits it, so no feedback is taken from here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from real_openrlhf.data.builders.base import Item, Options, Parts, group_of, mean_label, text
+from real_openrlhf.data.judge_prompt import Rubric
+
+SCORES = "gpt4_score"
+_ASKED = (
+    r"###\s*The instruction to evaluate:\n(?P<instruction>.*?)\n\n###\s*Response to evaluate:\n(?P<response>.*)\n\n"
+)
+_REFERENCE = r"###\s*Reference Answer(?: \(Score 5\))?:\n(?P<reference>.*)\n\n"
+_RUBRIC = r"###\s*Score Rubrics?:\n\[(?P<criteria>.*?)\]\n(?P<scores>Score \d+:.*)\n\n###\s*Feedback:\s*$"
+# Greedy: the last headings are the prompt's own, earlier ones may stand in the response. The form with a reference goes
+# first, or the response would swallow it.
+_FORMS = tuple(re.compile(form, re.DOTALL) for form in (_ASKED + _REFERENCE + _RUBRIC, _ASKED + _RUBRIC))
+_SCORE = re.compile(r"^Score (\d+): ?(.*?)(?=\nScore \d+:|\Z)", re.DOTALL | re.MULTILINE)
+
+
+def parts_of(prompt: str) -> Parts | None:
+    """A Prometheus prompt taken apart again; None when it has another form."""
+    match = next(filter(None, (form.search(prompt) for form in _FORMS)), None)
+    if match is None or not match["criteria"].strip():
+        return None
+    descriptions = {score: words for score, words in _SCORE.findall(match["scores"]) if words.strip()}
+    return Parts(
+        instruction=match["instruction"],
+        response=match["response"],
+        reference=match.groupdict().get("reference"),
+        rubric=Rubric(criteria=match["criteria"], descriptions=descriptions),
+    )
+
+
+def reader(name: str) -> Callable[[Mapping[str, Any], Options], Item]:
+    """Reads rows of the benchmark with that name."""
+
+    def read(values: Mapping[str, Any], options: Options) -> Item:
+        prompt = text(values, "instruction")
+        score, n = mean_label(values, options.label_key or SCORES, options.scale)
+        parts = parts_of(prompt)
+        meta = {
+            key: value
+            for key, value in values.items()
+            if key not in ("instruction", "gpt4_feedback") and isinstance(value, (str, int, float, list))
+        }
+        number = values.get("idx")
+        # The question itself rather than its number: two files may count alike, and one question may have two numbers.
+        group = group_of(parts.instruction) if parts else group_of(prompt) if number is None else str(number)
+        return Item(label=score, n=n, group=f"{name}:{group}", whole=prompt, parts=parts, meta=meta)
+
+    return read

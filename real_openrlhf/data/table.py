@@ -1,0 +1,104 @@
+"""The files that builders write: parquet of one schema, and a manifest that says where it came from.
+
+| column | type | meaning |
+|---|---|---|
+| `id` | text | unique in the data set |
+| `prompt` | text, or list of {role, content} | the judge's prompt; the manifest's `prompt_form` says which |
+| `label` | float64 | the human (or GPT-4) score, on the manifest's `scale`, fractions as they are |
+| `group` | text | rows of one group share a split: the question, or the pair |
+| `split` | text | train, dev, test, ... |
+| `source`, `source_row` | text, int64 | file or hub id, and the row as it counts (lines from 1, rows from 0) |
+| `n` | int32 | judgements averaged into the label |
+| `feedback` | text or null | the critique behind the label, cut before its own first verdict |
+| `response` | text or null | feedback, anchor and rounded label: what a warm-up learns to write (in `sft.parquet`) |
+| `judged` | struct or null | instruction, response, reference, context, rubric, criteria, descriptions |
+| `meta` | text | JSON: the rest of the source's ids and categories |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from real_openrlhf.data.sources import MANIFEST, DataError
+
+SCHEMA_VERSION = 1
+TEXT, MESSAGES = "text", "messages"
+_DESCRIPTIONS = pa.list_(pa.struct([("score", pa.string()), ("text", pa.string())]))
+_JUDGED = pa.struct(
+    [
+        *((name, pa.string()) for name in ("instruction", "response", "reference", "context", "rubric", "criteria")),
+        ("descriptions", _DESCRIPTIONS),
+    ]
+)
+
+
+def schema(prompt_form: str) -> pa.Schema:
+    """prompt_form: "text" or "messages"."""
+    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    return pa.schema(
+        [
+            pa.field("id", pa.string(), nullable=False),
+            pa.field("prompt", pa.string() if prompt_form == TEXT else pa.list_(message), nullable=False),
+            pa.field("label", pa.float64(), nullable=False),
+            pa.field("group", pa.string(), nullable=False),
+            pa.field("split", pa.string(), nullable=False),
+            pa.field("source", pa.string(), nullable=False),
+            pa.field("source_row", pa.int64(), nullable=False),
+            pa.field("n", pa.int32(), nullable=False),
+            pa.field("feedback", pa.string()),
+            pa.field("response", pa.string()),
+            pa.field("judged", _JUDGED),
+            pa.field("meta", pa.string(), nullable=False),
+        ],
+        metadata={"real_openrlhf.schema_version": str(SCHEMA_VERSION)},
+    )
+
+
+def prepare_folder(folder: Path, *, overwrite: bool) -> None:
+    """Make the folder; refuse one that holds data, or with `overwrite` remove what its manifest lists."""
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"--output_dir {folder} is a file")
+    old = [path for path in (folder.glob("*") if folder.is_dir() else ()) if path.suffix == ".parquet"]
+    manifest = folder / MANIFEST
+    if (old or manifest.exists()) and not overwrite:
+        raise DataError(f"--output_dir {folder} holds a data set already; name another folder, or pass --overwrite")
+    if overwrite and manifest.exists():
+        try:
+            listed = set(json.loads(manifest.read_text(encoding="utf-8"))["files"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{manifest} is not a manifest of this program ({error}); name another folder") from error
+        # First the manifest: what is left after a stop is never taken for a whole data set.
+        manifest.unlink()
+        for path in old:
+            if path.name in listed:
+                path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def write_table(path: Path, records: Sequence[Mapping[str, Any]], prompt_form: str) -> dict[str, Any]:
+    """Write a parquet file; returns its line in the manifest: rows and sha256."""
+    try:
+        table = pa.Table.from_pylist(list(records), schema=schema(prompt_form))
+    except UnicodeEncodeError as error:
+        raise DataError(f"{path}: a text is not valid Unicode: {error}") from error
+    partial = path.with_name(path.name + ".part")
+    pq.write_table(table, partial, compression="zstd")
+    os.replace(partial, path)
+    return {"rows": len(records), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Path:
+    """The last file to be written: where it stands, the others are whole."""
+    path = folder / MANIFEST
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path

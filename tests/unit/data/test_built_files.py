@@ -1,0 +1,49 @@
+"""What builders write is what training and the warm-up read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.data.__main__ import main
+from real_openrlhf.data.dataset import JudgeDataset
+from real_openrlhf.data.template import PromptTemplate
+from real_openrlhf.train_warmup import load_examples
+from tests.helpers.tokenizers import CHAT_TEMPLATE, word_tokenizer
+
+
+def test_training_and_warmup_read_what_is_written(tmp_path: Path) -> None:
+    labels = (1, 7, 8.5)
+    rows = [{"q": "Why?", "a": f"Answer {k}", "y": y, "f": f"Fine {k}. Rating: [[{y}]]"} for k, y in enumerate(labels)]
+    source, out = tmp_path / "a.jsonl", tmp_path / "out"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    columns = ["instruction=q", "response=a", "label=y", "feedback=f"]
+    flags = ["--map", *columns, "--scale", "1-10", "--template", "single_answer", "--sft"]
+    assert main(["generic", "--source", str(source), "--output_dir", str(out), *flags]) == 0
+    tokenizer = word_tokenizer(chat_template=CHAT_TEMPLATE)
+    for chat in (False, True):  # the chat template, and with it the thinking mode, stays a choice of training
+        data = JudgeDataset.load(
+            str(out / "train.parquet"),
+            input_key="prompt",
+            label_key="label",
+            scale=ScoreScale.parse("1-10"),
+            tokenizer=tokenizer,
+            template=PromptTemplate(apply_chat_template=chat, enable_thinking=False if chat else None),
+            max_prompt_tokens=1000,
+        )
+        assert [prompt.label for prompt in data.prompts] == [1, 7, 8.5]
+        assert ("<assistant>" in data.prompts[0].text) == chat and "Answer 0" in data.prompts[0].text
+    words = [
+        word
+        for row in pq.read_table(out / "sft.parquet").to_pylist()
+        for word in row["response"].replace(".", " . ").split()
+    ]
+    known = word_tokenizer(extra_words=words)
+    examples = load_examples(str(out / "sft.parquet"), tokenizer=known, template=PromptTemplate(), max_len=1000)
+    assert len(examples) == 3
+    written = [row["response"] for row in pq.read_table(out / "sft.parquet").to_pylist()]
+    assert written[:2] == ["Fine 0. So the overall score is 1", "Fine 1. So the overall score is 7"]
+    assert written[2] in ("Fine 2. So the overall score is 8", "Fine 2. So the overall score is 9")
