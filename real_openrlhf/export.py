@@ -146,6 +146,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from real_openrlhf.algo.score_position import ScoreReader
+from real_openrlhf.algo.score_rows import ScoreRows
 from real_openrlhf.algo.score_scale import bind_scale
 from real_openrlhf.algo.score_stats import expected_score
 from real_openrlhf.judge_settings import JudgeSettings
@@ -175,10 +176,11 @@ with torch.no_grad():
         score = None
         print("no score:", reading.reason)
     else:
-        # The row before the score token is the one that predicts it.
-        row = model(output).logits[0, len(prompt_ids) + reading.position - 1].float()
-        tokens = list(bound.anchors[reading.anchor_index].token_ids)
-        logprobs = (row / judge.temperature).log_softmax(-1)[tokens]
+        # One row for labels of one token each; labels of several tokens need more, some behind other labels.
+        rows = ScoreRows.of(bound.anchors[reading.anchor_index].trie, response, reading.position)
+        prefixes = [prompt_ids + rows.prefix(row, response) for row in range(len(rows.node))]
+        logits = torch.stack([model(torch.tensor([prefix])).logits[0, -1] for prefix in prefixes])
+        logprobs = rows.label_logprobs(rows.gather(logits, judge.temperature))[0]
         score = float(expected_score(logprobs.double(), judge.scale.tensor(), renormalise=judge.renormalise))
         print("E[score]:", score)
 """

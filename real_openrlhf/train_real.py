@@ -74,7 +74,7 @@ def load_inputs(config: Config) -> Inputs:
             scale=config.real.score_scale,
             tokenizer=tokenizer,
             template=template,
-            max_prompt_tokens=config.data.max_len - config.rollout.max_new_tokens,
+            max_prompt_tokens=config.data.max_len - config.rollout.max_new_tokens - bound.extra_tokens,
             max_samples=max_samples,
             skip_bad_rows=config.data.skip_bad_rows,
         )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from real_openrlhf.actors.device import Device
 from real_openrlhf.actors.protocols import Sampling
@@ -142,6 +143,7 @@ def make_rollout(
     """A rollout from what the engine returned.
 
     logprobs: [T * (1 + R)] flat; per position the sampled token, then read_token_ids in order.
+    Score rows in branches stay NaN until `with_forced` gets what `forced_prefixes` asks for.
     """
     width = 1 + len(read_token_ids)
     if len(logprobs) != len(token_ids) * width:
@@ -149,17 +151,17 @@ def make_rollout(
             f"the engine returned {len(logprobs)} log-probs for {len(token_ids)} tokens and {width} columns"
         )
     table = torch.tensor(logprobs, dtype=torch.float32).view(-1, width)
-    if not bool(torch.isfinite(table[:, 0]).all()):
-        raise RuntimeError("the engine returned log-probs that are not finite: the weights hold NaN or infinity")
+    _check_finite(table[:, 0])
     reading = reader.read(token_ids)
     n_labels = len(reader.bound.scale)
     if reading.position is None or reading.anchor_index is None:
         rows, score_logprobs = ScoreRows.empty(n_labels), torch.zeros(0, n_labels)
     else:
-        labels = reader.bound.anchors[reading.anchor_index].token_ids
-        columns = [1 + read_token_ids.index(token) for token in labels]
-        rows = ScoreRows.single(reading.position, labels)
-        score_logprobs = table[reading.position, columns][None]
+        trie = reader.bound.anchors[reading.anchor_index].trie
+        rows = ScoreRows.of(trie, token_ids, reading.position)
+        score_logprobs = torch.full(rows.token_ids.shape, float("nan"))
+        drawn = rows.sequence < rows.n_rollouts
+        score_logprobs[drawn] = _candidates(table[rows.position[drawn]], read_token_ids, rows.token_ids[drawn])
     return Rollout(
         token_ids=torch.tensor(list(token_ids), dtype=torch.int64),
         logprobs=table[:, 0].clone(),
@@ -169,3 +171,42 @@ def make_rollout(
         finish_reason=finish_reason,
         text=reader.tokenizer.decode(list(token_ids), skip_special_tokens=False),
     )
+
+
+def forced_prefixes(rollout: Rollout) -> list[list[int]]:
+    """What must be written behind the prompt to read the score rows in branches: one prefix per row, in their order.
+
+    Empty for scales of single tokens, and for a response that passes every inner node of the trie.
+    """
+    rows, response = rollout.score_rows, rollout.token_ids.tolist()
+    return [rows.prefix(row, response) for row in rows.forced]
+
+
+def with_forced(rollout: Rollout, read_token_ids: Sequence[int], logprobs: Sequence[Sequence[float]]) -> Rollout:
+    """The rollout with all its score rows.
+
+    logprobs: per prefix of `forced_prefixes` [1 + R], the token that follows it as in `make_rollout`.
+    """
+    rows = rollout.score_rows
+    table = torch.tensor([list(row) for row in logprobs], dtype=torch.float32)
+    if table.shape != (len(rows.forced), 1 + len(read_token_ids)):
+        raise RuntimeError(
+            f"the engine returned log-probs {tuple(table.shape)} for {len(rows.forced)} forced prefixes and "
+            f"{1 + len(read_token_ids)} columns"
+        )
+    _check_finite(table[:, 0])
+    score_logprobs = rollout.score_logprobs.clone()
+    score_logprobs[rows.forced] = _candidates(table, read_token_ids, rows.token_ids[rows.forced])
+    return replace(rollout, score_logprobs=score_logprobs)
+
+
+def _candidates(table: Tensor, read_token_ids: Sequence[int], token_ids: Tensor) -> Tensor:
+    """[R, C] the columns of the candidates, -inf at padding."""
+    column = {token: 1 + i for i, token in enumerate(read_token_ids)}
+    columns = torch.tensor([[column.get(token, 0) for token in row] for row in token_ids.tolist()])
+    return table.gather(1, columns).masked_fill(token_ids < 0, float("-inf"))
+
+
+def _check_finite(logprobs: Tensor) -> None:
+    if not bool(torch.isfinite(logprobs).all()):
+        raise RuntimeError("the engine returned log-probs that are not finite: the weights hold NaN or infinity")

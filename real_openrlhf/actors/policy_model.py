@@ -23,7 +23,7 @@ class PolicyOutputs:
     token_logprobs  [N, T] float32 with grad, 0 at padding
     label_logprobs  [N, S] float32 with grad, 0 where the score cannot be read
     entropy         [N, T] float32, 0 at padding
-    logits          [N, T, V] at temperature 1, in the model's dtype
+    logits          [N + B, T, V] at temperature 1, in the model's dtype; the last B of the branches
     """
 
     token_logprobs: Tensor
@@ -73,8 +73,8 @@ class PolicyModel(Actor):
 def outputs_from_logits(
     logits: Tensor, batch: RealBatch, *, temperature: float, entropy_grad: bool = False
 ) -> PolicyOutputs:
-    """[N, T, V] logits of the response columns -> PolicyOutputs, in fp32 (or wider) at the temperature."""
-    scaled = upcast(logits)
+    """[N + B, T, V] logits of the response columns -> PolicyOutputs, in fp32 (or wider) at the temperature."""
+    scaled = upcast(logits[: len(batch.response_ids)])
     if temperature != 1.0:
         scaled = scaled / temperature
     normaliser = scaled.logsumexp(-1)
@@ -82,7 +82,7 @@ def outputs_from_logits(
     token_logprobs = (chosen - normaliser).masked_fill(~batch.response_mask, 0.0)
 
     rows = batch.score_rows
-    candidates = rows.gather(logits[rows.rollout, rows.position], temperature)
+    candidates = rows.gather(logits[rows.sequence, rows.position], temperature)
     label_logprobs = rows.label_logprobs(candidates)
 
     with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):

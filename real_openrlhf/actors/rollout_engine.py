@@ -20,7 +20,15 @@ from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
 from torch import Tensor
 from vllm.sampling_params import RequestOutputKind
 
-from real_openrlhf.actors.engine_spec import EngineSpec, EngineSpecError, check_sampling, make_rollout, request_seed
+from real_openrlhf.actors.engine_spec import (
+    EngineSpec,
+    EngineSpecError,
+    check_sampling,
+    forced_prefixes,
+    make_rollout,
+    request_seed,
+    with_forced,
+)
 from real_openrlhf.actors.protocols import Sampling
 from real_openrlhf.actors.weight_transfer import NO_VERSION, SyncError
 from real_openrlhf.algo.score_position import ScoreReader
@@ -103,13 +111,17 @@ class RolloutEngine(_Base):
         engine has no weights yet.
         """
         check_sampling(sampling, self.spec.logprobs_mode)
+        new_tokens = sampling.max_new_tokens + self.spec.bound.extra_tokens
         for prompt in prompts:
-            self._check_length(prompt.token_ids, sampling.max_new_tokens, f"the prompt of row {prompt.row}")
+            self._check_length(prompt.token_ids, new_tokens, f"the prompt of row {prompt.row}")
         if self._version == NO_VERSION:
             raise SyncError("the engine has no weights: it starts with dummy ones and no sync has been completed")
         version = self._version
-        jobs = [self._respond(prompt, sampling, k) for prompt in prompts for k in range(sampling.n)]
-        rollouts = await (self._run(jobs) if sampling.seed is None else self._run_in_order(jobs))
+        self._in_flight += 1  # also between responses and what is forced after them
+        try:
+            rollouts = await self._rollouts([(prompt, k) for prompt in prompts for k in range(sampling.n)], sampling)
+        finally:
+            self._in_flight -= 1
         return [
             Group(
                 prompt_ids=torch.tensor(prompt.token_ids, dtype=torch.int64),
@@ -133,13 +145,56 @@ class RolloutEngine(_Base):
             self._check_length(ids, 1, f"sequence {i}")
         return await self._run_in_order([self._score(ids) for ids in sequences])
 
+    async def _rollouts(self, wanted: Sequence[tuple[Prompt, int]], sampling: Sampling) -> list[Rollout]:
+        if sampling.seed is None:
+            return await self._run([self._respond(prompt, sampling, k) for prompt, k in wanted])
+        rollouts = await self._run_in_order([self._respond(prompt, sampling, k) for prompt, k in wanted])
+        return await self._read_forced([prompt for prompt, _ in wanted], rollouts, sampling)
+
     async def _respond(self, prompt: Prompt, sampling: Sampling, sample: int) -> Rollout:
+        seed = None if sampling.seed is None else request_seed(sampling.seed, prompt.row, sample)
+        output = await self._draw(prompt.token_ids, sampling, sampling.max_new_tokens, seed)
+        if output.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"the request for row {prompt.row} ended with {output.finish_reason!r}")
+        read_ids = self.spec.read_token_ids
+        rollout = make_rollout(self.reader, read_ids, output.token_ids, output.logprobs.logprobs, output.finish_reason)
+        if sampling.seed is None:
+            # At once, while the engine has the response in its prefix cache.
+            (rollout,) = await self._read_forced([prompt], [rollout], sampling)
+        return rollout
+
+    async def _read_forced(
+        self, prompts: Sequence[Prompt], rollouts: list[Rollout], sampling: Sampling
+    ) -> list[Rollout]:
+        """Fill the score rows that the responses did not pass: one request of one token for each.
+
+        prompts: that of each rollout. A scale of single tokens has no such rows.
+        """
+        if not self.spec.bound.extra_tokens:
+            return rollouts
+        prefixes = [forced_prefixes(rollout) for rollout in rollouts]
+        jobs = [
+            self._draw([*prompt.token_ids, *prefix], sampling, 1, None)
+            for prompt, wanted in zip(prompts, prefixes)
+            for prefix in wanted
+        ]
+        if not jobs:
+            return rollouts
+        outputs = iter(await (self._run(jobs) if sampling.seed is None else self._run_in_order(jobs)))
+        read_ids = self.spec.read_token_ids
+        return [
+            with_forced(rollout, read_ids, [next(outputs).logprobs.logprobs for _ in wanted]) if wanted else rollout
+            for rollout, wanted in zip(rollouts, prefixes)
+        ]
+
+    async def _draw(self, ids: Sequence[int], sampling: Sampling, max_tokens: int, seed: int | None) -> Any:
+        """Tokens drawn behind ids, and at each of them the log-probs that `make_rollout` takes."""
         read_ids = self.spec.read_token_ids
         params = vllm.SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            max_tokens=sampling.max_new_tokens,
-            seed=None if sampling.seed is None else request_seed(sampling.seed, prompt.row, sample),
+            max_tokens=max_tokens,
+            seed=seed,
             # `logprobs` stays unset: the sampled token's log-prob comes first in any case.
             logprob_token_ids=read_ids,
             flat_logprobs=True,
@@ -147,13 +202,10 @@ class RolloutEngine(_Base):
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        output = (await self._request(prompt.token_ids, params)).outputs[0]
-        if output.finish_reason not in ("stop", "length"):
-            raise RuntimeError(f"the request for row {prompt.row} ended with {output.finish_reason!r}")
-        width = 1 + len(read_ids)
-        if output.logprobs.token_ids[::width] != list(output.token_ids):
+        output = (await self._request(ids, params)).outputs[0]
+        if output.logprobs.token_ids[:: 1 + len(read_ids)] != list(output.token_ids):
             raise RuntimeError("the engine's log-probs do not belong to the sampled tokens")
-        return make_rollout(self.reader, read_ids, output.token_ids, output.logprobs.logprobs, output.finish_reason)
+        return output
 
     async def _score(self, ids: Sequence[int]) -> Tensor:
         params = vllm.SamplingParams(

@@ -16,8 +16,8 @@ from real_openrlhf.algo.types import Denominators, Rollout, TrainGroup
 class RealBatch:
     """N rollouts as rows [left-padded prompt | right-padded response]; all responses start at column P.
 
-    input_ids       [N, P + T] int64
-    attention_mask  [N, P + T] bool, by position (the padding id may be the end of text)
+    input_ids       [N + B, P + T] int64; the last B rows are the branches of score_rows, in their order
+    attention_mask  [N + B, P + T] bool, by position (the padding id may be the end of text)
     response_ids    [N, T] int64, 0 at padding
     response_mask, cot_mask, score_mask   [N, T] bool
     score_rows      the rows of all N rollouts
@@ -79,7 +79,7 @@ def rows_of(groups: Sequence[TrainGroup]) -> list[Row]:
 
 def denominators_of(rows: Sequence[Row], *, trains_score_token: bool) -> Denominators:
     """What this rank adds to the denominators of an optimizer step."""
-    scored = sum(r.rollout.reading.position is not None for r in rows) if trains_score_token else 0
+    scored = sum(r.rollout.score_length for r in rows) if trains_score_token else 0
     return Denominators(
         rollouts=float(len(rows)),
         action_tokens=float(sum(r.rollout.cot_length for r in rows) + scored),
@@ -90,26 +90,33 @@ def denominators_of(rows: Sequence[Row], *, trains_score_token: bool) -> Denomin
 def collate(rows: Sequence[Row], *, pad_id: int) -> RealBatch:
     """Rows -> one padded batch."""
     n = len(rows)
+    score_rows = ScoreRows.cat([r.rollout.score_rows for r in rows])
+    # What the network reads: the responses, and behind them the labels that are written by force.
+    owners = [*rows, *(rows[branch.rollout] for branch in score_rows.branches)]
+    sequences = [r.rollout.token_ids for r in rows]
+    sequences += [branch.sequence(rows[branch.rollout].rollout.token_ids) for branch in score_rows.branches]
     prompt_width = max(r.group.group.prompt_ids.numel() for r in rows)
-    width = max(1, max(r.rollout.token_ids.numel() for r in rows))
-    input_ids = torch.full((n, prompt_width + width), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros(n, prompt_width + width, dtype=torch.bool)
+    width = max(1, max(s.numel() for s in sequences))
+    input_ids = torch.full((len(sequences), prompt_width + width), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros(len(sequences), prompt_width + width, dtype=torch.bool)
+    for i, (owner, sequence) in enumerate(zip(owners, sequences)):
+        prompt = owner.group.group.prompt_ids
+        start, end = prompt_width - prompt.numel(), prompt_width + sequence.numel()
+        input_ids[i, start:end] = torch.cat([prompt, sequence])
+        attention_mask[i, start:end] = True
     response_ids = torch.zeros(n, width, dtype=torch.int64)
     response_mask = torch.zeros(n, width, dtype=torch.bool)
     cot_mask = torch.zeros(n, width, dtype=torch.bool)
     score_mask = torch.zeros(n, width, dtype=torch.bool)
     rollout_logprobs = torch.zeros(n, width)
     for i, row in enumerate(rows):
-        prompt, rollout = row.group.group.prompt_ids, row.rollout
+        rollout = row.rollout
         length, position = rollout.token_ids.numel(), rollout.reading.position
-        input_ids[i, prompt_width - prompt.numel() : prompt_width] = prompt
-        input_ids[i, prompt_width : prompt_width + length] = rollout.token_ids
-        attention_mask[i, prompt_width - prompt.numel() : prompt_width + length] = True
         response_ids[i, :length] = rollout.token_ids
         response_mask[i, :length] = True
         cot_mask[i, : rollout.cot_length] = True
         if position is not None:
-            score_mask[i, position] = True
+            score_mask[i, position : position + rollout.score_length] = True
         rollout_logprobs[i, :length] = rollout.logprobs
 
     def per_row(name: str) -> Tensor:
@@ -123,7 +130,7 @@ def collate(rows: Sequence[Row], *, pad_id: int) -> RealBatch:
         response_mask=response_mask,
         cot_mask=cot_mask,
         score_mask=score_mask,
-        score_rows=ScoreRows.cat([r.rollout.score_rows for r in rows]),
+        score_rows=score_rows,
         readable=torch.tensor([r.rollout.reading.readable for r in rows]),
         cot=per_row("cot"),
         score=per_row("score"),

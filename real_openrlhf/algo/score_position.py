@@ -1,6 +1,6 @@
 """Finds the score in a response, from its token ids.
 
-The chain of thought ends where the last answer anchor ends; the next token is the score. Offsets
+The chain of thought ends where the last answer anchor ends; the score begins with the next token. Offsets
 from the end of the text are never used: a trailing newline, text after the score, a missing or an
 early end of text all leave the position where it is.
 """
@@ -40,6 +40,11 @@ class ScoreReader:
         | "... score is 4", then anything or nothing  | position and label of the 4                 |
         | several anchors                             | the last whole one counts, whatever follows |
         | "... score is 7" or "is 45" on "1".."5"     | position, no label: "off_scale"             |
+        | "... score is 10." on "1".."10"             | the longest label that fits: "10"           |
+        | cut after "1" on "1".."10", after "4." on a | position, no label: "off_scale"; which      |
+        |   scale with "4.5"                          | label it was going to be is not known       |
+        | a label's text in other tokens than those   | position, no label: "off_scale"             |
+        |   that the tokenizer gives it               |                                             |
         | end of text right after the anchor          | position, no label: "off_scale"             |
         | cut after or inside the anchor              | invalid: "truncated"                        |
         | the anchor never written                    | invalid: "no_anchor"                        |
@@ -92,15 +97,13 @@ class ScoreReader:
         return None
 
     def _label_at(self, ids: list[int], position: int, tail: str, anchor: BoundAnchor) -> int | None:
-        token = ids[position]
-        if token not in anchor.token_ids:
+        match = anchor.trie.match(ids[position:])
+        if match.label is None or match.cut:
             return None
-        index = anchor.token_ids.index(token)
-        label = self.bound.scale.labels[index]
-        rest = tail.lstrip()[len(label) :]
+        rest = tail.lstrip()[len(self.bound.scale.labels[match.label]) :]
         # "45", "4.5" and "Goodish" were not meant as "4" and "Good".
         goes_on = rest[:1].isalnum() or (rest[:1] in (".", ",") and rest[1:2].isdigit())
-        return None if goes_on else index
+        return None if goes_on else match.label
 
     def _decode(self, ids: Sequence[int]) -> str:
         return decode(self.tokenizer, ids)

@@ -1,10 +1,8 @@
 """The rows of logits at which scores are read, and how labels' log-probs come out of them.
 
-A label of one token is read from one row. A label of several tokens ("10", "Very good") is a path
-through a trie of tokens: its probability is the product over the path times one minus the
-probability of continuing into a longer label of the scale. The carrier below holds any number of
-rows per rollout, one per inner node of the trie that was read; a scale of single tokens is the
-trie with one inner node, and its labels are simply the row's candidates.
+A label of one token is read from one row. Labels of several tokens are read from one row per inner
+node of their trie, see `real_openrlhf.algo.label_trie` for the definition: rows of the response
+itself where it passes the node, rows of a branch, a label written by force, elsewhere.
 """
 
 from __future__ import annotations
@@ -16,30 +14,26 @@ import torch
 from torch import Tensor
 
 from real_openrlhf.algo.dtypes import upcast
+from real_openrlhf.algo.label_trie import LabelTrie, TokenTrie, passes
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelTrie:
-    """The shape of the label trie; the token ids themselves stand in the rows.
+class Branch:
+    """A label written by force: the response of `rollout` up to `position`, then token_ids.
 
-    path  [S, M] int64: which child of node m label s takes, -1 where its path does not pass m
-    stop  [S] int64: the inner node at which label s ends and a longer label goes on, -1 if none does
-
-    Example, labels "1", "2", "10" as tokens [1], [2], [1, 0]: node 0 has the children 1 and 2,
-    node 1 (after "1") has the child 0. path = [[0, -1], [1, -1], [0, 0]], stop = [1, -1, -1].
+    It has score rows and nothing else: no Term 1, no KL, no entropy. The simplest carrier computes
+    the prompt and the chain of thought once more for it, in any layout of the batch: a scale "1-10"
+    in digits costs one branch for each rollout that wrote neither "1" nor "10", a scale of
+    single tokens none. The last token is never read from.
     """
 
-    path: Tensor
-    stop: Tensor
+    rollout: int
+    position: int
+    token_ids: tuple[int, ...]
 
-    @classmethod
-    def flat(cls, n_labels: int) -> LabelTrie:
-        """The trie of n single-token labels."""
-        return cls(path=torch.arange(n_labels)[:, None], stop=torch.full((n_labels,), -1))
-
-    @property
-    def is_flat(self) -> bool:
-        return self.path.shape[1] == 1 and bool((self.stop < 0).all())
+    def sequence(self, response: Tensor) -> Tensor:
+        """[T] response of its rollout -> [position + len(token_ids)] int64, the branch in full."""
+        return torch.cat([response[: self.position], response.new_tensor(self.token_ids)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +42,25 @@ class ScoreRows:
 
     rollout    [R] int64: which rollout the row belongs to
     node       [R] int64: which inner node of the trie the row stands at (0: the score position)
-    position   [R] int64: index into the response of the token that the row predicts
+    sequence   [R] int64: where the row's logits stand: below n_rollouts in that rollout's response,
+               n_rollouts + b in branch b
+    position   [R] int64: index into that sequence of the token that the row predicts
     token_ids  [R, C] int64: the candidate tokens, the children of the node; -1 is padding
+    branches   B of them, with rollout numbers
+
+    Example, "1", "2", "10" as [1], [2], [1, 0], a response [7, 9, 2] with its score at 2: node 0 is
+    read in the response, node 1 in the branch [7, 9, 1, 0]. node [0, 1], sequence [0, 1],
+    position [2, 3], token_ids [[1, 2], [0, -1]], branches (Branch(rollout=0, position=2, token_ids=(1, 0)),).
     """
 
     rollout: Tensor
     node: Tensor
+    sequence: Tensor
     position: Tensor
     token_ids: Tensor
     n_rollouts: int
     trie: LabelTrie
+    branches: tuple[Branch, ...] = ()
 
     @classmethod
     def single(cls, position: int, token_ids: Sequence[int]) -> ScoreRows:
@@ -66,10 +69,31 @@ class ScoreRows:
         return cls(
             rollout=zero,
             node=zero,
+            sequence=zero,
             position=torch.tensor([position]),
             token_ids=torch.tensor([list(token_ids)]),
             n_rollouts=1,
             trie=LabelTrie.flat(len(token_ids)),
+        )
+
+    @classmethod
+    def of(cls, trie: TokenTrie, response: Sequence[int], position: int) -> ScoreRows:
+        """The rows of one rollout with its score at `position`: one per inner node."""
+        if trie.is_flat:
+            return cls.single(position, trie.children[0])
+        written = response[position:]
+        missing = [m for m, prefix in enumerate(trie.prefixes) if not passes(written, prefix)]
+        sequences = [written, *trie.branches_for(missing)]
+        width = max(len(tokens) for tokens in trie.children)
+        return cls(
+            rollout=torch.zeros(len(trie.prefixes), dtype=torch.int64),
+            node=torch.arange(len(trie.prefixes)),
+            sequence=torch.tensor([next(i for i, s in enumerate(sequences) if passes(s, p)) for p in trie.prefixes]),
+            position=torch.tensor([position + len(prefix) for prefix in trie.prefixes]),
+            token_ids=torch.tensor([[*tokens, *[-1] * (width - len(tokens))] for tokens in trie.children]),
+            n_rollouts=1,
+            trie=trie.shape,
+            branches=tuple(Branch(rollout=0, position=position, token_ids=b) for b in sequences[1:]),
         )
 
     @classmethod
@@ -79,6 +103,7 @@ class ScoreRows:
         return cls(
             rollout=none,
             node=none,
+            sequence=none,
             position=none,
             token_ids=torch.zeros(0, n_labels, dtype=torch.int64),
             n_rollouts=1,
@@ -87,27 +112,55 @@ class ScoreRows:
 
     @classmethod
     def cat(cls, parts: Sequence[ScoreRows]) -> ScoreRows:
-        """The rows of several carriers as one; rollouts are numbered through."""
-        offsets = [0]
+        """The rows of several carriers as one; rollouts and branches are numbered through."""
+        n_rollouts = sum(part.n_rollouts for part in parts)
+        rollouts, sequences, branches = [], [], []
+        before = 0
         for part in parts:
-            offsets.append(offsets[-1] + part.n_rollouts)
+            rollouts.append(part.rollout + before)
+            in_branch = part.sequence >= part.n_rollouts
+            shift = torch.where(in_branch, n_rollouts + len(branches) - part.n_rollouts, before)
+            sequences.append(part.sequence + shift)
+            branches += [
+                Branch(rollout=b.rollout + before, position=b.position, token_ids=b.token_ids) for b in part.branches
+            ]
+            before += part.n_rollouts
+        # Rollouts without a score know the number of labels, not the trie.
+        read = [part for part in parts if part.rollout.numel()] or [parts[0]]
         return cls(
-            rollout=torch.cat([part.rollout + offset for part, offset in zip(parts, offsets)]),
+            rollout=torch.cat(rollouts),
             node=torch.cat([part.node for part in parts]),
+            sequence=torch.cat(sequences),
             position=torch.cat([part.position for part in parts]),
-            token_ids=torch.cat([part.token_ids for part in parts]),
-            n_rollouts=offsets[-1],
-            trie=parts[0].trie,
+            token_ids=torch.cat([part.token_ids for part in read]),
+            n_rollouts=n_rollouts,
+            trie=read[0].trie,
+            branches=tuple(branches),
         )
+
+    @property
+    def forced(self) -> list[int]:
+        """The rows that stand in branches."""
+        return (self.sequence >= self.n_rollouts).nonzero()[:, 0].tolist()
+
+    def prefix(self, row: int, response: Sequence[int]) -> list[int]:
+        """The tokens before what the row predicts. response: that of the row's rollout."""
+        sequence, position = int(self.sequence[row]), int(self.position[row])
+        if sequence < self.n_rollouts:
+            return list(response[:position])
+        branch = self.branches[sequence - self.n_rollouts]
+        return [*response[: branch.position], *branch.token_ids][:position]
 
     def to(self, device: torch.device | str) -> ScoreRows:
         return ScoreRows(
             rollout=self.rollout.to(device),
             node=self.node.to(device),
+            sequence=self.sequence.to(device),
             position=self.position.to(device),
             token_ids=self.token_ids.to(device),
             n_rollouts=self.n_rollouts,
-            trie=LabelTrie(path=self.trie.path.to(device), stop=self.trie.stop.to(device)),
+            trie=self.trie.to(device),
+            branches=self.branches,
         )
 
     def gather(self, logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -122,7 +175,8 @@ class ScoreRows:
     def label_logprobs(self, token_logprobs: Tensor) -> Tensor:
         """[R, C] log-probs of the candidates -> [n_rollouts, S] log-probs of the labels.
 
-        Rollouts without rows get 0 throughout; `readable` tells them apart. Differentiable.
+        Rollouts without rows get 0 throughout; `readable` tells them apart. Differentiable. 1 - q of
+        a label that goes on into a longer one is kept above the dtype's epsilon (log-prob -16 in fp32).
         A rollout that has a row needs one for every inner node of the trie: ValueError otherwise.
         """
         n_nodes = self.trie.path.shape[1]
@@ -133,12 +187,14 @@ class ScoreRows:
         rows = torch.zeros(self.n_rollouts, n_nodes, dtype=torch.bool, device=table.device)
         rows[self.rollout, self.node] = True
         has_rows = rows.any(1)
-        if bool((rows.any(1) != rows.all(1)).any()):
+        if bool((has_rows != rows.all(1)).any()):
             raise ValueError(f"a readable rollout needs a row for each of the {n_nodes} inner nodes of the label trie")
         on_path = self.trie.path >= 0  # [S, M]
-        steps = table.gather(2, self.trie.path.clamp(min=0).T[None].expand(self.n_rollouts, -1, -1))
-        total = steps.masked_fill(~on_path.T[None], 0.0).sum(1)  # [N, S]
-        longer = table.exp().sum(2).clamp(max=1 - 1e-7)  # [N, M] probability of going on at a node
-        stops = torch.log1p(-longer)[:, self.trie.stop.clamp(min=0)]  # [N, S]
-        total = total + torch.where(self.trie.stop >= 0, stops, torch.zeros_like(stops))
-        return torch.where(has_rows[:, None], total, torch.zeros_like(total))
+        steps = table.gather(2, self.trie.path.clamp(min=0).T[None].expand(self.n_rollouts, -1, -1))  # [N, M, S]
+        total = steps.masked_fill(~on_path.T, 0.0).sum(1)  # [N, S]
+        label, longer = self.trie.longer.T
+        beyond = on_path[longer] & ~on_path[label]  # [Q, M] where the longer label goes on
+        going_on = steps[:, :, longer].masked_fill(~beyond.T, 0.0).sum(1).exp()  # [N, Q]
+        q = torch.zeros_like(total).index_add(1, label, going_on)
+        total = total + torch.log1p(-q.clamp(max=1 - torch.finfo(q.dtype).eps))
+        return torch.where(has_rows[:, None], total, 0.0)

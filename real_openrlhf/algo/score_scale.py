@@ -6,12 +6,14 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from real_openrlhf.algo.label_trie import TokenTrie
 from real_openrlhf.algo.types import Target
 
 DEFAULT_ANCHOR = "So the overall score is "
@@ -34,7 +36,7 @@ def decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
 
 
 class ScaleError(ValueError):
-    """The scale cannot be used: wrong values, or labels that are not one distinct token each."""
+    """The scale cannot be used: wrong values, or labels that the tokenizer does not tell apart."""
 
 
 @dataclass(frozen=True)
@@ -138,15 +140,29 @@ class ScoreScale:
 class BoundAnchor:
     """An anchor with the scale's tokens behind it.
 
-    text       the anchor as configured
-    prefix     the text of the tokens before the score: the anchor, less a final space that the
-               tokenizer merges into the score token (" 4")
-    token_ids  [S], one distinct token per label
+    text    the anchor as configured
+    prefix  the text of the tokens before the score: the anchor, less a final space that the
+            tokenizer merges into the score's first token (" 4")
+    labels  [S] the tokens of each label
     """
 
     text: str
     prefix: str
-    token_ids: tuple[int, ...]
+    labels: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def trie(self) -> TokenTrie:
+        return TokenTrie(self.labels)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """[S] the labels' tokens, where each label is one token; ScaleError where one is several."""
+        if not self.trie.is_flat:
+            raise ScaleError(
+                f"after the anchor {self.text!r} some labels of this scale are several tokens; "
+                "what asked for their tokens knows labels of one token only"
+            )
+        return tuple(label[0] for label in self.labels)
 
 
 @dataclass(frozen=True)
@@ -159,17 +175,32 @@ class BoundScale:
     @property
     def read_token_ids(self) -> list[int]:
         """The tokens whose log-probs an engine must return at every position, each once."""
-        return sorted({token for anchor in self.anchors for token in anchor.token_ids})
+        return sorted({token for anchor in self.anchors for tokens in anchor.trie.children for token in tokens})
+
+    @property
+    def extra_tokens(self) -> int:
+        """How far a label written by force may reach beyond the longest response: 0 for labels of one token."""
+        return max(len(label) for anchor in self.anchors for label in anchor.labels) - 1
 
 
 def bind_scale(scale: ScoreScale, tokenizer: Tokenizer, anchors: Sequence[str] = (DEFAULT_ANCHOR,)) -> BoundScale:
-    """Find each label's token as it stands right behind each anchor (" 4" and "4" differ).
+    """Find each label's tokens as they stand right behind each anchor (" 4" and "4" differ).
 
-    Raises ScaleError, with the tokens shown, when a label is not one distinct token there.
+    Raises ScaleError, with the tokens shown, when two labels have the same tokens or one has none,
+    and when the labels split into tokens in another way after one anchor than after another.
     """
     if not anchors:
         raise ScaleError("at least one answer anchor is needed")
-    return BoundScale(scale, tuple(_bind_anchor(scale, tokenizer, anchor) for anchor in anchors))
+    bound = [_bind_anchor(scale, tokenizer, anchor) for anchor in anchors]
+    for other in bound[1:]:
+        # One trie serves a whole batch, whatever anchors its rollouts wrote.
+        if not other.trie.shape.same_shape(bound[0].trie.shape):
+            raise ScaleError(
+                f"the labels split into tokens in another way after the anchor {other.text!r} "
+                f"({_shown(scale, tokenizer, other.labels)}) than after {bound[0].text!r} "
+                f"({_shown(scale, tokenizer, bound[0].labels)}); choose anchors that end alike"
+            )
+    return BoundScale(scale, tuple(bound))
 
 
 def _bind_anchor(scale: ScoreScale, tokenizer: Tokenizer, anchor: str) -> BoundAnchor:
@@ -181,16 +212,11 @@ def _bind_anchor(scale: ScoreScale, tokenizer: Tokenizer, anchor: str) -> BoundA
         common += 1
     # Labels that begin alike ("10", "11") share tokens that are not the anchor's.
     shared = next((n for n in range(common, 0, -1) if _reads(decode(tokenizer, encoded[0][:n]), anchor)), common)
-    tails = [tuple(ids[shared:]) for ids in encoded]
-    if any(len(tail) != 1 for tail in tails) or len({tail[0] for tail in tails}) != len(tails):
-        shown = ", ".join(
-            f"{label!r} -> {[decode(tokenizer, [i]) for i in tail]} (ids {list(tail)})"
-            for label, tail in zip(scale.labels, tails)
-        )
+    labels = tuple(tuple(ids[shared:]) for ids in encoded)
+    if not all(labels) or len(set(labels)) != len(labels):
         raise ScaleError(
-            f"after the anchor {anchor!r} every label must be one token of its own, but this tokenizer gives {shown}. "
-            "Choose other labels (for example single digits) or another anchor; labels of several tokens are not "
-            "supported yet."
+            f"after the anchor {anchor!r} every label must have tokens that no other label has, but this tokenizer "
+            f"gives {_shown(scale, tokenizer, labels)}. Choose other labels (for example digits) or another anchor."
         )
     prefix = decode(tokenizer, encoded[0][:shared])
     if not _reads(prefix, anchor):
@@ -198,14 +224,21 @@ def _bind_anchor(scale: ScoreScale, tokenizer: Tokenizer, anchor: str) -> BoundA
             f"the tokens of the anchor {anchor!r} read {prefix!r} once a label follows; choose an anchor that this "
             "tokenizer keeps (no leading space, plain characters)"
         )
-    for label, ids in zip(scale.labels, encoded):
+    for label, tokens, ids in zip(scale.labels, labels, encoded):
         written = decode(tokenizer, ids)[len(prefix) :].strip()
         if written != label:
             raise ScaleError(
-                f"after the anchor {anchor!r} the label {label!r} becomes the token id {ids[-1]}, which reads "
+                f"after the anchor {anchor!r} the label {label!r} becomes the token ids {list(tokens)}, which read "
                 f"{written!r}: the tokenizer does not know the label; choose other labels"
             )
-    return BoundAnchor(text=anchor, prefix=prefix, token_ids=tuple(tail[0] for tail in tails))
+    return BoundAnchor(text=anchor, prefix=prefix, labels=labels)
+
+
+def _shown(scale: ScoreScale, tokenizer: Tokenizer, labels: Sequence[Sequence[int]]) -> str:
+    return ", ".join(
+        f"{label!r} -> {[decode(tokenizer, [i]) for i in tokens]} (ids {list(tokens)})"
+        for label, tokens in zip(scale.labels, labels)
+    )
 
 
 def _reads(prefix: str, anchor: str) -> bool:

@@ -61,7 +61,7 @@ class Rollout:
     token_ids       [T] int64, the sampled ids, a final end-of-text token included if it was sampled
     logprobs        [T] float32, log-prob of each sampled id under the engine's weights
     reading         where the score stands
-    score_rows      R = 0 rows for an unreadable rollout, one row per trie node that was read else
+    score_rows      R = 0 rows for an unreadable rollout, one row per inner node of the label trie else
     score_logprobs  [R, C] float32, log-probs of the candidate tokens at each score row
     finish_reason   "stop" or "length"
     text            the decoded response, for logs only
@@ -86,6 +86,15 @@ class Rollout:
         invalid, so all of it carries Term 1.
         """
         return int(self.token_ids.numel()) if self.reading.position is None else self.reading.position
+
+    @property
+    def score_length(self) -> int:
+        """Tokens that were drawn as the score: those at the trie's inner nodes, from the score position on.
+
+        They decide which label was written. Of "10" on "1".."10" two, and of "1" as well: the token
+        that does not go on to "10" is part of the draw. 0 for a rollout without a score.
+        """
+        return int((self.score_rows.sequence < self.score_rows.n_rollouts).sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +210,7 @@ class LossInputs:
     label_logprobs    [N, S] float32 with grad: log pi of the labels at the score positions
     readable          [N] bool
     cot_mask          [N, T] bool: tokens of the chain of thought
-    score_mask        [N, T] bool: the sampled score token (all False where not readable)
+    score_mask        [N, T] bool: the tokens drawn as the score (all False where not readable)
     response_mask     [N, T] bool
     cot, score, squared_error, likelihood   [N] float32: the coefficients
     target_value, target_low, target_high, target_weight   [N]

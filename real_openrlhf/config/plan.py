@@ -104,7 +104,7 @@ def render_plan(
     sections = [
         ("Model", _model_lines(config, device, dtype)),
         ("Placement", list(placement_lines) or _placement_lines(config)),
-        ("Batch", _batch_lines(config, plan)),
+        ("Batch", _batch_lines(config, plan, bound_scale)),
         ("Steps", _step_lines(config, plan)),
         ("Score tokens", _score_lines(bound_scale, decode)),
         ("Preset", _preset_lines(config)),
@@ -130,16 +130,16 @@ def _placement_lines(config: Config) -> list[str]:
     ]
 
 
-def _batch_lines(config: Config, plan: BatchPlan) -> list[str]:
+def _batch_lines(config: Config, plan: BatchPlan, bound: BoundScale) -> list[str]:
     k = config.rollout.n_samples_per_prompt
+    prompt_tokens = config.data.max_len - config.rollout.max_new_tokens - bound.extra_tokens
     lines = [
         f"{plan.prompts_per_step} prompts x {k} rollouts = {plan.samples_per_step} rollouts per step",
         f"{plan.updates_per_step} update(s) per step ({plan.updates_per_epoch} x {config.train.max_epochs} epoch(s)) "
         f"of {plan.samples_per_update} rollouts; ratio: {resolve_ratio(config)}",
         f"{plan.samples_per_rank} rollouts per update and rank = {plan.accumulation} micro-batch(es) of "
         f"{config.train.micro_batch_size}, {plan.ranks} rank(s)",
-        f"up to {config.data.max_len - config.rollout.max_new_tokens} prompt and {config.rollout.max_new_tokens} "
-        "response tokens",
+        f"up to {prompt_tokens} prompt and {config.rollout.max_new_tokens} response tokens",
     ]
     if config.real.filters_groups:
         refill = f"refilled up to {config.real.max_refills} times" if config.real.refill else "not refilled"
@@ -161,9 +161,15 @@ def _score_lines(bound: BoundScale, decode: Callable[[int], str] | None) -> list
     lines = []
     for anchor in bound.anchors:
         lines.append(f"after {anchor.prefix!r} (anchor {anchor.text!r}):")
-        for value, label, token in zip(bound.scale.values, bound.scale.labels, anchor.token_ids):
-            text = f" {decode(token)!r}" if decode is not None else ""
-            lines.append(f"  {label!r} (value {value:g}) -> token {token}{text}")
+        for value, label, tokens in zip(bound.scale.values, bound.scale.labels, anchor.labels):
+            shown = ", ".join(f"{token} {decode(token)!r}" if decode is not None else f"{token}" for token in tokens)
+            lines.append(f"  {label!r} (value {value:g}) -> token{'s' if len(tokens) > 1 else ''} {shown}")
+    n_branches = len(bound.anchors[0].trie.branches)
+    if n_branches:
+        lines.append(
+            f"labels of several tokens: up to {n_branches} more sequence(s) per rollout, for engine and policy to read "
+            "labels that it did not write"
+        )
     return lines
 
 

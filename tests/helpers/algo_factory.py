@@ -178,9 +178,9 @@ class TinyPolicy(torch.nn.Module):
         mask = batch.attention_mask[..., None].to(self.embed.dtype)
         seen = (self.embed[batch.input_ids] * mask).cumsum(1) / mask.cumsum(1).clamp(min=1)
         logits = torch.tanh(seen)[:, batch.logit_columns] @ self.head
-        logprobs = logits.log_softmax(-1)
+        logprobs = logits[: len(batch.response_ids)].log_softmax(-1)
         rows = batch.score_rows
-        labels = rows.label_logprobs(rows.gather(logits[rows.rollout, rows.position]))
+        labels = rows.label_logprobs(rows.gather(logits[rows.sequence, rows.position]))
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(-1, batch.response_ids[..., None])[..., 0], labels, entropy
 

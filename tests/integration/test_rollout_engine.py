@@ -17,7 +17,8 @@ from real_openrlhf.actors.device import Device
 from real_openrlhf.actors.engine_spec import EngineSpec, EngineSpecError, logprobs_mode_for
 from real_openrlhf.actors.protocols import Sampling
 from real_openrlhf.actors.weight_transfer import SyncError, SyncGroup, free_port, make_plan, send_bucket, to_wire
-from real_openrlhf.algo.score_scale import ScoreScale, bind_scale
+from real_openrlhf.algo.score_position import ScoreReader
+from real_openrlhf.algo.score_scale import BoundScale, ScoreScale, bind_scale
 from real_openrlhf.data.prompt import Prompt
 
 pytestmark = pytest.mark.integration
@@ -164,6 +165,33 @@ class Stack:
                     torch.testing.assert_close(rollout.score_logprobs[0], rows[position, labels], atol=1e-4, rtol=0)
         return n_read
 
+    def rebind(self, bound: BoundScale) -> None:
+        """Another scale for the same engine; vLLM itself knows nothing of scales."""
+        self.bound, self.engine.spec = bound, replace(self.spec, bound=bound)
+        self.engine.reader = ScoreReader.build(bound, self.engine.tokenizer, self.engine.reader.end_ids)
+
+    def check_label_products(self, groups, first: list[str], second: str) -> tuple[int, int]:
+        """Labels "f" and "f second" for f of `first`, against products of plain forwards.
+
+        Returns how many scores were read, and how many rows were in responses that wrote an "f" and went on.
+        """
+        n_read = n_passed = 0
+        heads, tail = [WORDS.index(word) for word in first], WORDS.index(second)
+        for group in groups:
+            prompt = group.prompt_ids.tolist()
+            for rollout in group.rollouts:
+                if rollout.reading.position is None:
+                    continue
+                n_read += 1
+                n_passed += rollout.score_length - 1
+                cot = prompt + rollout.token_ids.tolist()[: rollout.reading.position]
+                at = self.exact(cot)[-1].double().exp()
+                going_on = torch.stack([self.exact([*cot, head])[-1, tail] for head in heads]).double().exp()
+                want = torch.cat([at[heads] * (1 - going_on), at[heads] * going_on])
+                got = rollout.score_rows.label_logprobs(rollout.score_logprobs)[0]
+                torch.testing.assert_close(got.double(), want.log(), atol=1e-4, rtol=0)
+        return n_read, n_passed
+
     def close(self) -> None:
         self.run(self.engine.shutdown())
         if self.group is not None:
@@ -242,6 +270,31 @@ def test_sync_and_generate(stack: Stack) -> None:
         ids = group.rollouts[0].token_ids
         rows = stack.exact(group.prompt_ids.tolist() + ids.tolist())[len(group.prompt_ids) - 1 : -1]
         assert torch.equal(rows.argmax(-1), ids)
+
+    # A scale of single tokens takes one request per response.
+    before = engine.state_dict()["requests"]
+    stack.run(engine.generate(batch, sampling))
+    assert engine.state_dict()["requests"] == before + 24
+
+    # Labels that go on into longer ones, as "1" into "10": exact also where a response wrote something else.
+    first, second = [f"w{i}" for i in range(6)], "w6"
+    labels = [*first, *(f"{word} {second}" for word in first)]
+    scale = ScoreScale.parse(",".join(f"{i}={label}" for i, label in enumerate(labels)))
+    single = stack.bound
+    stack.rebind(bind_scale(scale, engine.tokenizer, [ANCHOR]))
+    for seed in (7, None):
+        before = engine.state_dict()["requests"]
+        several = stack.run(engine.generate(batch, replace(sampling, n=8, seed=seed)))
+        n_read, n_passed = stack.check_label_products(several, first, second)
+        assert n_read >= 1
+        assert engine.state_dict()["requests"] == before + 48 + 6 * n_read - n_passed
+        if seed is not None:
+            again = stack.run(engine.generate(batch, replace(sampling, n=8, seed=seed)))
+            for one, two in zip(several, again):
+                assert all(torch.equal(a.score_logprobs, b.score_logprobs) for a, b in zip(one.rollouts, two.rollouts))
+    with pytest.raises(EngineSpecError, match="149 new ones"):
+        stack.run(engine.generate(batch, replace(sampling, max_new_tokens=MAX_LEN - 12)))
+    stack.rebind(single)
 
     # What cannot be answered exactly is refused.
     with pytest.raises(EngineSpecError, match="raw_logprobs"):

@@ -127,15 +127,19 @@ def test_bad_rows_can_be_skipped(flags: Flags, started: list[train_real.Inputs])
     assert len(started[0].train_set) == 24 and len(started[0].train_set.skipped) == 1
 
 
-def test_labels_of_several_tokens(flags: Flags, capsys: pytest.CaptureFixture[str]) -> None:
-    flags["real.scale"] = "1=fine,2=not fine"
-    line = refused(capsys, argv(flags))
-    assert "every label must be one token of its own" in line and "['<unk>', 'fine']" in line
+def test_labels_of_several_tokens(flags: Flags, started: list[train_real.Inputs]) -> None:
+    flags["real.scale"] = "1=1,2=2,3=3,4=4,5=1 2"
+    assert main(argv(flags)) == 0
+    anchor = started[0].bound.anchors[0]
+    assert [started[0].tokenizer.decode(list(ids)) for ids in anchor.labels] == ["1", "2", "3", "4", "1 2"]
 
 
 def test_labels_that_the_tokenizer_does_not_know(flags: Flags, capsys: pytest.CaptureFixture[str]) -> None:
     flags["real.scale"] = "7-9"
-    assert "one token of its own" in refused(capsys, argv(flags))
+    assert "tokens that no other label has" in refused(capsys, argv(flags))
+    flags["real.scale"] = "1=fine,2=not fine"
+    line = refused(capsys, argv(flags))
+    assert "'not fine'" in line and "does not know the label" in line
 
 
 def test_without_an_output_dir(flags: Flags, capsys: pytest.CaptureFixture[str]) -> None:

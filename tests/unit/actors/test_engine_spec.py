@@ -10,9 +10,11 @@ from real_openrlhf.actors.engine_spec import (
     EngineSpec,
     EngineSpecError,
     check_sampling,
+    forced_prefixes,
     logprobs_mode_for,
     make_rollout,
     request_seed,
+    with_forced,
 )
 from real_openrlhf.actors.protocols import Sampling
 from real_openrlhf.algo.score_position import ScoreReader
@@ -56,7 +58,7 @@ def test_spec_refuses(spec):
 @pytest.mark.parametrize("n_labels", [128, 129])
 def test_at_most_128_read_tokens(spec, n_labels):
     scale = ScoreScale.parse(f"1-{n_labels}")
-    bound = BoundScale(scale, (BoundAnchor("is ", "is ", tuple(range(n_labels))),))
+    bound = BoundScale(scale, (BoundAnchor("is ", "is ", tuple((i,) for i in range(n_labels))),))
     if n_labels <= 128:
         assert len(replace(spec, bound=bound).read_token_ids) == 128
     else:
@@ -118,7 +120,7 @@ def test_make_rollout_reads_the_right_row_and_columns(bound):
 
 
 def test_make_rollout_with_an_anchor_that_orders_tokens_otherwise(bound):
-    other = BoundScale(bound.scale, (BoundAnchor("is ", "is", (6, 4, 5)),))
+    other = BoundScale(bound.scale, (BoundAnchor("is ", "is", ((6,), (4,), (5,))),))
     reader = ScoreReader.build(other, Words(), {0})
     table = torch.tensor([[-1.0, -1.4, -1.5, -1.6], [-2.0, -2.4, -2.5, -2.6]])
     rollout = make_rollout(reader, other.read_token_ids, [3, 6], table.flatten().tolist(), "length")
@@ -137,3 +139,42 @@ def test_make_rollout_refuses_broken_output(bound):
         make_rollout(reader, bound.read_token_ids, [1, 2], [-1.0] * 7, "stop")
     with pytest.raises(RuntimeError, match="not finite"):
         make_rollout(reader, bound.read_token_ids, [1], [float("nan"), -1.0, -1.0, -1.0], "stop")
+
+
+def several() -> tuple[ScoreReader, list[int]]:
+    """ "1" is [4], "2" is [5], "10" is written as the words "1 5", [4, 8]."""
+    bound = bind_scale(ScoreScale.parse("1,2,10=1 5"), Words(), ["is "])
+    return ScoreReader.build(bound, Words(), {0}), bound.read_token_ids
+
+
+def test_a_label_that_was_not_written_is_asked_for():
+    reader, read_ids = several()
+    assert read_ids == [4, 5, 8]
+    table = torch.tensor([[-1.0, -9.0, -9.0, -9.0], [-1.0, -9.0, -9.0, -9.0], [-0.5, -0.7, -0.5, -3.0], [-1.0] * 4])
+    rollout = make_rollout(reader, read_ids, [1, 3, 5, 0], table.flatten().tolist(), "stop")  # A is 2 <eos>
+    assert rollout.reading.label_index == 1 and rollout.score_length == 1
+    assert forced_prefixes(rollout) == [[1, 3, 4]]  # A is 1
+    assert rollout.score_logprobs[1].isnan().any()  # nothing is made up for it
+    whole = with_forced(rollout, read_ids, [[-2.0, -3.1, -3.2, -0.4]])
+    torch.testing.assert_close(whole.score_logprobs, torch.tensor([[-0.7, -0.5], [-0.4, float("-inf")]]))
+    p = torch.tensor([-0.7, -0.5, -0.4]).exp()
+    labels = whole.score_rows.label_logprobs(whole.score_logprobs)[0].exp()
+    torch.testing.assert_close(labels, torch.stack([p[0] * (1 - p[2]), p[1], p[0] * p[2]]))
+    with pytest.raises(RuntimeError, match="1 forced prefixes"):
+        with_forced(rollout, read_ids, [])
+    with pytest.raises(RuntimeError, match="not finite"):
+        with_forced(rollout, read_ids, [[float("nan"), -3.1, -3.2, -0.4]])
+
+
+def test_a_response_that_passes_every_node_asks_for_nothing(bound):
+    reader, read_ids = several()
+    table = torch.arange(16, dtype=torch.float32).view(4, 4) * -0.1 - 0.1
+    for ids, label in ([3, 4, 8, 0], 2), ([3, 4, 0, 0], 0):
+        rollout = make_rollout(reader, read_ids, ids, table.flatten().tolist(), "stop")
+        assert rollout.reading.label_index == label and rollout.score_length == 2
+        assert forced_prefixes(rollout) == []
+        torch.testing.assert_close(
+            rollout.score_logprobs, torch.tensor([[table[1, 1], table[1, 2]], [table[2, 3], float("-inf")]])
+        )
+    single = make_rollout(ScoreReader.build(bound, Words(), {0}), bound.read_token_ids, [3, 6], [-1.0] * 8, "stop")
+    assert forced_prefixes(single) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 from real_openrlhf.actors.device import Device
 from real_openrlhf.actors.policy_model import PolicyModel, PolicyOutputs, outputs_from_logits
 from real_openrlhf.algo.batch import RealBatch, Row, collate, rows_of
+from real_openrlhf.algo.label_trie import TokenTrie
+from real_openrlhf.algo.score_rows import ScoreRows
 from real_openrlhf.algo.score_scale import ScoreScale
 from tests.helpers.algo_factory import make_group, make_rollout, make_train_group
 
@@ -121,6 +124,40 @@ def test_padding_gets_no_gradient(folder: Path) -> None:
     for name, parameter in model.model.named_parameters():
         scale = float(parameter.grad.abs().max())
         torch.testing.assert_close(padded[name], parameter.grad, rtol=0, atol=1e-4 * scale + 1e-7, msg=name)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_labels_of_several_tokens_equal_products_of_plain_forwards(folder: Path, temperature: float) -> None:
+    """Values and gradients of E[score], on "1", "2", "1.5" as tokens [1], [2], [1, 4, 5], in float64."""
+    model = load(folder, temperature).double()
+    trie, values = TokenTrie(((1,), (1, 4, 5), (2,))), torch.tensor([1.0, 1.5, 2.0], dtype=torch.float64)
+    groups = []
+    for prompt, responses in [([5, EOS, 7], [([20, 21, 2, EOS], 2), ([22, 1], 1)]), ([9], [([23, 1, 4, 5, 6], 1)])]:
+        rollouts = [
+            replace(make_rollout(ids, position=p, label=0), score_rows=ScoreRows.of(trie, ids, p))
+            for ids, p in responses
+        ]
+        groups.append(make_train_group(make_group(prompt, rollouts), SCALE))
+    rows = rows_of(groups)
+    batch = collate(rows, pad_id=EOS)
+    labels = model(batch).label_logprobs
+    (labels.exp() @ values).sum().backward()
+    got = {name: p.grad.clone() for name, p in model.model.named_parameters()}
+    model.model.zero_grad()
+    for i, row in enumerate(rows):
+        before = torch.cat([row.group.group.prompt_ids, row.rollout.token_ids[: row.rollout.reading.position]]).tolist()
+
+        def after(*tokens: int, before: list[int] = before) -> Tensor:
+            return (model.model(torch.tensor([[*before, *tokens]])).logits[0, -1] / temperature).softmax(-1)
+
+        at, one = after(), after(1)
+        on = one[4] * after(1, 4)[5]
+        exact = torch.stack([at[1] * (1 - on), at[1] * on, at[2]])
+        torch.testing.assert_close(labels[i].exp(), exact, rtol=0, atol=1e-6)
+        (exact @ values).backward()
+    for name, parameter in model.model.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=0, atol=1e-9, msg=name)
+    assert max(float(g.abs().max()) for g in got.values()) > 1e-3
 
 
 def test_the_model_does_not_cache_and_is_in_the_devices_dtype(folder: Path) -> None:

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from real_openrlhf.algo.batch import RealBatch, collate, denominators_of, rows_of
+from real_openrlhf.algo.label_trie import TokenTrie
+from real_openrlhf.algo.score_rows import ScoreRows
 from real_openrlhf.algo.score_scale import ScoreScale
-from real_openrlhf.algo.types import TrainGroup
-from tests.helpers.algo_factory import TinyPolicy, make_group, make_rollout, make_train_group
+from real_openrlhf.algo.types import Rollout, TrainGroup
+from tests.helpers.algo_factory import TinyPolicy, make_group, make_rollout, make_train_group, random_groups
 
 SCALE = ScoreScale.parse("1-3")
 
@@ -109,6 +112,59 @@ def test_denominators_count_what_the_masks_hold() -> None:
     assert got.action_tokens == int((batch.cot_mask | batch.score_mask).sum())
     assert got.response_tokens == int(batch.response_mask.sum())
     assert denominators_of([], trains_score_token=True).rollouts == 0
+
+
+def labels_rollout(token_ids: list[int], position: int) -> Rollout:
+    """On the scale "1", "2", "10" as tokens [1], [2], [1, 0]."""
+    rows = ScoreRows.of(TokenTrie(((1,), (2,), (1, 0))), token_ids, position)
+    return replace(make_rollout(token_ids, position=position, label=0), score_rows=rows)
+
+
+def test_branches_follow_the_rollouts() -> None:
+    """A rollout that did not write "1" has its chain of thought once more, with "1", "0" behind it."""
+    first = make_group([5, 6, 7], [labels_rollout([4, 2, 9], 1), labels_rollout([4, 4, 1, 0], 2)])
+    second = make_group([6], [make_rollout([4]), labels_rollout([8, 1], 1)])
+    rows = rows_of([make_train_group(first, SCALE), make_train_group(second, SCALE)])
+    batch = collate(rows, pad_id=3)
+    assert batch.input_ids.tolist() == [
+        [5, 6, 7, 4, 2, 9, 3],
+        [5, 6, 7, 4, 4, 1, 0],
+        [3, 3, 6, 4, 3, 3, 3],
+        [3, 3, 6, 8, 1, 3, 3],
+        [5, 6, 7, 4, 1, 0, 3],  # of the first rollout
+        [3, 3, 6, 8, 1, 0, 3],  # of the last, which was cut behind its "1"
+    ]
+    assert batch.attention_mask[4:].int().tolist() == [[1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 0]]
+    assert batch.response_ids.shape == batch.cot_mask.shape == (4, 4)
+    assert batch.score_mask.int().tolist() == [[0, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]]
+    assert batch.score_rows.sequence.tolist() == [0, 4, 1, 1, 3, 5]
+    assert batch.score_rows.position.tolist() == [1, 2, 2, 3, 1, 2]
+    counted = denominators_of(rows, trains_score_token=True)
+    assert counted.action_tokens == int((batch.cot_mask | batch.score_mask).sum())
+    assert counted.response_tokens == int(batch.response_mask.sum()) == 3 + 4 + 1 + 2
+
+
+def test_labels_of_the_branches_are_those_of_the_policy() -> None:
+    groups = [make_train_group(make_group([5, 6], [labels_rollout([4, 2], 1), labels_rollout([1, 0], 0)]), SCALE)]
+    policy = TinyPolicy()
+    got = policy(collate(rows_of(groups), pad_id=3))[1]
+
+    def probs(ids: list[int]) -> torch.Tensor:
+        return (torch.tanh(policy.embed[torch.tensor(ids)].mean(0)) @ policy.head).softmax(-1)
+
+    for i, cot in enumerate(([5, 6, 4], [5, 6])):
+        at, after = probs(cot), probs([*cot, 1])
+        expected = torch.stack([at[1] * (1 - after[0]), at[2], at[1] * after[0]])
+        torch.testing.assert_close(got[i].exp(), expected, rtol=0, atol=1e-12)
+
+
+def test_a_scale_of_single_tokens_adds_nothing_to_what_the_network_reads() -> None:
+    rows = rows_of(random_groups(seed=1, n_groups=3, k=4, scale=SCALE))
+    batch = collate(rows, pad_id=0)
+    assert len(batch.input_ids) == len(rows) and not batch.score_rows.branches
+    tokens = sum(r.group.group.prompt_ids.numel() + r.rollout.token_ids.numel() for r in rows)
+    assert int(batch.attention_mask.sum()) == tokens
+    assert len(batch.score_rows.node) == int(batch.readable.sum())
 
 
 def test_tokens_after_the_score_are_neither_chain_of_thought_nor_score() -> None:

@@ -1,12 +1,13 @@
 """The estimator's mean is the gradient of the objective: every response and every K-tuple enumerated.
 
 A tabular policy (one row of logits per prefix) over a handful of tokens writes responses of at most
-three tokens; a score token ends them, one token after the anchor. In float64 the probability-weighted
-mean of the gradient of `policy_loss`, with coefficients from `RealObjective`, is compared with the
-gradient of J = -E[r], r = -(E[score] - y)^2 + lambda log pi(y) where a score can be read, the floor elsewhere.
+three tokens; its score ends them: one token after the anchor, or two where "10" may follow "1". In
+float64 the probability-weighted mean of the gradient of `policy_loss`, with coefficients from
+`RealObjective`, is compared with the gradient of J = -E[r], r = -(E[score] - y)^2 + lambda log pi(y)
+where a score can be read, the floor elsewhere.
 
-The anchor itself is given no probability as a score token: there, "the last anchor counts" would let
-the sampled score token decide about readability, and it is no action of Term 1.
+The anchor itself is given no probability within the score: there, "the last anchor counts" would let
+the sampled score tokens decide about readability, and they are no action of Term 1.
 """
 
 from __future__ import annotations
@@ -46,22 +47,34 @@ EXACT: dict[str, Any] = {"beta": 1.0, "standardise": False, "clip": None, "toler
 
 
 class TabularPolicy:
+    """extra: how far labels that are written by force reach beyond the longest response."""
+
     def __init__(self, scale: ScoreScale, max_length: int, seed: int = 0) -> None:
-        self.tokenizer = PieceTokenizer(["<eos>", "Score:", "a", *scale.labels])
+        words = ["a"] if all(len(label) == 1 for label in scale.labels) else []
+        self.tokenizer = PieceTokenizer(["<eos>", "Score:", *words, *dict.fromkeys("".join(scale.labels))])
+        self.bound = bind_scale(scale, self.tokenizer, ["Score:"])
         self.size = len(self.tokenizer.pieces)
         self.max_length = max_length
         generator = torch.Generator().manual_seed(seed)
-        prefixes = [p for n in range(max_length) for p in itertools.product(range(1, self.size), repeat=n)]
+        lengths = range(max_length + self.bound.extra_tokens)
+        prefixes = [p for n in lengths for p in itertools.product(range(1, self.size), repeat=n)]
         self.row = {p: i for i, p in enumerate(prefixes)}
         self.logits = torch.randn(len(prefixes), self.size, generator=generator, dtype=torch.float64) * 1.5
         self.logits[:, ANCHOR] += 2.0
         self.logits.requires_grad_()
 
     def masked_logits(self) -> Tensor:
-        """[prefixes, V]; no anchor right after an anchor."""
-        after = torch.tensor([p[-1:] == (ANCHOR,) for p in self.row])
+        """[prefixes, V]; no anchor behind an anchor."""
+        after = torch.tensor([ANCHOR in p for p in self.row])
         forbidden = after[:, None] & (torch.arange(self.size) == ANCHOR)
         return self.logits.masked_fill(forbidden, -math.inf)
+
+    def score_is_drawn(self, response: tuple[int, ...]) -> bool:
+        """The score is complete, or something that is none was written."""
+        if ANCHOR not in response[:-1]:
+            return False
+        written = self.tokenizer.decode(response[response.index(ANCHOR) + 1 :])
+        return not any(label.startswith(written) and label != written for label in self.bound.scale.labels)
 
     def responses(self) -> list[tuple[int, ...]]:
         done: list[tuple[int, ...]] = []
@@ -69,10 +82,10 @@ class TabularPolicy:
         while open_:
             prefix = open_.pop()
             for token in range(self.size):
-                if prefix[-1:] == (ANCHOR,) and token == ANCHOR:
+                if ANCHOR in prefix and token == ANCHOR:
                     continue
                 response = (*prefix, token)
-                ends = token == EOS or prefix[-1:] == (ANCHOR,) or len(response) == self.max_length
+                ends = token == EOS or self.score_is_drawn(response) or len(response) == self.max_length
                 (done if ends else open_).append(response)
         return done
 
@@ -95,8 +108,7 @@ class Enumeration:
 
 def enumerate_all(scale: ScoreScale, label: float, max_length: int) -> Enumeration:
     policy = TabularPolicy(scale, max_length)
-    bound = bind_scale(scale, policy.tokenizer, ["Score:"])
-    reader = ScoreReader.build(bound, policy.tokenizer, {EOS})
+    reader = ScoreReader.build(policy.bound, policy.tokenizer, {EOS})
     table = policy.masked_logits()
     logprobs = table.log_softmax(-1)
     result = Enumeration(policy, scale, label, [], [], [])
@@ -106,8 +118,9 @@ def enumerate_all(scale: ScoreScale, label: float, max_length: int) -> Enumerati
         if reading.position is None:
             score_rows, logits = ScoreRows.empty(len(scale)), table[:0]
         else:
-            score_rows = ScoreRows.single(reading.position, bound.anchors[0].token_ids)
-            logits = table[[rows[reading.position]]]
+            score_rows = ScoreRows.of(policy.bound.anchors[0].trie, response, reading.position)
+            read_after = [tuple(score_rows.prefix(r, response)) for r in range(len(score_rows.node))]
+            logits = table[[policy.row[p] for p in read_after]]
         read = score_rows.gather(logits)
         taken = logprobs[rows, list(response)]
         result.rollouts.append(
@@ -125,15 +138,36 @@ def enumerate_all(scale: ScoreScale, label: float, max_length: int) -> Enumerati
     return result
 
 
+def labels_by_enumeration(world: Enumeration, response: tuple[int, ...]) -> Tensor:
+    """[S] probabilities behind the chain of thought: the next tokens written out, the longest label counts."""
+    policy, labels = world.policy, world.scale.labels
+    probs = policy.masked_logits().softmax(-1)
+    cot = response[: response.index(ANCHOR) + 1]
+    totals = [torch.zeros((), dtype=torch.float64) for _ in labels]
+    width = max(len(label) for label in labels)
+    for tokens in itertools.product(range(policy.size), repeat=width):
+        if EOS in tokens[:-1] or ANCHOR in tokens[:-1]:
+            continue  # no label begins so
+        p = torch.ones((), dtype=torch.float64)
+        for n, token in enumerate(tokens):
+            p = p * probs[policy.row[(*cot, *tokens[:n])], token]
+        text = policy.tokenizer.decode(tokens)
+        match = max((s for s in labels if text.startswith(s)), key=len, default=None)
+        if match is not None:
+            totals[labels.index(match)] = totals[labels.index(match)] + p
+    return torch.stack(totals)
+
+
 def true_gradient(world: Enumeration, lam: float, penalty: float) -> Tensor:
     """Autograd of J through the exact sum, written without the package's rewards and losses."""
     values = world.scale.tensor()
     y, total = world.label, torch.zeros((), dtype=torch.float64)
     floor = -max((v - y) ** 2 for v in [0.0, *world.scale.values]) + lam * math.log(1e-6) - penalty
-    for rollout, prob, labels in zip(world.rollouts, world.probs, world.label_logprobs):
+    for rollout, prob in zip(world.rollouts, world.probs):
         if rollout.reading.position is None:
             reward: Tensor | float = floor
         else:
+            labels = labels_by_enumeration(world, tuple(rollout.token_ids.tolist())).log()
             below = max(i for i, v in enumerate(world.scale.values) if v <= y)
             likelihood = labels[below]
             if world.scale.values[below] != y:
@@ -226,6 +260,7 @@ CASES = [
     ("1-3", 2.3, 2, 2, 1.0, 0.0),
     ("1,3", 2.5, 3, 2, 0.4, 1.5),
     ("1,3", 1.0, 2, 3, 1.0, 0.0),
+    ("1,2,10", 4.0, 3, 2, 0.6, 0.5),  # "10" is the tokens "1", "0"
 ]
 
 
@@ -251,6 +286,15 @@ def test_the_world_holds_every_kind_of_rollout(case: Case) -> None:
     assert all(mass[reason] > 0.005 for reason in (None, NO_ANCHOR, TRUNCATED, OFF_SCALE)), mass
 
 
+def test_label_probabilities_are_those_of_the_policy(case: Case) -> None:
+    """Of the scale with "10", also where "2" or nothing on the scale was written."""
+    for rollout, labels in zip(case.world.rollouts, case.world.label_logprobs):
+        if rollout.reading.readable:
+            expected = labels_by_enumeration(case.world, tuple(rollout.token_ids.tolist()))
+            torch.testing.assert_close(labels.exp(), expected, rtol=0, atol=1e-12)
+            assert float(labels.exp().sum()) <= 1
+
+
 def test_mean_of_the_estimator_is_the_gradient(case: Case) -> None:
     truth = true_gradient(case.world, case.lam, case.penalty)
     got = mean_gradient(case.world, case.k, RealObjective(lam=case.lam, invalid_penalty=case.penalty, **EXACT))
@@ -268,6 +312,28 @@ def test_weighted_coefficients_weigh_the_loss() -> None:
     joined = {n: torch.cat([w * getattr(p, n) for w, p in zip(weights, parts)]) for n in NAMES}
     together = loss_of(world, [i for c in chosen for i in c], joined, 2)
     assert together.item() == pytest.approx(sum(w * x.item() for w, x in zip(weights, single)), abs=1e-12)
+
+
+def test_the_log_prob_of_the_drawn_score_covers_all_its_tokens() -> None:
+    """Rewards on the written label, of the score alone: sum of prob * R * grad log pi is the gradient of E[R]."""
+    world = enumerate_all(ScoreScale.parse("1,2,10"), 4.0, 3)
+    rewards = torch.tensor(
+        [
+            [0.3, -1.0, 2.0, 0.0][r.reading.label_index] if r.reading.label_index is not None else 0.1
+            for r in world.rollouts
+        ],
+        dtype=torch.float64,
+    )
+    assert {r.reading.label_index for r in world.rollouts} == {None, 0, 1, 2}
+    probs = torch.stack(world.probs)
+    (truth,) = torch.autograd.grad(-(probs * rewards).sum(), world.policy.logits, retain_graph=True)
+    weights = probs.detach() * rewards
+    nothing = torch.zeros_like(weights)
+    coefficients = {"cot": weights, "score": weights, "squared_error": nothing, "likelihood": nothing}
+    loss = loss_of(world, list(range(len(world.rollouts))), coefficients, 1)
+    (got,) = torch.autograd.grad(loss, world.policy.logits)
+    assert truth.abs().max() > 0.01
+    torch.testing.assert_close(got, truth, rtol=0, atol=1e-12)
 
 
 @pytest.fixture(scope="module")

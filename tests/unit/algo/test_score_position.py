@@ -154,6 +154,57 @@ def test_ordered_anchors() -> None:
     assert read(tokenizer, "I sa", anchors=anchors).reason == TRUNCATED
 
 
+# written behind the anchor, label on the scale, and whether the response ends there by itself
+SEVERAL = [
+    ("1-10", "10" + EOS, "10"),
+    ("1-10", "1" + EOS, "1"),
+    ("1-10", "1\n" + EOS, "1"),
+    ("1-10", "1. ok", "1"),
+    ("1-10", "10.", "10"),
+    ("1-10", "2", "2"),
+    ("1-10", "1", None),  # cut: it might have become "10"
+    ("1-10", "15" + EOS, None),
+    ("1-10", "100" + EOS, None),
+    ("1-10", "0" + EOS, None),
+    ("4,4.5,5", "4.5" + EOS, "4.5"),
+    ("4,4.5,5", "4." + EOS, "4"),
+    ("4,4.5,5", "4. ok" + EOS, "4"),
+    ("4,4.5,5", "4.", None),
+    ("4,4.5,5", "4.7" + EOS, None),
+    ("4,4.5,5", "4.55" + EOS, None),
+    ("1=Very bad,2=Very good", "Very good." + EOS, "Very good"),
+    ("1=Very bad,2=Very good", "Very goodish" + EOS, None),
+    ("1=Very bad,2=Very good", "Very" + EOS, None),
+    ("1=Very,2=Very good", "Very bad" + EOS, "Very"),
+    ("1,100", "10" + EOS, None),
+    ("1,100", "100" + EOS, "100"),
+]
+
+
+@TOKENIZERS
+@pytest.mark.parametrize(("scale", "tail", "label"), SEVERAL)
+def test_labels_of_several_tokens(make: type, scale: str, tail: str, label: str | None) -> None:
+    tokenizer = make([" V" if make is merged_tokenizer else "V"])
+    head = tokenizer.encode("a. " + ANCHOR[:-1], add_special_tokens=False)
+    ids = tokenizer.encode("a. " + ANCHOR + tail, add_special_tokens=False)
+    reader = reader_of(tokenizer, scale)
+    reading = reader.read(ids)
+    assert reading.position == len(head) + (make is spaced)
+    assert reading.reason == (OFF_SCALE if label is None else None)
+    assert (None if reading.label_index is None else reader.bound.scale.labels[reading.label_index]) == label
+
+
+def test_a_label_in_other_tokens_is_off_the_scale() -> None:
+    tokenizer = spaced(["10", "4."])
+    head = tokenizer.encode(ANCHOR, add_special_tokens=False)
+    one, zero, four, five = (tokenizer.id(c) for c in "1045")
+    # "10" is one token here; in two digits it is not the label, and not a "1" either.
+    assert reader_of(tokenizer, "1-10").read([*head, tokenizer.id("10"), 0]).label_index == 9
+    for scale, ids in (("1-10", [one, zero, 0]), ("4,4.5", [four, tokenizer.id("."), five, 0])):
+        reading = reader_of(tokenizer, scale).read([*head, *ids])
+        assert (reading.position, reading.label_index, reading.reason) == (len(head), None, OFF_SCALE)
+
+
 def test_word_level_and_word_labels() -> None:
     tokenizer = WordTokenizer("So the overall score is Bad Good ok")
     reader = reader_of(tokenizer, "1=Bad,2=Good")

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 
-from real_openrlhf.algo.score_rows import LabelTrie, ScoreRows
+from real_openrlhf.algo.label_trie import LabelTrie, TokenTrie
+from real_openrlhf.algo.score_rows import Branch, ScoreRows
 from tests.helpers.algo_factory import grad_of
 
 
@@ -55,6 +57,7 @@ def test_padding_candidates_have_no_probability() -> None:
     rows = ScoreRows(
         rollout=torch.tensor([0]),
         node=torch.tensor([0]),
+        sequence=torch.tensor([0]),
         position=torch.tensor([0]),
         token_ids=torch.tensor([[2, -1]]),
         n_rollouts=1,
@@ -76,30 +79,17 @@ def toy_logits(prefix: str) -> torch.Tensor:
     return torch.randn(len(TOKENS), generator=generator, dtype=torch.float64)
 
 
-def build(labels: list[str]) -> tuple[ScoreRows, torch.Tensor]:
-    """The rows of every inner node of the labels' trie, and the toy model's logits there."""
-    prefixes = sorted({label[:n] for label in labels for n in range(len(label))}, key=lambda p: (len(p), p))
-    children = {p: sorted({label[len(p)] for label in labels if label.startswith(p) and label != p}) for p in prefixes}
-    width = max(len(c) for c in children.values())
-    path = torch.full((len(labels), len(prefixes)), -1)
-    for s, label in enumerate(labels):
-        for n in range(len(label)):
-            path[s, prefixes.index(label[:n])] = children[label[:n]].index(label[n])
-    stop = torch.tensor([prefixes.index(label) if label in prefixes else -1 for label in labels])
-    ids = [[TOKENS.index(c) for c in children[p]] + [-1] * (width - len(children[p])) for p in prefixes]
-    rows = ScoreRows(
-        rollout=torch.zeros(len(prefixes), dtype=torch.int64),
-        node=torch.arange(len(prefixes)),
-        position=torch.arange(len(prefixes)),
-        token_ids=torch.tensor(ids),
-        n_rollouts=1,
-        trie=LabelTrie(path=path, stop=stop),
-    )
-    return rows, torch.stack([toy_logits(p) for p in prefixes])
+def rows_for(labels: list[str], response: str = "x", position: int = 0) -> tuple[ScoreRows, torch.Tensor]:
+    """The score rows of a response, and the toy model's logits for what stands behind its chain of thought."""
+    trie = TokenTrie(tuple(tuple(TOKENS.index(c) for c in label) for label in labels))
+    tokens = [TOKENS.index(c) for c in response]
+    rows = ScoreRows.of(trie, tokens, position)
+    prefixes = ["".join(TOKENS[t] for t in rows.prefix(r, tokens)[position:]) for r in range(len(rows.node))]
+    return rows, torch.stack([toy_logits(prefix) for prefix in prefixes])
 
 
-def enumerate_labels(labels: list[str]) -> tuple[dict[str, float], float]:
-    """Probability of each label, and of nothing on the scale, by sampling strings of 4 tokens out in full.
+def enumerate_labels(labels: list[str]) -> tuple[list[float], float]:
+    """Probability of each label, and of nothing on the scale, by writing strings of 4 tokens out in full.
 
     A string reads as the longest label that it starts with.
     """
@@ -113,52 +103,127 @@ def enumerate_labels(labels: list[str]) -> tuple[dict[str, float], float]:
             other += p
         else:
             probs[match] += p
-    return probs, other
+    return list(probs.values()), other
 
 
-@pytest.mark.parametrize(
-    "labels", [["1", "2", "10"], ["10", "100"], ["1", "10", "100"], ["1", "2"], ["11", "12", "21"], ["1", "10", "12"]]
-)
-def test_trie_against_enumeration(labels: list[str]) -> None:
-    rows, logits = build(labels)
+SCALES = [
+    ["1", "2", "10"],
+    ["10", "100"],
+    ["1", "10", "100"],
+    ["1", "100"],  # no label "10" in between: "10x" is still a "1"
+    ["1", "2"],
+    ["11", "12", "21"],
+    ["1", "10", "12", "1201", "2"],
+    ["xx", "x", "x1", "x12", "0"],
+]
+
+
+@pytest.mark.parametrize("labels", SCALES, ids=",".join)
+def test_label_probabilities_against_enumeration(labels: list[str]) -> None:
+    rows, logits = rows_for(labels)
     got = rows.label_logprobs(rows.gather(logits)).exp()[0]
     probs, other = enumerate_labels(labels)
-    assert got.tolist() == pytest.approx(list(probs.values()), abs=1e-12)
+    assert got.tolist() == pytest.approx(probs, abs=1e-12)
+    assert float(got.sum()) <= 1
     assert float(got.sum()) + other == pytest.approx(1.0, abs=1e-12)
 
 
-def test_trie_of_the_docstring() -> None:
-    rows, _ = build(["1", "2", "10"])
-    assert rows.trie.path.tolist() == [[0, -1], [1, -1], [0, 0]]
-    assert rows.trie.stop.tolist() == [1, -1, -1]
-    assert not rows.trie.is_flat
+@pytest.mark.parametrize("labels", SCALES, ids=",".join)
+def test_whatever_was_written_the_labels_are_the_same(labels: list[str]) -> None:
+    """Each node is read once: in the response where it passes the node, else in as few branches as do."""
+    expected = enumerate_labels(labels)[0]
+    inner = {label[:n] for label in labels for n in range(len(label))}
+    for written in map("".join, (s for n in (1, 2, 3) for s in itertools.product(TOKENS, repeat=n))):
+        rows, logits = rows_for(labels, response="2x" + written, position=2)
+        assert rows.label_logprobs(rows.gather(logits)).exp()[0].tolist() == pytest.approx(expected, abs=1e-12)
+        passed = {p for p in inner if written.startswith(p) and len(written) > len(p)}
+        assert int((rows.sequence == 0).sum()) == len(passed) == len(inner) - len(rows.forced)
+        ends = {p for p in inner - passed if not any(q.startswith(p) and q != p for q in inner)}
+        assert len(rows.branches) == len(ends)
+
+
+def test_rows_by_hand() -> None:
+    """The example of the docstring: node 1 is read behind a "1" that the response did not write."""
+    trie = TokenTrie(((1,), (2,), (1, 0)))
+    rows = ScoreRows.of(trie, [7, 9, 2], 2)
+    assert (rows.node.tolist(), rows.sequence.tolist(), rows.position.tolist()) == ([0, 1], [0, 1], [2, 3])
+    assert rows.token_ids.tolist() == [[1, 2], [0, -1]]
+    assert rows.branches == (Branch(rollout=0, position=2, token_ids=(1, 0)),)
+    assert rows.forced == [1]
+    assert (rows.prefix(0, [7, 9, 2]), rows.prefix(1, [7, 9, 2])) == ([7, 9], [7, 9, 1])
+    assert rows.branches[0].sequence(torch.tensor([7, 9, 2])).tolist() == [7, 9, 1, 0]
+    table = torch.tensor([[0.5, 0.3], [0.4, 0.0]], dtype=torch.float64).log()
+    assert rows.label_logprobs(table).exp()[0].tolist() == pytest.approx([0.5 * 0.6, 0.3, 0.5 * 0.4])
+    # A response that wrote "1" and went on passes both nodes; one that was cut right behind it does not.
+    assert ScoreRows.of(trie, [7, 9, 1, 5], 2).branches == ()
+    assert ScoreRows.of(trie, [7, 9, 1], 2).sequence.tolist() == [0, 1]
+
+
+def test_a_gap_by_hand() -> None:
+    rows = ScoreRows.of(TokenTrie(((1,), (1, 0, 0))), [1, 0, 0], 0)
+    assert rows.branches == ()
+    table = torch.tensor([[0.5], [0.4], [0.5]], dtype=torch.float64).log()
+    assert rows.label_logprobs(table).exp()[0].tolist() == pytest.approx([0.5 * (1 - 0.4 * 0.5), 0.1])
+
+
+def test_a_scale_of_single_tokens_has_one_row_and_no_branch() -> None:
+    trie = TokenTrie(((7,), (3,), (9,)))
+    for response in ([1, 3, 0], [1, 5]):
+        rows, single = ScoreRows.of(trie, response, 1), ScoreRows.single(1, [7, 3, 9])
+        assert all(
+            torch.equal(getattr(rows, n), getattr(single, n))
+            for n in ("rollout", "node", "sequence", "position", "token_ids")
+        )
+        assert rows.branches == () and rows.forced == [] and rows.trie.is_flat
+
+
+def test_cat_numbers_branches_behind_all_responses() -> None:
+    trie = TokenTrie(((1,), (1, 0), (2,), (2, 0)))
+    parts = [
+        ScoreRows.empty(4),  # knows neither the trie nor its width
+        ScoreRows.of(trie, [7, 2, 5], 1),
+        ScoreRows.of(trie, [5], 0),
+        ScoreRows.of(trie, [2, 0], 0),
+    ]
+    for rows in (ScoreRows.cat(parts), ScoreRows.cat([ScoreRows.cat(parts[:2]), ScoreRows.cat(parts[2:])])):
+        assert rows.n_rollouts == 4 and rows.rollout.tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+        assert rows.node.tolist() == [0, 1, 2] * 3
+        assert rows.sequence.tolist() == [1, 4, 1, 2, 5, 6, 3, 7, 3]
+        assert [(b.rollout, b.position, b.token_ids) for b in rows.branches] == [
+            (1, 1, (1, 0)),
+            (2, 0, (1, 0)),
+            (2, 0, (2, 0)),
+            (3, 0, (1, 0)),
+        ]
+        assert not rows.trie.is_flat
+    table = torch.full((9, 2), -1.0)
+    assert rows.label_logprobs(table)[0].tolist() == [0, 0, 0, 0]
 
 
 def test_trie_gradient_and_missing_rollouts() -> None:
-    rows, logits = build(["1", "2", "10"])
-    empty = ScoreRows(
-        rollout=rows.rollout[:0],
-        node=rows.node[:0],
-        position=rows.position[:0],
-        token_ids=rows.token_ids[:0],
-        n_rollouts=1,
-        trie=rows.trie,
-    )
-    both = ScoreRows.cat([empty, rows])
+    rows, logits = rows_for(["1", "2", "10"])
+    both = ScoreRows.cat([ScoreRows.empty(3), rows])
     logits.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: both.label_logprobs(both.gather(x)), logits)
     assert both.label_logprobs(both.gather(logits))[0].tolist() == [0, 0, 0]
 
 
+def test_a_certain_continuation_leaves_finite_numbers() -> None:
+    rows, _ = rows_for(["1", "2", "10"])
+    logits = torch.zeros(2, 4, requires_grad=True)
+    with torch.no_grad():
+        logits[1, 0] = 60.0  # "1" is followed by "0" for certain
+    got = rows.label_logprobs(rows.gather(logits))[0]
+    assert torch.isfinite(got).all() and got[0] < -15
+    got.sum().backward()
+    assert torch.isfinite(grad_of(logits)).all()
+
+
 def test_trie_refuses_a_rollout_with_half_its_rows() -> None:
-    rows, logits = build(["1", "2", "10"])
-    half = ScoreRows(
-        rollout=rows.rollout[:1],
-        node=rows.node[:1],
-        position=rows.position[:1],
-        token_ids=rows.token_ids[:1],
-        n_rollouts=1,
-        trie=rows.trie,
+    rows, logits = rows_for(["1", "2", "10"])
+    half = dataclasses.replace(
+        rows,
+        **{n: getattr(rows, n)[:1] for n in ("rollout", "node", "sequence", "position", "token_ids")},
     )
     with pytest.raises(ValueError, match="each of the 2 inner nodes"):
         half.label_logprobs(half.gather(logits[:1]))

@@ -136,20 +136,55 @@ def test_bind_space_and_score_apart() -> None:
     assert anchor.token_ids == tuple(tokenizer.id(d) for d in "12345")
 
 
-def test_bind_labels_of_several_tokens_are_refused_and_shown() -> None:
-    with pytest.raises(ScaleError) as error:
-        bind_scale(ScoreScale.parse("9-10"), spaced())
+def test_bind_labels_of_several_tokens() -> None:
     tokenizer = spaced()
-    assert f"'10' -> ['1', '0'] (ids [{tokenizer.id('1')}, {tokenizer.id('0')}])" in str(error.value)
-    assert f"'9' -> ['9'] (ids [{tokenizer.id('9')}])" in str(error.value)
-    assert "not supported yet" in str(error.value)
+    (anchor,) = bind_scale(ScoreScale.parse("9-10"), tokenizer).anchors
+    nine, one, zero = (tokenizer.id(c) for c in "910")
+    assert anchor.labels == ((nine,), (one, zero))
+    assert anchor.trie.labels == anchor.labels
+    with pytest.raises(ScaleError, match="labels of one token only"):
+        anchor.token_ids  # noqa: B018
+    bound = bind_scale(ScoreScale.parse("1-10"), tokenizer)
+    assert bound.read_token_ids == sorted(tokenizer.id(d) for d in "0123456789")
+    assert bound.extra_tokens == 1 and bind_scale(FIVE, tokenizer).extra_tokens == 0
 
 
-@pytest.mark.parametrize("tokenizer", [merged_tokenizer(), spaced()], ids=["merged", "apart"])
-def test_bind_labels_lend_no_token_to_the_anchor(tokenizer: PieceTokenizer) -> None:
+@pytest.mark.parametrize(("tokenizer", "space"), [(merged_tokenizer(), " "), (spaced(), "")], ids=["merged", "apart"])
+def test_bind_labels_lend_no_token_to_the_anchor(tokenizer: PieceTokenizer, space: str) -> None:
     # "10".."13" all start with "1": taken into the anchor, the labels would be read as "0".."3".
-    with pytest.raises(ScaleError, match=r"'10' -> \[' ?1', '0'\]"):
-        bind_scale(ScoreScale.parse("10-13"), tokenizer)
+    (anchor,) = bind_scale(ScoreScale.parse("10-13"), tokenizer).anchors
+    assert anchor.prefix == "So the overall score is" + (" " if not space else "")
+    assert anchor.labels == tuple((tokenizer.id(space + "1"), tokenizer.id(d)) for d in "0123")
+
+
+@pytest.mark.parametrize(
+    ("scale", "pieces"),
+    [
+        ("1=4,2=4.5", [["4"], ["4", ".", "5"]]),
+        ("1=Very bad,2=Very good", [[*"Very", " ", *"bad"], [*"Very", " ", *"good"]]),
+        ("0,100", [["0"], ["1", "0", "0"]]),
+    ],
+)
+def test_bind_labels_of_words_and_fractions(scale: str, pieces: list[list[str]]) -> None:
+    tokenizer = spaced(["V"])
+    (anchor,) = bind_scale(ScoreScale.parse(scale), tokenizer).anchors
+    assert [[tokenizer.decode([i]) for i in label] for label in anchor.labels] == pieces
+
+
+def test_bind_labels_with_and_without_the_space_of_the_anchor() -> None:
+    # "1" keeps the space apart, " Bad" merges with it: the space is then the first token of "1".
+    tokenizer = spaced([" Bad"])
+    (anchor,) = bind_scale(ScoreScale.parse("0=Bad,1=1"), tokenizer).anchors
+    assert anchor.prefix == "So the overall score is"
+    assert anchor.labels == ((tokenizer.id(" Bad"),), (tokenizer.id(" "), tokenizer.id("1")))
+
+
+def test_bind_anchors_after_which_labels_split_otherwise_are_refused() -> None:
+    tokenizer = merged_tokenizer([" 10"])
+    with pytest.raises(ScaleError) as error:
+        bind_scale(ScoreScale.parse("9-10"), tokenizer, [DEFAULT_ANCHOR, "is\n"])
+    assert "'10' -> ['1', '0']" in str(error.value) and "'10' -> [' 10']" in str(error.value)
+    assert "choose anchors that end alike" in str(error.value)
 
 
 def test_bind_two_digit_labels_of_one_token() -> None:
@@ -159,9 +194,9 @@ def test_bind_two_digit_labels_of_one_token() -> None:
 
 
 def test_bind_unknown_labels_are_refused() -> None:
-    with pytest.raises(ScaleError, match=r"'4' -> .*<unk>.*'5' -> .*<unk>"):
+    with pytest.raises(ScaleError, match=r"tokens that no other label has.*'4' -> .*<unk>.*'5' -> .*<unk>"):
         bind_scale(FIVE, WordTokenizer("So the overall score is 1 2 3"))
-    with pytest.raises(ScaleError, match="'5' becomes the token id 0, which reads '<unk>'"):
+    with pytest.raises(ScaleError, match="'5' becomes the token ids \\[0\\], which read '<unk>'"):
         bind_scale(FIVE, WordTokenizer("So the overall score is 1 2 3 4"))
 
 

@@ -70,7 +70,7 @@ def test_text_of_the_plan() -> None:
         "real.beta": "1",
     }
     config = parse_args(["--dry_run", *(f"--{name}={value}" for name, value in given.items())])
-    anchor = BoundAnchor(text="Score: ", prefix="Score:", token_ids=(11, 12, 13))
+    anchor = BoundAnchor(text="Score: ", prefix="Score:", labels=((11,), (12,), (13,)))
     text = render_plan(
         config,
         batch_plan(config, 100),
@@ -112,10 +112,21 @@ def test_text_of_the_plan() -> None:
 
 def test_text_without_placement_decoder_or_overrides() -> None:
     config = parse_args(["--actor.model_name_or_path", "m", "--data.prompt_dataset", "d.jsonl"])
-    anchor = BoundAnchor(text="Score: ", prefix="Score:", token_ids=(11, 12))
+    anchor = BoundAnchor(text="Score: ", prefix="Score:", labels=((11,), (12,)))
     bound = BoundScale(ScoreScale.parse("0,1"), (anchor,))
     text = render_plan(config, batch_plan(config, 300), bound, device="cuda", dtype="bf16")
     assert "paper, nothing overridden" in text
     assert "policy: 1 node(s) x 1 rank(s)" in text
     assert "no evaluation" in text
     assert "Warnings" not in text
+
+
+def test_labels_of_several_tokens_in_the_plan() -> None:
+    config = parse_args(["--actor.model_name_or_path", "m", "--data.prompt_dataset", "d.jsonl"])
+    anchor = BoundAnchor(text="Score: ", prefix="Score:", labels=((11,), (12,), (11, 13)))
+    bound = BoundScale(ScoreScale.parse("1,2,10"), (anchor,))
+    text = render_plan(config, batch_plan(config, 300), bound, device="cuda", dtype="bf16", decode=lambda i: f"<{i}>")
+    assert "'2' (value 2) -> token 12 '<12>'" in text
+    assert "'10' (value 10) -> tokens 11 '<11>', 13 '<13>'" in text
+    assert "up to 1 more sequence(s) per rollout" in text
+    assert "up to 2047 prompt and 1024 response tokens" in text  # room for the label written by force
