@@ -178,7 +178,7 @@ with torch.no_grad():
     else:
         # One row for labels of one token each; labels of several tokens need more, some behind other labels.
         rows = ScoreRows.of(bound.anchors[reading.anchor_index].trie, response, reading.position)
-        prefixes = [prompt_ids + rows.prefix(row, response) for row in range(len(rows.node))]
+        prefixes = [[*prompt_ids, *rows.prefix(row, response)] for row in range(len(rows.node))]
         logits = torch.stack([model(torch.tensor([prefix])).logits[0, -1] for prefix in prefixes])
         logprobs = rows.label_logprobs(rows.gather(logits, judge.temperature))[0]
         score = float(expected_score(logprobs.double(), judge.scale.tensor(), renormalise=judge.renormalise))

@@ -134,7 +134,8 @@ class TokenTrie:
 
     def match(self, token_ids: Sequence[int]) -> LabelMatch:
         """token_ids: the response from the score position on."""
-        label, prefix = None, ()
+        label: int | None = None
+        prefix: tuple[int, ...] = ()
         for token in token_ids:
             prefix = (*prefix, token)
             label = self._index.get(prefix, label)

@@ -83,7 +83,8 @@ class ScoreRows:
             return cls.single(position, trie.children[0])
         written = response[position:]
         missing = [m for m, prefix in enumerate(trie.prefixes) if not passes(written, prefix)]
-        sequences = [written, *trie.branches_for(missing)]
+        branches = trie.branches_for(missing)
+        sequences = [written, *branches]
         width = max(len(tokens) for tokens in trie.children)
         return cls(
             rollout=torch.zeros(len(trie.prefixes), dtype=torch.int64),
@@ -93,7 +94,7 @@ class ScoreRows:
             token_ids=torch.tensor([[*tokens, *[-1] * (width - len(tokens))] for tokens in trie.children]),
             n_rollouts=1,
             trie=trie.shape,
-            branches=tuple(Branch(rollout=0, position=position, token_ids=b) for b in sequences[1:]),
+            branches=tuple(Branch(rollout=0, position=position, token_ids=b) for b in branches),
         )
 
     @classmethod
@@ -114,8 +115,8 @@ class ScoreRows:
     def cat(cls, parts: Sequence[ScoreRows]) -> ScoreRows:
         """The rows of several carriers as one; rollouts and branches are numbered through."""
         n_rollouts = sum(part.n_rollouts for part in parts)
-        rollouts, sequences, branches = [], [], []
-        before = 0
+        rollouts, sequences, before = [], [], 0
+        branches: list[Branch] = []
         for part in parts:
             rollouts.append(part.rollout + before)
             in_branch = part.sequence >= part.n_rollouts

@@ -240,6 +240,28 @@ def test_the_cards_code_runs(folder, monkeypatch, capsys):
     assert RESPONSE in capsys.readouterr().out
 
 
+def test_the_cards_code_with_labels_of_several_tokens(folder, monkeypatch):
+    """This tokenizer knows " 1" .. " 5", but writes " 6" .. " 9" as " ", "6" and " 10" as " 1", "0"."""
+    text = write_model_card(folder, info=card(settings=settings(scale=ScoreScale.parse("1-10")))).read_text()
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1), names)
+
+    tokenizer, model = make_tokenizer(), AutoModelForCausalLM.from_pretrained(folder)
+    before = tokenizer.encode(PROMPT) + tokenizer.encode(RESPONSE)[:-1]
+    ids = {piece: tokenizer.convert_tokens_to_ids(piece) for piece in ["Ġ", *"06789", *(f"Ġ{v}" for v in range(1, 6))]}
+
+    @torch.no_grad()
+    def p(token, *after):
+        logits = model(torch.tensor([[*before, *(ids[t] for t in after)]])).logits[0, -1]
+        return float((logits / 0.7).softmax(-1)[ids[token]])
+
+    one, ten = p("Ġ1") * (1 - p("0", "Ġ1")), p("Ġ1") * p("0", "Ġ1")
+    expected = one + 10 * ten + sum(v * p(f"Ġ{v}") for v in range(2, 6))
+    expected += sum(v * p("Ġ") * p(str(v), "Ġ") for v in range(6, 10))
+    assert names["score"] == pytest.approx(expected, abs=1e-4)
+
+
 def test_check_export_of_a_whole_folder(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
     report = check_export(folder)
