@@ -167,6 +167,7 @@ def policy_spec(inputs: Inputs, plan: BatchPlan, device: Device) -> PolicySpec:
         term_grad_norm_steps=config.logger.term_grad_norm_steps,
         max_steps=max(1, plan.total_updates),
         bucket_bytes=config.sync.bucket_mb * 2**20,
+        logits_mb=config.real.logits_mb,
     )
 
 

@@ -175,7 +175,7 @@ TOUCHES: tuple[Touch, ...] = (
         where=f"{_ACTOR}.forward",
         how="override",
         by="actors.policy_model",
-        why="takes a RealBatch; logits at response positions only",
+        why="takes a RealBatch: packed groups, log-probs instead of logits",
     ),
     Touch(
         where=f"{_ACTOR}.gradient_checkpointing_enable",

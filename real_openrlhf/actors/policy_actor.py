@@ -37,6 +37,7 @@ class PolicySpec:
     attn_implementation  "auto": the device's default
     values               the score scale's values
     max_steps            optimizer steps of the whole run, for the learning-rate schedule
+    logits_mb            megabytes that logits may take in training
     """
 
     path: str
@@ -50,6 +51,7 @@ class PolicySpec:
     term_grad_norm_steps: int
     max_steps: int
     bucket_bytes: int
+    logits_mb: int
 
 
 class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
@@ -73,6 +75,7 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
             attn_implementation=attention,
             ds_config=strategy.get_ds_train_config(),
             temperature=args.rollout.temperature,
+            max_logit_bytes=spec.logits_mb * 2**20,
         )
         if args.actor.gradient_checkpointing_enable:
             model.gradient_checkpointing_enable({"use_reentrant": args.actor.gradient_checkpointing_reentrant})
@@ -86,6 +89,7 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
             scheduler_steps=spec.max_steps,
         )
         self.actor, self.actor_optim, self.actor_scheduler = strategy.prepare((model, optimizer_config))
+        self.actor.check_packed_rows()
         self.trainer = RealTrainer(
             strategy,
             self.actor,
@@ -94,7 +98,6 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
             values=torch.tensor(spec.values, dtype=torch.float64),
             options=spec.options,
             trains_score_token=spec.trains_score_token,
-            pad_id=0,
             term_grad_norm_steps=spec.term_grad_norm_steps,
         )
         self.weight_version = 0

@@ -1,7 +1,8 @@
 """Trains the policy on groups: OpenRLHF's PPO trainer with the REAL batch, forward and loss.
 
-Per rollout and update there is one forward and one backward. The rollouts' own log-probs came
-with the rollouts, so nothing is computed ahead of the update.
+Per rollout and update there is one forward and one backward, and a prompt is computed once for all of
+its rollouts in a micro-batch. The rollouts' own log-probs came with the rollouts, so nothing is
+computed ahead of the update.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from typing import Any
 import torch
 from openrlhf.trainer.ray.ppo_actor import ActorPPOTrainer
 
-from real_openrlhf.actors.policy_model import PolicyModel, outputs_from_logits
+from real_openrlhf.actors.policy_model import PolicyModel, PolicyOutputs
 from real_openrlhf.actors.policy_strategy import PolicyStrategy
+from real_openrlhf.actors.term_norms import term_norms
 from real_openrlhf.algo.batch import RealBatch, Row, collate, denominators_of, rows_of
 from real_openrlhf.algo.loss import LossOptions, policy_loss
+from real_openrlhf.algo.packing import micro_batches, spread
 from real_openrlhf.algo.types import Denominators, LossInputs, TrainGroup
 
 
@@ -43,7 +46,6 @@ class RealTrainer(ActorPPOTrainer):
         values: torch.Tensor,
         options: LossOptions,
         trains_score_token: bool,
-        pad_id: int,
         term_grad_norm_steps: int,
     ) -> None:
         # ActorPPOTrainer.__init__ builds a replay buffer, PolicyLoss and a CUDA weight-sync group;
@@ -55,10 +57,10 @@ class RealTrainer(ActorPPOTrainer):
         self.actor_scheduler = scheduler
         self.max_epochs = self.args.train.max_epochs
         self.micro_train_batch_size = self.args.train.micro_batch_size
+        self.max_tokens = self.args.train.max_tokens_per_gpu
         self.values = values
         self.options = options
         self.trains_score_token = trains_score_token
-        self.pad_id = pad_id
         self.term_grad_norm_steps = term_grad_norm_steps
         self.n_calls = 0
         self.n_updates = 0
@@ -68,43 +70,41 @@ class RealTrainer(ActorPPOTrainer):
     def ppo_train(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
         """All updates of one batch on this rank's groups; metrics over all ranks."""
         self.actor.train()
-        rows = rows_of(groups)
         per_update = self.args.train.batch_size // self.strategy.world_size
         with_norms = self.term_grad_norm_steps > 0 and self.n_calls % self.term_grad_norm_steps == 0
         updates = [
             self._update(update, with_norms=with_norms)
             for epoch in range(self.max_epochs)
-            for update in self._updates(rows, per_update, epoch)
+            for update in self._updates(groups, per_update, epoch)
         ]
         self.n_calls += 1
         return _metrics(updates, kl=self.options.kl_coef > 0)
 
-    def _updates(self, rows: Sequence[Row], per_update: int, epoch: int) -> Iterator[list[Row]]:
-        """The rows of each optimizer step. One update takes them all; several are drawn anew per epoch.
+    def _updates(self, groups: Sequence[TrainGroup], per_update: int, epoch: int) -> Iterator[list[Row]]:
+        """The rows of each optimizer step. One update takes them all; several draw groups anew per epoch.
 
-        The last one is smaller when dynamic sampling without refill left fewer groups.
+        Whole groups, so that their rollouts share the prompt and their advantages still balance; one that
+        straddles two updates is divided. The last update is smaller when dynamic sampling without
+        refill left fewer groups.
         """
-        if len(rows) <= per_update:
-            yield list(rows)
-            return
-        generator = torch.Generator().manual_seed(hash((self.args.train.seed, self.n_calls, epoch)) % 2**31)
-        order = torch.randperm(len(rows), generator=generator).tolist()
+        rows = rows_of(groups)
+        if len(rows) > per_update:
+            generator = torch.Generator().manual_seed(hash((self.args.train.seed, self.n_calls, epoch)) % 2**31)
+            rows = rows_of([groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()])
         for start in range(0, len(rows), per_update):
-            yield [rows[i] for i in order[start : start + per_update]]
+            yield rows[start : start + per_update]
 
     def _update(self, rows: list[Row], *, with_norms: bool) -> Update:
         denominators = self._global(denominators_of(rows, trains_score_token=self.trains_score_token))
-        # Neighbours in length share a micro-batch: less padding; the loss does not depend on it.
-        rows = sorted(rows, key=lambda r: r.group.group.prompt_ids.numel() + r.rollout.token_ids.numel())
-        size = self.micro_train_batch_size
         sums: dict[str, float] = {}
         largest = 0.0
-        for start in range(0, len(rows), size):
-            batch = collate(rows[start : start + size], pad_id=self.pad_id).to(self.strategy.device.current())
-            self.strategy.mark_boundary(self.actor, last=start + size >= len(rows))
-            part = self.training_step(batch, denominators, with_norms=with_norms)
-            largest = max(largest, part.pop("logprob_difference_max", 0.0))
-            for name, value in part.items():
+        parts = self._micro_batches(rows)
+        for number, part in enumerate(parts, start=1):
+            batch = collate(part).to(self.strategy.device.current())
+            self.strategy.mark_boundary(self.actor, last=number == len(parts))
+            got = self.training_step(batch, denominators, with_norms=with_norms)
+            largest = max(largest, got.pop("logprob_difference_max", 0.0))
+            for name, value in got.items():
                 sums[name] = sums.get(name, 0.0) + value
         # Before the step: the schedule moves on with it.
         lr = float(self.actor_scheduler.get_last_lr()[0])
@@ -115,7 +115,7 @@ class RealTrainer(ActorPPOTrainer):
         values["loss/total"] = sum(values.values())
         for name, value in sums.items():
             if name.startswith("square/"):
-                values[f"logit_grad_norm/{name.removeprefix('square/')}"] = math.sqrt(value)
+                values[f"logit_grad_norm/{name.removeprefix('square/')}"] = math.sqrt(max(value, 0.0))
         values["rollout_gap/logprob_max"] = self.strategy.max_over_ranks(largest)
         values["policy/grad_norm"] = self.strategy.get_grad_norm(self.actor)
         values["policy/lr"] = lr
@@ -126,8 +126,8 @@ class RealTrainer(ActorPPOTrainer):
     ) -> dict[str, float]:
         """One micro-batch: forward, loss, backward."""
         entropy_grad = bool(self.args.actor.entropy_coef)
-        outputs = self.actor(batch, entropy_grad=entropy_grad)
-        self.n_forwards += len(batch.input_ids)
+        outputs = self.actor(batch, entropy_grad=entropy_grad, moments=with_norms)
+        self.n_forwards += len(batch)
         inputs = loss_inputs(batch, outputs.token_logprobs, outputs.label_logprobs, self.values, outputs.entropy)
         # DeepSpeed averages gradients over ranks; the loss is a sum over them.
         scale = float(self.strategy.world_size)
@@ -135,25 +135,25 @@ class RealTrainer(ActorPPOTrainer):
         part = dict(result.sums)
         part.update({f"loss/{name}": float(term.detach()) for name, term in result.terms.items()})
         if with_norms:
-            part.update(self._term_norms(outputs.logits, batch, denominators))
+            part.update(self._term_norms(outputs, batch, denominators))
         self.strategy.backward(result.loss, self.actor, self.actor_optim)
-        self.n_backwards += len(batch.input_ids)
+        self.n_backwards += len(batch)
         return part
 
-    def _term_norms(self, logits: torch.Tensor, batch: RealBatch, denominators: Denominators) -> dict[str, float]:
-        """Squared norm of each term's gradient with respect to the logits of this micro-batch.
+    def _micro_batches(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """Equally many on every rank: the longest rollouts may need more forward passes on one of them."""
+        parts = micro_batches(rows, max_rollouts=self.micro_train_batch_size, max_tokens=self.max_tokens)
+        return spread(parts, round(self.strategy.max_over_ranks(float(len(parts)))))
 
-        At the logits, because there it needs no second backward through the network.
-        """
-        leaf = logits.detach().requires_grad_()
-        outputs = outputs_from_logits(leaf, batch, temperature=self.actor.temperature, entropy_grad=True)
-        inputs = loss_inputs(batch, outputs.token_logprobs, outputs.label_logprobs, self.values, outputs.entropy)
-        terms = policy_loss(inputs, options=self.options, denominators=denominators).terms
-        norms = {}
-        for name, term in terms.items():
-            (grad,) = torch.autograd.grad(term, leaf, retain_graph=True, allow_unused=True)
-            norms[f"square/{name}"] = 0.0 if grad is None else float(grad.float().square().sum())
-        return norms
+    def _term_norms(self, outputs: PolicyOutputs, batch: RealBatch, denominators: Denominators) -> dict[str, float]:
+        """Squared norm of each term's gradient at the logits of this micro-batch."""
+
+        def terms_of(tokens: torch.Tensor, labels: torch.Tensor, entropy: torch.Tensor) -> dict[str, torch.Tensor]:
+            inputs = loss_inputs(batch, tokens, labels, self.values, entropy)
+            return policy_loss(inputs, options=self.options, denominators=denominators).terms
+
+        norms = term_norms(outputs, batch, terms_of, temperature=self.actor.temperature)
+        return {f"square/{name}": value for name, value in norms.items()}
 
     def _global(self, local: Denominators) -> Denominators:
         return Denominators(**self.strategy.sum_over_ranks(vars(local)))

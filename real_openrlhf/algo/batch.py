@@ -1,23 +1,30 @@
-"""Groups become tensors here: masks by position, padding, targets, denominators."""
+"""Groups become tensors here: the packed row, masks by position, targets, denominators."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from real_openrlhf.algo.packing import PromptLayout, Row, layout_of, rows_of, shared
 from real_openrlhf.algo.score_rows import ScoreRows
-from real_openrlhf.algo.types import Denominators, Rollout, TrainGroup
+from real_openrlhf.algo.types import Denominators
+
+__all__ = ["Packed", "RealBatch", "Row", "collate", "denominators_of", "pack", "rows_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RealBatch:
-    """N rollouts as rows [left-padded prompt | right-padded response]; all responses start at column P.
+    """N rollouts: what the network reads is packed (see `packing`), what the loss reads is [N, T], right-padded.
 
-    input_ids       [N + B, P + T] int64; the last B rows are the branches of score_rows, in their order
-    attention_mask  [N + B, P + T] bool, by position (the padding id may be the end of text)
+    token_ids, position_ids   [L] int64, the packed row
+    layout          where prompts and rollouts lie in it
+    logit_index     [M] int64, ascending: the tokens whose logits are needed, each once
+    logit_row       [N, T] int64: which of these M predicts the response's token, 0 at padding
+    score_row       [R] int64: which of them the score row is read from
     response_ids    [N, T] int64, 0 at padding
     response_mask, cot_mask, score_mask   [N, T] bool
     score_rows      the rows of all N rollouts
@@ -26,14 +33,17 @@ class RealBatch:
     target_low, target_high   [N] int64
     rollout_logprobs   [N, T] float32, 0 at padding
 
-    Logits are needed at columns P - 1 .. P + T - 2, which predict the response: `logit_columns`.
-
-    Example: prompts of 3 and 2 tokens, responses of 2 and 1: P = 3, T = 2, N = 2,
-    attention_mask [[1,1,1,1,1],[0,1,1,1,0]].
+    Example: a prompt of 3 tokens with rollouts of 2 and 1: L = 6, N = 2, T = 2. Token 2, the
+    prompt's last, predicts the first token of both rollouts, token 3 the second of the first one:
+    logit_index [2, 3], logit_row [[0, 1], [0, 0]].
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor
+    token_ids: Tensor
+    position_ids: Tensor
+    layout: PromptLayout
+    logit_index: Tensor
+    logit_row: Tensor
+    score_row: Tensor
     response_ids: Tensor
     response_mask: Tensor
     cot_mask: Tensor
@@ -50,31 +60,12 @@ class RealBatch:
     target_weight: Tensor
     rollout_logprobs: Tensor
 
-    @property
-    def logit_columns(self) -> Tensor:
-        """[T] int64, the columns whose logits predict the response tokens."""
-        length, width = self.input_ids.shape[1], self.response_ids.shape[1]
-        return torch.arange(length - width - 1, length - 1, device=self.input_ids.device)
+    def __len__(self) -> int:
+        return len(self.response_ids)
 
     def to(self, device: torch.device | str) -> RealBatch:
-        return RealBatch(**{name: value.to(device) for name, value in vars(self).items()})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One rollout with its prompt and coefficients: an index into a TrainGroup, not a copy."""
-
-    group: TrainGroup
-    index: int
-
-    @property
-    def rollout(self) -> Rollout:
-        return self.group.group.rollouts[self.index]
-
-
-def rows_of(groups: Sequence[TrainGroup]) -> list[Row]:
-    """The rollouts of all groups, groups in order, so that a micro-batch holds neighbours."""
-    return [Row(group=g, index=i) for g in groups for i in range(len(g.group))]
+        moved: dict[str, Any] = {n: v if isinstance(v, PromptLayout) else v.to(device) for n, v in vars(self).items()}
+        return RealBatch(**moved)
 
 
 def denominators_of(rows: Sequence[Row], *, trains_score_token: bool) -> Denominators:
@@ -83,27 +74,13 @@ def denominators_of(rows: Sequence[Row], *, trains_score_token: bool) -> Denomin
     return Denominators(
         rollouts=float(len(rows)),
         action_tokens=float(sum(r.rollout.cot_length for r in rows) + scored),
-        response_tokens=float(sum(r.rollout.token_ids.numel() for r in rows)),
+        response_tokens=float(sum(r.length for r in rows)),
     )
 
 
-def collate(rows: Sequence[Row], *, pad_id: int) -> RealBatch:
-    """Rows -> one padded batch."""
-    n = len(rows)
-    score_rows = ScoreRows.cat([r.rollout.score_rows for r in rows])
-    # What the network reads: the responses, and behind them the labels that are written by force.
-    owners = [*rows, *(rows[branch.rollout] for branch in score_rows.branches)]
-    sequences = [r.rollout.token_ids for r in rows]
-    sequences += [branch.sequence(rows[branch.rollout].rollout.token_ids) for branch in score_rows.branches]
-    prompt_width = max(r.group.group.prompt_ids.numel() for r in rows)
-    width = max(1, max(s.numel() for s in sequences))
-    input_ids = torch.full((len(sequences), prompt_width + width), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros(len(sequences), prompt_width + width, dtype=torch.bool)
-    for i, (owner, sequence) in enumerate(zip(owners, sequences)):
-        prompt = owner.group.group.prompt_ids
-        start, end = prompt_width - prompt.numel(), prompt_width + sequence.numel()
-        input_ids[i, start:end] = torch.cat([prompt, sequence])
-        attention_mask[i, start:end] = True
+def collate(rows: Sequence[Row]) -> RealBatch:
+    """Rows -> one batch, in the rows' order. Neighbours of one group share its prompt."""
+    n, width = len(rows), max(1, max(r.length for r in rows))
     response_ids = torch.zeros(n, width, dtype=torch.int64)
     response_mask = torch.zeros(n, width, dtype=torch.bool)
     cot_mask = torch.zeros(n, width, dtype=torch.bool)
@@ -111,7 +88,7 @@ def collate(rows: Sequence[Row], *, pad_id: int) -> RealBatch:
     rollout_logprobs = torch.zeros(n, width)
     for i, row in enumerate(rows):
         rollout = row.rollout
-        length, position = rollout.token_ids.numel(), rollout.reading.position
+        length, position = row.length, rollout.reading.position
         response_ids[i, :length] = rollout.token_ids
         response_mask[i, :length] = True
         cot_mask[i, : rollout.cot_length] = True
@@ -123,9 +100,9 @@ def collate(rows: Sequence[Row], *, pad_id: int) -> RealBatch:
         return torch.stack([getattr(r.group.coefficients, name)[r.index] for r in rows]).float()
 
     targets = [r.group.target for r in rows]
+    score_rows = ScoreRows.cat([r.rollout.score_rows for r in rows])
     return RealBatch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
+        **_packed(rows, score_rows, response_mask),
         response_ids=response_ids,
         response_mask=response_mask,
         cot_mask=cot_mask,
@@ -142,3 +119,67 @@ def collate(rows: Sequence[Row], *, pad_id: int) -> RealBatch:
         target_weight=torch.tensor([t.weight for t in targets], dtype=torch.float32),
         rollout_logprobs=rollout_logprobs,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """A packed row (see `packing`) and, of each rollout, the indices of the T + 1 tokens that predict its tokens.
+
+    The last of these stands behind the rollout's last token: it predicts what would come next.
+    """
+
+    token_ids: Tensor
+    position_ids: Tensor
+    layout: PromptLayout
+    predictors: list[Tensor]
+
+
+def pack(groups: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> Packed:
+    """Groups of a prompt [P] and its responses [T] each -> one row."""
+    layout = layout_of([(len(prompt), [len(r) for r in responses]) for prompt, responses in groups])
+    positions, predictors = [], []
+    for group in layout.groups:
+        positions.append(torch.arange(group.prompt))
+        start = group.end_of_prompt
+        for length in group.responses:
+            positions.append(torch.arange(group.prompt, group.prompt + length))
+            own = torch.arange(start, start + length)
+            predictors.append(torch.cat([torch.tensor([group.end_of_prompt - 1]), own]))
+            start += length
+    return Packed(
+        token_ids=torch.cat([ids for prompt, responses in groups for ids in (prompt, *responses)]),
+        position_ids=torch.cat(positions),
+        layout=layout,
+        predictors=predictors,
+    )
+
+
+def _packed(rows: Sequence[Row], score_rows: ScoreRows, response_mask: Tensor) -> dict[str, Any]:
+    """The fields of the packed row, and where in it each response token and score row is predicted."""
+    n = len(rows)
+    # Sequences as score rows number them: the responses, then the labels that are written by force.
+    sequences = [r.rollout.token_ids for r in rows]
+    sequences += [branch.sequence(sequences[branch.rollout]) for branch in score_rows.branches]
+    groups, order, start = [], [], 0
+    for part in shared(rows):
+        own = range(start, start + len(part))
+        here = [*own, *(n + b for b, branch in enumerate(score_rows.branches) if branch.rollout in own)]
+        groups.append((part[0].group.group.prompt_ids, [sequences[i] for i in here]))
+        order += here
+        start += len(part)
+    packed = pack(groups)
+    predictors = dict(zip(order, packed.predictors, strict=True))
+    table = torch.nn.utils.rnn.pad_sequence([predictors[i] for i in range(len(sequences))], batch_first=True)
+    width = min(table.shape[1], response_mask.shape[1])
+    token_index = table[:n, :width][response_mask[:, :width]]
+    score_index = table[score_rows.sequence, score_rows.position]
+    logit_index, row = torch.cat([token_index, score_index]).unique(return_inverse=True)
+    token_row, score_row = row.split([len(token_index), len(score_index)])
+    return {
+        "token_ids": packed.token_ids,
+        "position_ids": packed.position_ids,
+        "layout": packed.layout,
+        "logit_index": logit_index,
+        "logit_row": torch.zeros_like(response_mask, dtype=torch.int64).masked_scatter(response_mask, token_row),
+        "score_row": score_row,
+    }

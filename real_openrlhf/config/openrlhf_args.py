@@ -58,7 +58,6 @@ _OPENRLHF_DEFAULTS: dict[str, Any] = {
     "train.enable_ema": False,
     "train.ema_beta": 0.992,
     "train.dynamic_batch_enable": False,
-    "train.max_tokens_per_gpu": 16192,
     "train.agent_func_path": None,
     "rollout.vllm_generate_batch_size": None,
     "rollout.micro_batch_size": 1,
@@ -130,9 +129,10 @@ def to_openrlhf_args(config: Config, *, device_dtype: str, attn: str, sync_backe
             "ds.attn_implementation": attn,
             "ds.lora.target_modules": "all-linear" if targets == ("all-linear",) else list(targets),
             "ds.param_dtype": device_dtype,
-            "rollout.micro_batch_size": config.train.micro_batch_size,
+            "rollout.micro_batch_size": config.rollouts_per_pass,
             "rollout.vllm_generate_batch_size": config.rollout.batch_size,
             "train.batch_size": config.samples_per_update,
+            "train.micro_batch_size": config.rollouts_per_pass,
             "vllm.sync_backend": sync_backend,
         }
     )

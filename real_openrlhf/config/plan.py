@@ -23,7 +23,6 @@ class BatchPlan:
     samples_per_update   rollouts per optimizer update, over all ranks
     updates_per_epoch, updates_per_step
     samples_per_rank     rollouts per update and rank
-    accumulation         micro-batches per update and rank
     steps_by_data        steps that the prompts last for; fewer where dynamic sampling refills
     total_steps          the same, or --train.max_steps if that is smaller
     total_updates        optimizer updates of the whole run, for the learning-rate schedule
@@ -38,7 +37,6 @@ class BatchPlan:
     updates_per_epoch: int
     updates_per_step: int
     samples_per_rank: int
-    accumulation: int
     steps_by_data: int
     total_steps: int
     total_updates: int
@@ -81,7 +79,6 @@ def batch_plan(config: Config, n_prompts: int) -> BatchPlan:
         updates_per_epoch=updates // config.train.max_epochs,
         updates_per_step=updates,
         samples_per_rank=per_rank,
-        accumulation=per_rank // config.train.micro_batch_size,
         steps_by_data=by_data,
         total_steps=total,
         total_updates=total * updates,
@@ -137,8 +134,8 @@ def _batch_lines(config: Config, plan: BatchPlan, bound: BoundScale) -> list[str
         f"{plan.prompts_per_step} prompts x {k} rollouts = {plan.samples_per_step} rollouts per step",
         f"{plan.updates_per_step} update(s) per step ({plan.updates_per_epoch} x {config.train.max_epochs} epoch(s)) "
         f"of {plan.samples_per_update} rollouts; ratio: {resolve_ratio(config)}",
-        f"{plan.samples_per_rank} rollouts per update and rank = {plan.accumulation} micro-batch(es) of "
-        f"{config.train.micro_batch_size}, {plan.ranks} rank(s)",
+        f"{plan.samples_per_rank} rollouts per update and rank, {plan.ranks} rank(s); up to {config.rollouts_per_pass} "
+        f"rollouts and {config.train.max_tokens_per_gpu} tokens per forward pass",
         f"up to {prompt_tokens} prompt and {config.rollout.max_new_tokens} response tokens",
     ]
     if config.real.filters_groups:

@@ -119,7 +119,8 @@ class DsConfig(Section):
 class TrainConfig(Section):
     prefix: ClassVar[str] = "train"
     batch_size: int | None = flag(None, "rollouts per update over all ranks; none: see --real.mini_batches", ge=1)
-    micro_batch_size: int = flag(8, "rollouts per forward pass and rank", ge=1)
+    micro_batch_size: int | None = flag(None, "rollouts per forward pass and rank; none: those of one prompt", ge=1)
+    max_tokens_per_gpu: int = flag(16192, "tokens per forward pass and rank; larger groups are divided", ge=1)
     max_epochs: int = flag(1, "passes over each step's rollouts", ge=1)
     num_episodes: int = flag(1, "passes over the prompts", ge=1)
     max_steps: int | None = flag(None, "stop after this many steps; 0: evaluate and export only", ge=0)
@@ -257,6 +258,7 @@ class RealConfig(Section):
     min_mass: float = flag(0.05, "stop after the first rollouts with less mean mass on the scale", ge=0, le=1)
     min_readable: float = flag(0.02, "stop after the first rollouts with a smaller share of scores", ge=0, le=1)
     dead_steps: int = flag(20, "stop after this many steps in a row without any advantage; 0: never", ge=0)
+    logits_mb: int = flag(1024, "megabytes that logits may take in training; beyond, they are computed twice", ge=1)
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to train")
 
     def __post_init__(self) -> None:
@@ -354,3 +356,8 @@ class Config(Section):
     def samples_per_update(self) -> int:
         """Rollouts per optimizer update over all ranks: --train.batch_size, or what --real.mini_batches makes of it."""
         return self.train.batch_size or max(self.samples_per_step // self.real.mini_batches, 1)
+
+    @property
+    def rollouts_per_pass(self) -> int:
+        """Rollouts per forward pass and rank: --train.micro_batch_size, or the K rollouts of one prompt."""
+        return self.train.micro_batch_size or self.rollout.n_samples_per_prompt

@@ -30,8 +30,8 @@ UNSUPPORTED: dict[str, str] = {
     "train.enable_ema": "no moving average of the weights is kept",
     "train.ema_beta": "no moving average of the weights is kept",
     "train.agent_func_path": "a judge answers in one turn; there are no agents",
-    "train.dynamic_batch_enable": "micro-batches hold a fixed number of rollouts (--train.micro_batch_size)",
-    "train.max_tokens_per_gpu": "micro-batches hold a fixed number of rollouts (--train.micro_batch_size)",
+    "train.dynamic_batch_enable": "micro-batches are always filled by --train.micro_batch_size and "
+    "--train.max_tokens_per_gpu",
     "train.colocate_actor_ref": "policy and reference group are placed apart",
     "train.colocate_critic_reward": "REAL has neither critic nor reward model",
     "rollout.vllm_generate_batch_size": "a step's prompts are generated together; see --rollout.batch_size and "

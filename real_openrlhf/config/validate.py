@@ -15,7 +15,7 @@ __all__ = ["NOT_YET", "ConfigError", "validate"]
 # Features whose flags exist but whose code does not: flag -> (is it asked for, what to do instead).
 NOT_YET: dict[str, tuple[Callable[[Config], bool], str]] = {
     "ds.lora.rank": (lambda c: c.ds.lora.rank > 0, "leave it at 0 for full-parameter training"),
-    "ds.packing_samples": (lambda c: c.ds.packing_samples, "leave it off; micro-batches are padded"),
+    "ds.packing_samples": (lambda c: c.ds.packing_samples, "leave it off; micro-batches hold no padding anyway"),
     "train.colocate_all": (lambda c: c.train.colocate_all, "leave it off; engines and policy are placed apart"),
     "vllm.enable_sleep": (lambda c: c.vllm.enable_sleep, "leave it off; engines keep their memory"),
     "algo.kl.init_coef": (lambda c: c.algo.kl.init_coef > 0, "leave it at 0; there is no reference group"),
@@ -59,13 +59,10 @@ def _batch(config: Config) -> list[str]:
         raise ConfigError(f"--real.mini_batches {config.real.mini_batches} must divide {what}")
     if update is not None and samples % update:
         raise ConfigError(f"--train.batch_size {update} must divide {what} (--rollout.*)")
-    per_pass = config.train.micro_batch_size * ranks
-    if config.samples_per_update % per_pass:
-        divisors = [m for m in range(1, config.train.micro_batch_size) if config.samples_per_update % (m * ranks) == 0]
-        advice = f"; --train.micro_batch_size {divisors[-1]} would" if divisors else ""
+    if config.samples_per_update % ranks:
         raise ConfigError(
-            f"--train.micro_batch_size {config.train.micro_batch_size} x {ranks} ranks must divide the "
-            f"{config.samples_per_update} rollouts of an update (--train.batch_size){advice}"
+            f"the {config.samples_per_update} rollouts of an update (--train.batch_size, --real.mini_batches) must be "
+            f"a multiple of the {ranks} policy ranks"
         )
     return []
 
@@ -156,6 +153,11 @@ def _lengths(config: Config) -> list[str]:
         raise ConfigError(
             f"--data.max_len {config.data.max_len} (prompt and response) must be larger than --rollout.max_new_tokens "
             f"{config.rollout.max_new_tokens}, or no prompt fits"
+        )
+    if config.train.max_tokens_per_gpu < config.data.max_len:
+        raise ConfigError(
+            f"--train.max_tokens_per_gpu {config.train.max_tokens_per_gpu} must be at least --data.max_len "
+            f"{config.data.max_len}: a rollout cannot be divided"
         )
     if config.data.enable_thinking is not None and not config.data.apply_chat_template:
         raise ConfigError("--data.enable_thinking is a choice of the chat template; add --data.apply_chat_template")

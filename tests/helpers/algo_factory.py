@@ -164,6 +164,30 @@ def make_inputs(token_logprobs: Tensor, label_logprobs: Tensor, **fields: Any) -
     return LossInputs(token_logprobs=token_logprobs, label_logprobs=label_logprobs, **(defaults | fields))
 
 
+def plain_rows(batch: RealBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """The batch without sharing: ids and mask [N + B, P + W], and the W columns whose logits predict the responses.
+
+    A row is [left-padded prompt | right-padded response]; the last B are the branches of the score rows.
+    """
+    tokens = iter(batch.token_ids.split([n for g in batch.layout.groups for n in (g.prompt, *g.responses)]))
+    rows, forced, start = [], [], 0
+    for group in batch.layout.groups:
+        prompt = next(tokens)
+        sequences = [(prompt, next(tokens)) for _ in group.responses]
+        n = 0  # rollouts of the group: what is not a branch of one of them
+        while n + sum(start <= b.rollout < start + n for b in batch.score_rows.branches) < len(sequences):
+            n += 1
+        rows, forced, start = rows + sequences[:n], forced + sequences[n:], start + n
+    rows += forced
+    before, width = max(len(prompt) for prompt, _ in rows), max(1, max(len(response) for _, response in rows))
+    ids = torch.zeros(len(rows), before + width, dtype=torch.int64)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for i, (prompt, response) in enumerate(rows):
+        here = slice(before - len(prompt), before + len(response))
+        ids[i, here], mask[i, here] = torch.cat([prompt, response]), True
+    return ids, mask, torch.arange(before - 1, before + width - 1)
+
+
 class TinyPolicy(torch.nn.Module):
     """Logits from the running mean of the embeddings seen so far: causal, and blind to masked columns."""
 
@@ -175,10 +199,12 @@ class TinyPolicy(torch.nn.Module):
 
     def forward(self, batch: RealBatch) -> tuple[Tensor, Tensor, Tensor]:
         """-> token log-probs [N, T], label log-probs [N, S], entropy [N, T]."""
-        mask = batch.attention_mask[..., None].to(self.embed.dtype)
-        seen = (self.embed[batch.input_ids] * mask).cumsum(1) / mask.cumsum(1).clamp(min=1)
-        logits = torch.tanh(seen)[:, batch.logit_columns] @ self.head
-        logprobs = logits[: len(batch.response_ids)].log_softmax(-1)
+        input_ids, attention_mask, columns = plain_rows(batch)
+        mask = attention_mask[..., None].to(self.embed.dtype)
+        seen = (self.embed[input_ids] * mask).cumsum(1) / mask.cumsum(1).clamp(min=1)
+        logits = torch.tanh(seen)[:, columns] @ self.head
+        n, width = batch.response_ids.shape
+        logprobs = logits[:n, :width].log_softmax(-1)
         rows = batch.score_rows
         labels = rows.label_logprobs(rows.gather(logits[rows.sequence, rows.position]))
         entropy = -(logprobs.exp() * logprobs).sum(-1)

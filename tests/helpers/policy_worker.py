@@ -97,6 +97,7 @@ def main() -> None:
         term_grad_norm_steps=1,
         max_steps=10,
         bucket_bytes=2**20,
+        logits_mb=64,
     )
     actor.build(spec)
     torch.set_num_threads(1)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from real_openrlhf.actors.weight_transfer import free_port
 from real_openrlhf.algo.batch import collate, denominators_of, rows_of
 from real_openrlhf.algo.loss import LossOptions, policy_loss
+from tests.helpers.algo_factory import plain_rows
 from tests.helpers.policy_worker import EPSILON, LEARNING_RATE, MAX_NORM, SCALE, UPDATES, WEIGHT_DECAY, make_groups
 
 pytestmark = pytest.mark.integration
@@ -46,13 +47,14 @@ def reference(folder: Path) -> tuple[torch.nn.Module, list[float], list[float]]:
     groups = [{"params": decays, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=EPSILON)
     rows = rows_of(make_groups(model.config.vocab_size))
-    batch = collate(rows, pad_id=0)
+    batch = collate(rows)
+    input_ids, attention_mask, columns = plain_rows(batch)
     denominators = denominators_of(rows, trains_score_token=False)
     losses, norms = [], []
     for _ in range(UPDATES):
-        positions = (batch.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        output = model(batch.input_ids, attention_mask=batch.attention_mask.long(), position_ids=positions)
-        logits = output.logits[:, batch.logit_columns]
+        positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        output = model(input_ids, attention_mask=attention_mask.long(), position_ids=positions)
+        logits = output.logits[:, columns]
         logprobs = logits.log_softmax(-1)
         tokens = logprobs.gather(-1, batch.response_ids[..., None])[..., 0].masked_fill(~batch.response_mask, 0.0)
         labels = torch.zeros(len(rows), len(SCALE))

@@ -265,7 +265,7 @@ def test_the_plan_says_what_a_run_would_do(flags: list[str]) -> None:
         "rollout: 1 x (1 CPU), PACK",
         "evaluator: 1 x (1 CPU), PACK",
         "8 prompts x 4 rollouts = 32 rollouts per step",
-        "16 rollouts per update and rank = 2 micro-batch(es) of 8, 2 rank(s)",
+        "16 rollouts per update and rank, 2 rank(s); up to 4 rollouts and 16192 tokens per forward pass",
         "up to 24 prompt and 8 response tokens",
         "dynamic sampling: partial, refilled up to 10 times",
         "40 prompts x 1 episode(s): at most 5 steps, at most 5 updates",

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from real_openrlhf.actors.device import Device
-from real_openrlhf.actors.policy_model import PolicyOutputs, outputs_from_logits
+from real_openrlhf.actors.logprob_head import LogprobHead, Request
+from real_openrlhf.actors.policy_model import PolicyOutputs, outputs_of
 from real_openrlhf.actors.policy_trainer import RealTrainer
 from real_openrlhf.algo.batch import RealBatch, Row, rows_of
 from real_openrlhf.algo.loss import LossOptions
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import TrainGroup
-from tests.helpers.algo_factory import TinyPolicy, random_groups
+from tests.helpers.algo_factory import TinyPolicy, plain_rows, random_groups
 
 SCALE = ScoreScale.parse("1-3")  # tokens 1, 2, 3
 VALUES = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
@@ -30,17 +31,37 @@ class TinyActor(TinyPolicy):
 
     def __init__(self) -> None:
         super().__init__()
+        self.output = LogprobHead(*self.head.shape, bias=False, dtype=torch.float64)
+        with torch.no_grad():
+            self.output.weight.copy_(self.head.T)
+        del self.head
         self.seen: list[list[tuple[int, ...]]] = []
+        self.n_tokens: list[int] = []
 
     def logits(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         mask = mask[..., None].to(self.embed.dtype)
         seen = (self.embed[input_ids] * mask).cumsum(1) / mask.cumsum(1).clamp(min=1)
-        return torch.tanh(seen) @ self.head
+        return self.output(torch.tanh(seen))
 
-    def forward(self, batch: RealBatch, *, entropy_grad: bool = False) -> PolicyOutputs:  # type: ignore[override]
-        self.seen.append([tuple(ids[mask].tolist()) for ids, mask in zip(batch.input_ids, batch.attention_mask)])
-        logits = self.logits(batch.input_ids, batch.attention_mask)[:, batch.logit_columns]
-        return outputs_from_logits(logits, batch, temperature=TEMPERATURE, entropy_grad=entropy_grad)
+    def network(self, input_ids: Tensor, position_ids: Tensor, request: Request) -> tuple[Tensor, Tensor, Tensor]:
+        """Packed: each token's mean runs over the prompt and its own rollout."""
+        sums = []
+        for group in request.layout.groups:
+            vectors = self.embed[input_ids[0, group.start : group.end]].split([group.prompt, *group.responses])
+            prompt = vectors[0].cumsum(0)
+            sums += [prompt, *(prompt[-1] + own.cumsum(0) for own in vectors[1:])]
+        hidden = torch.tanh(torch.cat(sums) / (position_ids[0, :, None] + 1))
+        return self.output(hidden[request.logit_index], request)
+
+    def forward(  # type: ignore[override]
+        self, batch: RealBatch, *, entropy_grad: bool = False, moments: bool = False
+    ) -> PolicyOutputs:
+        ids, mask, _ = plain_rows(batch)
+        self.seen.append([tuple(row[real].tolist()) for row, real in zip(ids, mask)])
+        self.n_tokens.append(len(batch.token_ids))
+        return outputs_of(
+            self.network, batch, temperature=TEMPERATURE, max_bytes=2000, entropy_grad=entropy_grad, moments=moments
+        )
 
 
 class Strategy:
@@ -50,6 +71,7 @@ class Strategy:
 
     def __init__(self, args: Any, world_size: int) -> None:
         self.args, self.world_size = args, world_size
+        self.most_elsewhere = 0.0
         self.boundaries: list[bool] = []
         self.backwards = 0
         self.gradients: list[list[Tensor]] = []
@@ -72,7 +94,7 @@ class Strategy:
         return {name: value * self.world_size for name, value in values.items()}
 
     def max_over_ranks(self, value: float) -> float:
-        return value
+        return max(value, self.most_elsewhere)
 
     def get_grad_norm(self, model: Any) -> float:
         return float(torch.cat([g.flatten() for g in self.gradients[-1]]).norm())
@@ -88,9 +110,16 @@ def trainer(
     entropy_coef: float | None = None,
     norm_steps: int = 0,
     world_size: int = 1,
+    max_tokens: int = 10**6,
 ) -> RealTrainer:
     args = SimpleNamespace(
-        train=SimpleNamespace(max_epochs=epochs, micro_batch_size=micro, batch_size=per_update * world_size, seed=3),
+        train=SimpleNamespace(
+            max_epochs=epochs,
+            micro_batch_size=micro,
+            max_tokens_per_gpu=max_tokens,
+            batch_size=per_update * world_size,
+            seed=3,
+        ),
         actor=SimpleNamespace(entropy_coef=entropy_coef),
     )
     actor = TinyActor()
@@ -103,7 +132,6 @@ def trainer(
         values=VALUES,
         options=options or LossOptions(entropy_coef=entropy_coef or 0.0),
         trains_score_token=True,
-        pad_id=0,
         term_grad_norm_steps=norm_steps,
     )
 
@@ -178,16 +206,22 @@ def test_one_forward_and_one_backward_per_rollout_and_epoch(
     assert run.n_forwards == run.n_backwards == 12 * epochs == sum(len(batch) for batch in run.actor.seen)
     assert run.n_updates == len(strategy.gradients) == len(sizes) * epochs
     assert strategy.backwards == len(run.actor.seen)
+    assert all(len(batch) <= micro for batch in run.actor.seen)
     # One boundary per update, at its last micro-batch; every rollout once per epoch.
-    want = [[False] * (-(-size // micro) - 1) + [True] for size in sizes] * epochs
-    assert strategy.boundaries == [flag for update in want for flag in update]
+    rollouts, found = 0, []
+    for batch, last in zip(run.actor.seen, strategy.boundaries, strict=True):
+        rollouts += len(batch)
+        if last:
+            found.append(rollouts)
+            rollouts = 0
+    assert found == sizes * epochs and rollouts == 0
     per_epoch = len(run.actor.seen) // epochs
     for epoch in range(epochs):
         batches = run.actor.seen[epoch * per_epoch : (epoch + 1) * per_epoch]
         assert Counter(s for batch in batches for s in batch) == sequences(GROUPS)
 
 
-def test_mini_batches_are_drawn_anew_per_epoch_and_call_and_alike_on_every_rank() -> None:
+def test_mini_batches_are_groups_drawn_anew_per_epoch_and_call_and_alike_on_every_rank() -> None:
     def drawn() -> list[list[tuple[int, ...]]]:
         run = trainer(micro=8, per_update=6, epochs=2)
         run.ppo_train(GROUPS)
@@ -197,6 +231,36 @@ def test_mini_batches_are_drawn_anew_per_epoch_and_call_and_alike_on_every_rank(
     first = drawn()
     assert first == drawn()
     assert len({tuple(first[i]) for i in (0, 2, 4, 6)}) == 4
+    for batch in first:
+        members = [group for group in GROUPS if sequences([group]) <= Counter(batch)]
+        assert sum((sequences([group]) for group in members), Counter()) == Counter(batch)
+
+
+def test_prompts_are_shared_within_the_token_budget() -> None:
+    prompts = [g.group.prompt_ids.numel() for g in GROUPS]
+    responses = sum(r.token_ids.numel() for g in GROUPS for r in g.group.rollouts)
+    run = trainer(micro=12)
+    run.ppo_train(GROUPS)
+    assert run.actor.n_tokens == [sum(prompts) + responses]
+    budget = max(n + sum(r.token_ids.numel() for r in g.group.rollouts) for n, g in zip(prompts, GROUPS))
+    run = trainer(micro=12, max_tokens=budget)
+    run.ppo_train(GROUPS)
+    assert max(run.actor.n_tokens) <= budget and sum(run.actor.n_tokens) == sum(prompts) + responses
+    run = trainer(micro=1)
+    run.ppo_train(GROUPS)
+    assert sum(run.actor.n_tokens) == 2 * sum(prompts) + responses
+
+
+def test_every_rank_runs_as_many_forwards_as_the_one_that_needs_most() -> None:
+    want = reference(rows_of(GROUPS), TinyActor(), LossOptions())[1]
+    run = trainer(micro=12)
+    strategy: Any = run.strategy
+    strategy.most_elsewhere = 9.0
+    run.ppo_train(GROUPS)
+    assert strategy.backwards == len(run.actor.seen) == 9 and run.n_forwards == 12
+    assert strategy.boundaries == [False] * 8 + [True]
+    for mine, theirs in zip(strategy.gradients[0], want):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
 
 
 # -- gradients --------------------------------------------------------------------------------------------

@@ -211,7 +211,7 @@ def loss_of(
     unused = Coefficients(**zeros, zero_variance=False)
     group = Group(prompt_ids=torch.tensor([WORD]), label=0.0, rollouts=tuple(world.rollouts), row=0, weight_version=0)
     carrier = TrainGroup(group=group, target=target, coefficients=unused)
-    batch = collate([Row(group=carrier, index=i) for i in range(n)], pad_id=EOS)
+    batch = collate([Row(group=carrier, index=i) for i in range(n)])
     width = batch.response_ids.shape[1]
     token_logprobs = torch.stack([torch.nn.functional.pad(t, (0, width - len(t))) for t in world.token_logprobs])
     inputs = LossInputs(

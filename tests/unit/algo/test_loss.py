@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from real_openrlhf.algo.batch import collate, denominators_of, rows_of
+from real_openrlhf.algo.batch import Row, collate, denominators_of, rows_of
 from real_openrlhf.algo.loss import LossOptions, policy_loss
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import Denominators, LossInputs, LossOutputs
@@ -279,7 +279,7 @@ EVERY_OPTION = [
 def test_against_one_float_at_a_time(seed: int) -> None:
     rows = rows_of(random_groups(seed, 3, 4, SCALE))
     counts = denominators_of(rows, trains_score_token=True)
-    batch = collate(rows, pad_id=0)
+    batch = collate(rows)
     for options in EVERY_OPTION:
         inputs = inputs_of(TinyPolicy(), batch, SCALE.tensor())
         out = policy_loss(inputs, options=options, denominators=counts)
@@ -296,11 +296,11 @@ def test_micro_batches_add_up(options: LossOptions, sizes: list[int]) -> None:
     rows = rows_of(random_groups(3, 3, 4, SCALE))
     counts = denominators_of(rows, trains_score_token=True)
     whole, split = TinyPolicy(), TinyPolicy()
-    out = policy_loss(inputs_of(whole, collate(rows, pad_id=0), SCALE.tensor()), options=options, denominators=counts)
+    out = policy_loss(inputs_of(whole, collate(rows), SCALE.tensor()), options=options, denominators=counts)
     out.loss.backward()
     loss, sums, start = 0.0, dict.fromkeys(out.sums, 0.0), 0
     for size in sizes:
-        batch = collate(rows[start : start + size], pad_id=0)
+        batch = collate(rows[start : start + size])
         part = policy_loss(inputs_of(split, batch, SCALE.tensor()), options=options, denominators=counts)
         part.loss.backward()
         loss, start = loss + part.loss.item(), start + size
@@ -329,7 +329,7 @@ def shifted(inputs: LossInputs, left: int, right: int, fill: float) -> LossInput
 def test_padding_has_no_influence(options: LossOptions, fill: float) -> None:
     rows = rows_of(random_groups(4, 2, 4, SCALE))
     counts = denominators_of(rows, trains_score_token=True)
-    batch = collate(rows, pad_id=0)
+    batch = collate(rows)
     results = []
     for left, right, value in ((0, 0, 0.0), (3, 0, fill), (0, 2, fill), (1, 4, fill)):
         policy = TinyPolicy()
@@ -350,23 +350,15 @@ def test_padding_has_no_influence(options: LossOptions, fill: float) -> None:
             assert torch.allclose(a, b, atol=1e-12)
 
 
-def test_wider_batches_and_another_padding_token() -> None:
-    """The prompt's padding goes through the model: only the attention mask keeps it out."""
+def test_rollouts_together_and_alone() -> None:
     rows = rows_of(random_groups(5, 3, 2, SCALE))
     counts = denominators_of(rows, trains_score_token=True)
-    alone = sum(
-        policy_loss(
-            inputs_of(TinyPolicy(), collate([row], pad_id=3), SCALE.tensor()),
-            options=LossOptions(),
-            denominators=counts,
-        ).loss.item()
-        for row in rows
-    )
-    for pad_id in (0, 7):
-        batch = collate(rows, pad_id=pad_id)
-        assert not batch.attention_mask.all()
-        out = policy_loss(inputs_of(TinyPolicy(), batch, SCALE.tensor()), options=LossOptions(), denominators=counts)
-        assert out.loss.item() == pytest.approx(alone, abs=1e-12)
+
+    def loss_of(some: list[Row]) -> float:
+        inputs = inputs_of(TinyPolicy(), collate(some), SCALE.tensor())
+        return policy_loss(inputs, options=LossOptions(), denominators=counts).loss.item()
+
+    assert loss_of(rows) == pytest.approx(sum(loss_of([row]) for row in rows), abs=1e-12)
 
 
 @pytest.mark.parametrize("options", EVERY_OPTION[::7], ids=lambda o: f"{o.aggregation}-{o.ratio}-{o.tis_cap}")
@@ -443,7 +435,7 @@ def test_bf16_is_computed_in_fp32() -> None:
 def test_bf16_policy_runs_and_agrees() -> None:
     rows = rows_of(random_groups(6, 3, 4, SCALE))
     counts = denominators_of(rows, trains_score_token=True)
-    batch = collate(rows, pad_id=0)
+    batch = collate(rows)
     losses = []
     for dtype in (torch.bfloat16, torch.float32):
         policy = TinyPolicy(dtype=dtype)

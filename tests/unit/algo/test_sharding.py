@@ -41,7 +41,7 @@ def step(rank: int, options: LossOptions, sizes: list[int], accumulation: int) -
     model = DistributedDataParallel(TinyPolicy())
     per_batch = -(-len(rows) // accumulation)
     for i in range(accumulation):
-        inputs = inputs_of(model, collate(rows[i * per_batch : (i + 1) * per_batch], pad_id=0), SCALE.tensor())
+        inputs = inputs_of(model, collate(rows[i * per_batch : (i + 1) * per_batch]), SCALE.tensor())
         # As under DeepSpeed: losses are averaged over ranks and over the accumulated micro-batches.
         out = policy_loss(inputs, options=options, denominators=total, loss_scale=RANKS * accumulation)
         (out.loss / accumulation).backward()
@@ -70,7 +70,7 @@ def test_two_ranks_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     expected = []
     for options in OPTIONS:
         policy = TinyPolicy()
-        inputs = inputs_of(policy, collate(rows, pad_id=0), SCALE.tensor())
+        inputs = inputs_of(policy, collate(rows), SCALE.tensor())
         counts = denominators_of(rows, trains_score_token=True)
         policy_loss(inputs, options=options, denominators=counts).loss.backward()
         expected += [[grad_of(p) for p in policy.parameters()]] * len(SHARES)

@@ -16,7 +16,7 @@ SMALL = {"rollout.batch_size": 8, "rollout.n_samples_per_prompt": 4, "train.micr
 def test_one_update() -> None:
     plan = batch_plan(build_config(SMALL), 100)
     assert (plan.samples_per_step, plan.updates_per_step, plan.samples_per_update) == (32, 1, 32)
-    assert (plan.samples_per_rank, plan.accumulation) == (32, 16)
+    assert plan.samples_per_rank == 32
     assert (plan.steps_by_data, plan.total_steps, plan.total_updates) == (12, 12, 12)
     assert plan.at_most
 
@@ -25,7 +25,7 @@ def test_ranks_mini_batches_epochs_episodes() -> None:
     more = {"actor.num_nodes": 2, "actor.num_gpus_per_node": 2, "train.batch_size": 16, "train.max_epochs": 3}
     plan = batch_plan(build_config({**SMALL, **more, "train.num_episodes": 3, "real.refill": False}), 20)
     assert (plan.ranks, plan.updates_per_epoch, plan.updates_per_step) == (4, 2, 6)
-    assert (plan.samples_per_rank, plan.accumulation) == (4, 2)
+    assert plan.samples_per_rank == 4
     # 60 prompts over three episodes: the fourth prompt of step 3 already belongs to the second.
     assert (plan.steps_by_data, plan.total_updates) == (7, 42)
     assert not plan.at_most
@@ -90,7 +90,7 @@ def test_text_of_the_plan() -> None:
         Batch
           8 prompts x 4 rollouts = 32 rollouts per step
           1 update(s) per step (1 x 1 epoch(s)) of 32 rollouts; ratio: on_policy
-          32 rollouts per update and rank = 16 micro-batch(es) of 2, 1 rank(s)
+          32 rollouts per update and rank, 1 rank(s); up to 2 rollouts and 16192 tokens per forward pass
           up to 2048 prompt and 1024 response tokens
           dynamic sampling: partial, refilled up to 10 times
         Steps

@@ -1,0 +1,161 @@
+"""The output layer where log-probs are needed: chunk by chunk, in bounded memory.
+
+A forward pass needs few numbers of each row of logits: log-probs of some tokens and the entropy.
+Here they are computed over chunks of rows; what the backward pass needs is kept as far as the bound
+allows and computed again beyond it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from real_openrlhf.algo.dtypes import upcast
+from real_openrlhf.algo.packing import PromptLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a forward of a packed row is asked for; see `RealBatch` for the letters.
+
+    layout         how the row is packed
+    logit_index    [M] int64: the tokens of the row whose logits are needed
+    row, token     [Q] int64: the picks, log-probs of these tokens in these of the M rows
+    max_bytes      what logits and everything of their size may take together
+    entropy_grad   the entropies need a gradient
+    moments        compute them too
+    """
+
+    layout: PromptLayout
+    logit_index: Tensor
+    row: Tensor
+    token: Tensor
+    temperature: float
+    max_bytes: int
+    entropy_grad: bool = False
+    moments: bool = False
+
+
+class LogprobHead(nn.Linear):
+    """A linear output layer that also answers requests.
+
+    Existing layers are turned into it by assigning their __class__: the parameter stays the object
+    that an embedding is tied to and that DeepSpeed has sharded, under the name that it has. It must be
+    called as a module for a request too, since under ZeRO-3 that is what gathers the weight.
+    """
+
+    def forward(self, input: Tensor, request: Request | None = None) -> Any:
+        """Without a request logits; else input [M, D] -> picks [Q], entropy [M], moments [3, M], in fp32 or wider.
+
+        The moments of a row's probabilities p and entropy H are the sums of p^2, of p^2 (log p + H)
+        and of p^2 (log p + H)^2: the norm of any loss's gradient at the logits follows from them.
+        """
+        if request is None:
+            return super().forward(input)
+        keep = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
+        return _Chunked.apply(input, self.weight, self.bias, request, keep)
+
+
+class _Chunked(torch.autograd.Function):
+    """Log-softmax over chunks of rows. The gradient at a row's logits, with picks i of gradient g_i,
+
+    is (sum_i g_i (onehot_i - p) - h p (log p + H)) / T, where h is the gradient of the entropy H.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, request: Request, keep: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.chunks = _Chunks(request, len(hidden), len(weight))
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.set_materialize_grads(False)
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        picks = hidden.new_zeros(len(request.row), dtype=dtype)
+        entropy = hidden.new_zeros(len(hidden), dtype=dtype)
+        moments = hidden.new_zeros(3, len(hidden) if request.moments else 0, dtype=dtype)
+        kept_bytes, ctx.kept = 0, {}
+        for rows, mine in ctx.chunks:
+            logprobs = _logprobs(hidden[rows], weight, bias, request.temperature)
+            picks[mine] = logprobs[request.row[mine] - rows.start, request.token[mine]]
+            probs = logprobs.exp()
+            entropy[rows] = -torch.einsum("mv,mv->m", probs, logprobs)
+            if request.moments:
+                moments[:, rows] = _moments(probs, logprobs, entropy[rows])
+            size = probs.numel() * probs.element_size()
+            if keep and kept_bytes + size <= request.max_bytes // 2:
+                ctx.kept[rows.start] = probs
+                kept_bytes += size
+        ctx.entropy = entropy if request.entropy_grad else None
+        ctx.mark_non_differentiable(*([moments] if request.entropy_grad else [entropy, moments]))
+        return picks, entropy, moments
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias = ctx.saved_tensors
+        request, kept, grad_entropy = ctx.chunks.request, ctx.kept, grads[1]
+        ctx.kept = {}  # overwritten below; a second backward computes them again
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        grad_picks = hidden.new_zeros(len(request.row), dtype=dtype) if grads[0] is None else grads[0]
+        total = hidden.new_zeros(len(hidden), dtype=dtype).index_add(0, request.row, grad_picks)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        grad_bias = torch.zeros_like(bias) if needs_bias else None
+        for rows, mine in ctx.chunks:
+            probs = kept.pop(rows.start, None)
+            if probs is None:
+                probs = _logprobs(hidden[rows], weight, bias, request.temperature).exp_()
+            if grad_entropy is None or ctx.entropy is None:
+                grad = probs.mul_(-total[rows, None])
+            else:
+                h = grad_entropy[rows, None]
+                grad = torch.special.xlogy(probs, probs).mul_(-h)
+                grad.sub_(probs.mul_(total[rows, None] + h * ctx.entropy[rows, None]))
+            grad.index_put_((request.row[mine] - rows.start, request.token[mine]), grad_picks[mine], accumulate=True)
+            grad = grad.div_(request.temperature).to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad @ weight
+            if grad_weight is not None:
+                grad_weight.addmm_(grad.T, hidden[rows])
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        return grad_hidden, grad_weight, grad_bias, None, None
+
+
+class _Chunks:
+    """The chunks of M rows: slices of the rows, and of each the indices of its picks.
+
+    An eighth of the bound per chunk: at most three of its size are alive at once besides narrower copies,
+    and half of the bound is for what is kept.
+    """
+
+    def __init__(self, request: Request, n_rows: int, vocabulary: int) -> None:
+        self.request = request
+        size = max(1, request.max_bytes // 8 // (4 * vocabulary))
+        self.rows = [slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size)]
+        order = request.row.argsort()
+        edges = torch.tensor([rows.stop for rows in self.rows], dtype=torch.int64, device=order.device)
+        counts = torch.searchsorted(request.row[order], edges).diff(prepend=edges.new_zeros(1)).tolist()
+        self.picks = order.split(counts) if self.rows else ()
+
+    def __iter__(self) -> Any:
+        return iter(zip(self.rows, self.picks, strict=True))
+
+
+def _logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    """[m, V] in fp32 or wider. Logits are rounded to the model's dtype, as the model's own are."""
+    logits = upcast(nn.functional.linear(hidden, weight, bias))
+    return (logits if temperature == 1.0 else logits.div_(temperature)).log_softmax(-1)
+
+
+def _moments(probs: Tensor, logprobs: Tensor, entropy: Tensor) -> Tensor:
+    """[3, m]; overwrites logprobs."""
+    centred = logprobs.add_(entropy[:, None])
+    squares = probs * probs
+    first = squares.sum(-1)
+    second = torch.einsum("mv,mv->m", squares, centred)
+    third = torch.einsum("mv,mv->m", squares.mul_(centred), centred)
+    return torch.stack([first, second, third])
