@@ -205,8 +205,8 @@ class _Group:
         near, near_lse = _flash(*self._own(), 0.0, True, scale=self.scale)
         near, near_lse = self._packed(near), self._packed(near_lse)
         lse = torch.logaddexp(far_lse, near_lse)
-        out = far * (far_lse - lse).exp()[..., None].to(far.dtype) + near * (near_lse - lse).exp()[..., None].to(far)
-        return out, lse
+        # The log-sum-exps are in fp32 also where the rest is bf16, and so is the sum: it is rounded once.
+        return far * (far_lse - lse).exp()[..., None] + near * (near_lse - lse).exp()[..., None], lse
 
     def merged_backward(self, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
         """Gradients of the rollouts' queries, of the prompt's keys and values, and of the rollouts' own."""

@@ -239,7 +239,7 @@ def test_bf16() -> None:
 
     assert packed.logprobs[id(ROWS[0].rollout)].dtype == torch.float32
     for mine, theirs in zip(error(packed), error(apart)):
-        assert 0 < mine < 1.5 * theirs + 1e-3
+        assert 0 < mine < 2 * theirs
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
