@@ -119,7 +119,7 @@ def test_engine_env_binds_the_cores_there_are(monkeypatch, cores, workers, bind)
 def test_trainer_env(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     cpu = Device(name="cpu", dtype_name="fp32")
-    assert cpu.trainer_env(2) == {"OMP_NUM_THREADS": "4", "DS_ACCELERATOR": "cpu"}
+    assert cpu.trainer_env(2) == {"OMP_NUM_THREADS": "4", "DS_ACCELERATOR": "cpu", "THP_MEM_ALLOC_ENABLE": "1"}
     assert cpu.trainer_env(99)["OMP_NUM_THREADS"] == "1"
     assert Device(name="cuda", dtype_name="bf16").trainer_env(2) == {}
     with pytest.raises(DeviceError, match="ranks_on_node"):
