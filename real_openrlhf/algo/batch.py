@@ -32,6 +32,7 @@ class RealBatch:
     cot, score, squared_error, likelihood, target_value, target_weight   [N] float32
     target_low, target_high   [N] int64
     rollout_logprobs   [N, T] float32, 0 at padding
+    ref_logprobs       the same under the reference policy; None without a KL
 
     Example: a prompt of 3 tokens with rollouts of 2 and 1: L = 6, N = 2, T = 2. Token 2, the
     prompt's last, predicts the first token of both rollouts, token 3 the second of the first one:
@@ -59,12 +60,16 @@ class RealBatch:
     target_high: Tensor
     target_weight: Tensor
     rollout_logprobs: Tensor
+    ref_logprobs: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.response_ids)
 
     def to(self, device: torch.device | str) -> RealBatch:
-        moved: dict[str, Any] = {n: v if isinstance(v, PromptLayout) else v.to(device) for n, v in vars(self).items()}
+        moved: dict[str, Any] = {
+            name: value.to(device) if isinstance(value, Tensor | ScoreRows) else value
+            for name, value in vars(self).items()
+        }
         return RealBatch(**moved)
 
 
@@ -118,6 +123,7 @@ def collate(rows: Sequence[Row]) -> RealBatch:
         target_high=torch.tensor([t.high for t in targets]),
         target_weight=torch.tensor([t.weight for t in targets], dtype=torch.float32),
         rollout_logprobs=rollout_logprobs,
+        ref_logprobs=_ref_logprobs(rows, width),
     )
 
 
@@ -183,3 +189,16 @@ def _packed(rows: Sequence[Row], score_rows: ScoreRows, response_mask: Tensor) -
         "logit_row": torch.zeros_like(response_mask, dtype=torch.int64).masked_scatter(response_mask, token_row),
         "score_row": score_row,
     }
+
+
+def _ref_logprobs(rows: Sequence[Row], width: int) -> Tensor | None:
+    """[N, T], 0 at padding; None when no row has any."""
+    if all(r.group.ref_logprobs is None for r in rows):
+        return None
+    table = torch.zeros(len(rows), width)
+    for i, row in enumerate(rows):
+        if row.group.ref_logprobs is None:
+            raise ValueError("some groups of the batch have log-probs of the reference policy, others have none")
+        logprobs = row.group.ref_logprobs[row.index]
+        table[i, : logprobs.numel()] = logprobs
+    return table

@@ -30,7 +30,8 @@ def kl_per_token(
         value = log_ratio**2 / 2
     elif estimator == "k3":
         bounded = log_ratio.clamp(min=-10)
-        value = (-bounded).exp() - 1 + bounded
+        # expm1: near the reference the difference of exp and 1 would be rounding noise in fp32.
+        value = (-bounded).expm1() + bounded
     else:
         raise ValueError(f"unknown KL estimator {estimator!r}; use k1, k2 or k3")
     value = value.detach().clamp(-10, 10)

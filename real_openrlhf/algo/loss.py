@@ -68,6 +68,8 @@ def policy_loss(
     """
     if inputs.rollout_logprobs is None and options.needs_rollout_logprobs:
         raise ValueError("clipped ratios and importance weights need rollout_logprobs")
+    if inputs.ref_logprobs is None and options.kl_coef:
+        raise ValueError("the KL needs ref_logprobs")
     # Padding may hold anything, also inf and nan: it is cut off first, or 0 * inf would come back in the gradient.
     logprobs = _masked(inputs.token_logprobs, inputs.response_mask)
     rollout_logprobs = _masked(inputs.rollout_logprobs, inputs.response_mask)

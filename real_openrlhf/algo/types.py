@@ -179,11 +179,23 @@ class Coefficients:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainGroup:
-    """A group with the coefficients its objective gave it: what the policy trains on."""
+    """A group with the coefficients its objective gave it: what the policy trains on.
+
+    ref_logprobs  one [T] float32 per rollout, log-probs of its tokens under the reference policy; None without a KL
+    """
 
     group: Group
     target: Target
     coefficients: Coefficients
+    ref_logprobs: tuple[Tensor, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.ref_logprobs is None:
+            return
+        lengths = [r.token_ids.numel() for r in self.group.rollouts]
+        found = [r.numel() for r in self.ref_logprobs]
+        if found != lengths:
+            raise ValueError(f"TrainGroup.ref_logprobs has lengths {found}, the responses {lengths}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -223,3 +223,18 @@ def test_to_keeps_every_field() -> None:
         and moved.score_rows.trie.path.is_meta
     )
     assert math.prod(moved.token_ids.shape) == math.prod(batch.token_ids.shape)
+
+
+def test_reference_logprobs_stand_where_the_response_stands() -> None:
+    first, second = docstring_groups()
+    both = [
+        replace(first, ref_logprobs=(torch.tensor([-0.5, -0.25]),)),
+        replace(second, ref_logprobs=(torch.tensor([-1.5]),)),
+    ]
+    batch = collate(rows_of(both))
+    assert batch.ref_logprobs is not None and batch.ref_logprobs.tolist() == [[-0.5, -0.25], [-1.5, 0.0]]
+    assert batch.to("cpu").ref_logprobs is not None
+    without = collate(rows_of([first, second]))
+    assert without.ref_logprobs is None and without.to("cpu").ref_logprobs is None
+    with pytest.raises(ValueError, match="others have none"):
+        collate(rows_of([both[0], second]))

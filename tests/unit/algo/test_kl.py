@@ -100,3 +100,11 @@ def test_dtype() -> None:
     half = torch.full((1, 1), -1.0, dtype=torch.bfloat16)
     assert kl_per_token(half, half).dtype == torch.float32
     assert kl_per_token(half.double(), half.double()).dtype == torch.float64
+
+
+def test_k3_near_the_reference_is_not_rounding_noise() -> None:
+    gap = 1e-4
+    ref = torch.full((1, 1000), -3.0)
+    value = kl_per_token((ref.double() + gap).float(), ref, estimator="k3")
+    exact = (ref.double() + gap).float().double() - ref.double()
+    torch.testing.assert_close(value.double(), exact**2 / 2, rtol=5e-3, atol=0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import OFF_SCALE, REASONS, TRUNCATED, Coefficients, count_reasons, group_scores
-from tests.helpers.algo_factory import make_group, make_rollout
+from tests.helpers.algo_factory import make_group, make_rollout, make_train_group
 
 SCALE = ScoreScale.parse("1-3")
 
@@ -47,3 +48,10 @@ def test_coefficients_of_different_lengths_are_refused() -> None:
     }
     with pytest.raises(ValueError, match=r"likelihood has shape \(3,\), cot \(2,\)"):
         Coefficients(**fields | {"likelihood": torch.zeros(3)}, zero_variance=False)
+
+
+def test_reference_logprobs_of_another_length_are_refused() -> None:
+    group = make_train_group(make_group([1], [make_rollout([7, 3]), make_rollout([7])]), SCALE)
+    replace(group, ref_logprobs=(torch.zeros(2), torch.zeros(1)))
+    with pytest.raises(ValueError, match=r"lengths \[2, 2\], the responses \[2, 1\]"):
+        replace(group, ref_logprobs=(torch.zeros(2), torch.zeros(2)))
