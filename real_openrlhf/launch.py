@@ -35,9 +35,11 @@ from real_openrlhf.wiring import (
     placement_requests,
     policy_spec,
     probe_sequences,
+    reference_spec,
 )
 
 if TYPE_CHECKING:
+    from real_openrlhf.actors.protocols import ReferenceGroup
     from real_openrlhf.actors.remote import RayPolicyGroup, RayRolloutGroup
     from real_openrlhf.train_real import Inputs
 
@@ -87,7 +89,7 @@ def launch(inputs: Inputs, checkpoint: Checkpoint | None = None) -> dict[str, An
         ray_session(
             config.ray.address,
             num_cpus=config.ray.num_cpus,
-            needed_cpus=float(config.ranks + engine_workers(config)),
+            needed_cpus=float(config.ranks + config.reference_ranks + engine_workers(config)),
         ) as session,
         # Inside: ray.init installs a SIGTERM handler of its own.
         StopRequest() as stop,
@@ -125,6 +127,7 @@ def make_controller(
         policy=actors.policy,
         weight_sync=actors.weight_sync,
         evaluator=actors.evaluator,
+        reference=actors.reference,
         log=log,
         progress=progress,
         decode=inputs.tokenizer.decode,
@@ -167,7 +170,13 @@ class _Actors:
     """All actors of a run, started side by side."""
 
     def __init__(self, inputs: Inputs, plan: BatchPlan, device: Device) -> None:
-        from real_openrlhf.actors.remote import RayEvaluator, RayPolicyGroup, RayRolloutGroup, RayWeightSync
+        from real_openrlhf.actors.remote import (
+            RayEvaluator,
+            RayPolicyGroup,
+            RayReferenceGroup,
+            RayRolloutGroup,
+            RayWeightSync,
+        )
 
         config = inputs.config
         env = passed_environment()
@@ -179,13 +188,27 @@ class _Actors:
         engines = [self.rollouts]
         if "evaluator" in groups:
             engines.append(RayRolloutGroup(spec, n_engines=1, group=groups["evaluator"], device=device, env=env))
+        trainee = policy_spec(inputs, plan, device)
         self.policy: RayPolicyGroup = RayPolicyGroup(
-            policy_spec(inputs, plan, device), n_ranks=config.ranks, group=groups["policy"], device=device, env=env
+            trainee, n_ranks=config.ranks, group=groups["policy"], device=device, env=env
         )
         waiting = [ref for group in engines for ref in group.ready()]
+        self.reference: ReferenceGroup | None = None
+        if "reference" in groups:
+            frozen = RayReferenceGroup(
+                reference_spec(trainee, config),
+                n_ranks=config.reference_ranks,
+                group=groups["reference"],
+                device=device,
+                env=env,
+            )
+            self.reference = frozen
+            waiting += frozen.ready()
+        elif config.algo.kl.init_coef > 0:
+            self.reference = self.policy
         built = ray.get([*self.policy.ready(), *waiting])
         self.facts = {name: value for name, value in built[0].items() if isinstance(value, int | float)}
-        logger.info("policy: %s; engines: %d", built[0], len(waiting))
+        logger.info("policy: %s; engines: %d", built[0], sum(len(group.engines) for group in engines))
         self._engines = engines
         self.weight_sync = RayWeightSync(
             self.policy,
@@ -247,6 +270,8 @@ def _export(inputs: Inputs, steps: int, metrics: dict[str, float | None]) -> Non
             "rollouts per prompt": config.rollout.n_samples_per_prompt,
             "prompts per step": config.rollout.batch_size,
             "groups kept": config.real.keep_groups,
+            "LoRA adapters": str(config.ds.lora),
+            "weight of the KL to the start": config.algo.kl.init_coef,
             "differs from the preset in": ", ".join(config.overridden) or "nothing",
         },
         evaluation=split_metrics(metrics) if metrics else None,

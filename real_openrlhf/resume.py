@@ -31,6 +31,7 @@ def run_identity(inputs: Inputs) -> RunIdentity:
         seed=config.train.seed,
         ranks=config.ranks,
         zero_stage=config.ds.zero_stage,
+        adapters=str(config.ds.lora),
         settings={name: flags[name] for name in ("actor", "algo", "rollout", "real", "vllm")},
     )
 

@@ -22,6 +22,7 @@ from real_openrlhf.algo.score_scale import BoundScale, bind_scale
 from real_openrlhf.checkpoint.signals import EXIT_RESUME
 from real_openrlhf.checkpoint.store import Checkpoint
 from real_openrlhf.config.cli import parse_args
+from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.config.plan import batch_plan
 from real_openrlhf.config.schema import Config
 from real_openrlhf.config.validate import validate
@@ -58,6 +59,7 @@ def load_inputs(config: Config) -> Inputs:
     config = with_absolute_paths(config)
     warnings = validate(config, device=known_device(config))
     check_samplings(config)
+    check_lora(config)
     tokenizer = load_tokenizer(config.actor.model_name_or_path)
     bound = bind_scale(config.real.score_scale, tokenizer, config.real.anchor)
     template = PromptTemplate(
@@ -91,6 +93,21 @@ def load_inputs(config: Config) -> Inputs:
         eval_set=load(config.eval.dataset, config.eval.max_samples) if config.eval.dataset else None,
         warnings=tuple(warnings),
     )
+
+
+def check_lora(config: Config) -> None:
+    """ConfigError for adapters that the model cannot have; reads the model's config, not its weights."""
+    from real_openrlhf.wiring import lora_of
+
+    lora = lora_of(config)
+    if lora is None:
+        return
+    from real_openrlhf.actors.lora import LoraError, check_adapters
+
+    try:
+        check_adapters(config.actor.model_name_or_path, lora)
+    except (LoraError, OSError) as error:
+        raise ConfigError(f"--actor.model_name_or_path {config.actor.model_name_or_path}: {error}") from error
 
 
 def known_device(config: Config) -> Literal["cpu", "cuda"] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ from real_openrlhf.controller.trainer import ControllerSettings
 
 if TYPE_CHECKING:
     from real_openrlhf.actors.evaluator import EvaluatorSpec
+    from real_openrlhf.actors.lora import Lora
     from real_openrlhf.actors.policy_actor import PolicySpec
     from real_openrlhf.train_real import Inputs
 
@@ -93,7 +96,7 @@ def controller_settings(config: Config, plan: BatchPlan) -> ControllerSettings:
     return ControllerSettings(
         total_steps=plan.total_steps,
         batch_size=config.rollout.batch_size,
-        ranks=config.ranks,
+        share_by=math.lcm(config.ranks, config.reference_ranks or 1),
         sampling=rollout_sampling(config),
         seed=config.train.seed,
         seeded=config.train.full_determinism_enable,
@@ -116,13 +119,15 @@ def model_folder(config: Config) -> Path:
 
 
 def placement_requests(config: Config, device: Device) -> list[Request]:
-    """One placement group for the policy, one for the engines, one for the evaluator's own engine."""
+    """One placement group for the policy, one for the engines, one each for a reference and the evaluator's engine."""
     bundle = device.bundle()
     width = config.vllm.tensor_parallel_size
     requests = [
         Request(name="policy", bundles=(bundle,) * config.ranks),
         Request(name="rollout", bundles=(bundle,) * (config.vllm.num_engines * width)),
     ]
+    if config.reference_ranks:
+        requests.append(Request(name="reference", bundles=(bundle,) * config.reference_ranks))
     if config.eval.dataset and config.eval.engine == "own":
         requests.append(Request(name="evaluator", bundles=(bundle,) * width))
     return requests
@@ -168,7 +173,23 @@ def policy_spec(inputs: Inputs, plan: BatchPlan, device: Device) -> PolicySpec:
         max_steps=max(1, plan.total_updates),
         bucket_bytes=config.sync.bucket_mb * 2**20,
         logits_mb=config.real.logits_mb,
+        lora=lora_of(config),
     )
+
+
+def reference_spec(policy: PolicySpec, config: Config) -> PolicySpec:
+    """The policy's own settings, on the reference group's ranks."""
+    return replace(policy, ranks_per_node=config.ref.num_gpus_per_node, lora=None)
+
+
+def lora_of(config: Config) -> Lora | None:
+    from real_openrlhf.actors.lora import Lora
+
+    lora = config.ds.lora
+    if lora.rank == 0:
+        return None
+    targets = "all-linear" if lora.target_modules == ("all-linear",) else lora.target_modules
+    return Lora(rank=lora.rank, alpha=lora.alpha, targets=targets, dropout=lora.dropout, seed=config.train.seed)
 
 
 def evaluator_spec(inputs: Inputs) -> EvaluatorSpec:

@@ -40,6 +40,7 @@ _STRATEGY = "openrlhf.utils.deepspeed:DeepspeedStrategy"
 _ACTOR = "openrlhf.models:Actor"
 _TRAINER = "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer"
 _POLICY = "openrlhf.trainer.ray.ppo_actor:PolicyModelActor"
+_REFERENCE = "openrlhf.trainer.ray.launcher:ReferenceModelActor"
 _BASE = "openrlhf.trainer.ray.launcher:BaseDistributedActor"
 _MODEL_BASE = "openrlhf.trainer.ray.launcher:BaseModelActor"
 _ENGINE = "openrlhf.trainer.ray.vllm_engine:RolloutRayActor"
@@ -88,6 +89,13 @@ TOUCHES: tuple[Touch, ...] = (
         names=("optim_dict", "max_norm"),
     ),
     Touch(
+        where=f"{_STRATEGY}.get_ds_eval_config",
+        how="override",
+        by="actors.policy_strategy",
+        why="no fixed train_batch_size: the reference's ranks need not divide it",
+        names=("offload",),
+    ),
+    Touch(
         where=f"{_STRATEGY}.backward",
         how="override",
         by="actors.policy_strategy",
@@ -112,6 +120,12 @@ TOUCHES: tuple[Touch, ...] = (
         how="call",
         by="actors.policy_actor",
         why="(model, cfg) -> model, optimizer, scheduler",
+    ),
+    Touch(
+        where=f"{_STRATEGY}.prepare",
+        how="call",
+        by="actors.reference_actor",
+        why="a model without an optimizer; its attribute _offload decides where ZeRO-3 keeps the weights",
     ),
     Touch(
         where=f"{_STRATEGY}._ds_init_train_model",
@@ -295,12 +309,51 @@ TOUCHES: tuple[Touch, ...] = (
         by="actors.policy_actor",
         why="gathers parameter by parameter under ZeRO-3, keeps the dtype, needs no CUDA",
     ),
-    # Rollout engine
     Touch(
         where=f"{_POLICY}.save_checkpoint",
         how="override",
         by="actors.policy_actor",
         why="OpenRLHF rotates and names checkpoints itself; here a store does, and the shards go where it says",
+    ),
+    # Reference actor
+    Touch(
+        where=_REFERENCE,
+        how="unwrap",
+        by="actors.reference_actor",
+        why="rank, rendezvous and process group, as of the policy",
+    ),
+    Touch(
+        where=f"{_BASE}.__init__",
+        how="override",
+        by="actors.reference_actor",
+        why="Ray wants the subclass of a wrapped class to have its own __init__",
+        names=("world_size", "rank", "master_addr", "master_port"),
+    ),
+    Touch(
+        where=f"{_MODEL_BASE}._setup_distributed",
+        how="call",
+        by="actors.reference_actor",
+        why="keeps the strategy and joins the process group",
+        names=("strategy",),
+    ),
+    Touch(
+        where=f"{_REFERENCE}.init_model_from_pretrained",
+        how="skip",
+        by="actors.reference_actor",
+        why="loads bf16 with flash attention; ReferenceActor.build takes its place",
+    ),
+    Touch(
+        where=f"{_REFERENCE}.forward",
+        how="skip",
+        by="actors.reference_actor",
+        why="moves padded sequences to the CUDA device; ReferenceActor.reference_logprobs takes groups",
+    ),
+    Touch(
+        where=_REFERENCE,
+        how="attributes",
+        by="actors.reference_actor",
+        why="the engine around the model",
+        names=("model",),
     ),
     # Rollout engine
     Touch(

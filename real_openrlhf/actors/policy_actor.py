@@ -16,9 +16,11 @@ from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
 from torch import Tensor, distributed
 
 from real_openrlhf.actors.device import Device
+from real_openrlhf.actors.lora import Lora, Weight, add_adapters, save_adapter, weights_of, without_adapters
 from real_openrlhf.actors.policy_model import PolicyModel
 from real_openrlhf.actors.policy_strategy import PolicyStrategy
 from real_openrlhf.actors.policy_trainer import RealTrainer
+from real_openrlhf.actors.reference_actor import response_logprobs
 from real_openrlhf.actors.weight_transfer import Bucket, SyncGroup, make_plan, send_bucket
 from real_openrlhf.algo.loss import LossOptions
 from real_openrlhf.algo.types import TrainGroup
@@ -27,6 +29,8 @@ from real_openrlhf.algo.types import TrainGroup
 _OpenRLHFPolicyActor = PolicyModelActor.__ray_metadata__.modified_class.__ray_actor_class__
 
 _CHECKPOINT_TAG = "deepspeed"
+# Of an exported model: the folder of its adapter, for peft.
+_ADAPTER_FOLDER = "adapter"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,7 @@ class PolicySpec:
     values               the score scale's values
     max_steps            optimizer steps of the whole run, for the learning-rate schedule
     logits_mb            megabytes that logits may take in training
+    lora                 None: all parameters are trained
     """
 
     path: str
@@ -52,6 +57,12 @@ class PolicySpec:
     max_steps: int
     bucket_bytes: int
     logits_mb: int
+    lora: Lora | None = None
+
+    @property
+    def attention(self) -> str:
+        """Asked for in the actor: the driver may sit on a node without flash attention."""
+        return self.attn_implementation if self.attn_implementation != "auto" else self.device.attn_implementation
 
 
 class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
@@ -65,18 +76,18 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
         self.spec = spec
         args = spec.args
         torch.set_num_threads(spec.device.trainer_threads(spec.ranks_per_node))
-        # Asked for here: the driver may sit on a node without flash attention.
-        attention = spec.attn_implementation if spec.attn_implementation != "auto" else spec.device.attn_implementation
         strategy = PolicyStrategy(args, spec.device)
         self._setup_distributed(strategy)
         model = PolicyModel(
             spec.path,
             device=spec.device,
-            attn_implementation=attention,
+            attn_implementation=spec.attention,
             ds_config=strategy.get_ds_train_config(),
             temperature=args.rollout.temperature,
             max_logit_bytes=spec.logits_mb * 2**20,
         )
+        if spec.lora is not None:
+            add_adapters(model.model, spec.lora)
         if args.actor.gradient_checkpointing_enable:
             model.gradient_checkpointing_enable({"use_reentrant": args.actor.gradient_checkpointing_reentrant})
         optimizer_config = dict(
@@ -101,12 +112,13 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
             term_grad_norm_steps=spec.term_grad_norm_steps,
         )
         self.weight_version = 0
+        self.n_reference_forwards = 0
         self._sync_group: SyncGroup | None = None
-        parameters = self._named_parameters()
         return {
-            "parameters": sum(_full_numel(p) for _, p in parameters),
+            "parameters": sum(_full_numel(w.parameter) for w in self._weights()),
+            "trainable_parameters": sum(_full_numel(p) for p in self._network.parameters() if p.requires_grad),
             "dtype": spec.device.dtype_name,
-            "attention": attention,
+            "attention": spec.attention,
             "threads": torch.get_num_threads(),
         }
 
@@ -120,7 +132,23 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
     def counts(self) -> dict[str, int]:
         """How many rollouts went forward and backward, and optimizer updates, on this rank."""
         trainer = self.trainer
-        return {"forwards": trainer.n_forwards, "backwards": trainer.n_backwards, "updates": trainer.n_updates}
+        return {
+            "forwards": trainer.n_forwards,
+            "backwards": trainer.n_backwards,
+            "updates": trainer.n_updates,
+            "reference_forwards": self.n_reference_forwards,
+        }
+
+    def reference_logprobs(self, groups: Sequence[TrainGroup]) -> list[tuple[Tensor, ...]]:
+        """With LoRA: log-probs of this rank's groups under the weights that training began with."""
+        if self.spec.lora is None:
+            raise RuntimeError("only a policy with adapters is its own reference")
+        with without_adapters(self._network):
+            found = response_logprobs(
+                self.actor, groups, micro_batch_size=self.spec.args.train.micro_batch_size, device=self.spec.device
+            )
+        self.n_reference_forwards += sum(len(group) for group in found)
+        return found
 
     @torch.no_grad()
     def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -144,7 +172,7 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
 
     def weight_plan(self) -> list[Bucket]:
         """The buckets of a sync, in sending order."""
-        named = [(name, _full_shape(p), self.spec.device.vllm_dtype) for name, p in self._named_parameters()]
+        named = [(w.name, _full_shape(w.parameter), self.spec.device.vllm_dtype) for w in self._weights()]
         return make_plan(named, self.spec.bucket_bytes)
 
     def join_sync_group(self, address: str, port: int, world_size: int, timeout_s: float) -> None:
@@ -155,39 +183,40 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
 
     def send_weights(self, plan: Sequence[Bucket]) -> int:
         """Broadcast every bucket; returns the version that was sent."""
-        parameters = dict(self._named_parameters())
-        zero3 = self.spec.args.ds.zero_stage == 3
+        weights = {w.name: w for w in self._weights()}
         for bucket in plan:
-            members = [parameters[p.name] for p in bucket.parameters]
-            with deepspeed.zero.GatheredParameters(members, enabled=zero3):
+            members = [weights[p.name] for p in bucket.parameters]
+            with self._gathered(members):
                 if self._sync_group is not None:
-                    send_bucket(self._sync_group, bucket, [p.data for p in members])
+                    send_bucket(self._sync_group, bucket, [w.value() for w in members])
         self.spec.device.synchronize()
         distributed.barrier()
         return self.weight_version
 
     def save_model(self, path: str, tokenizer_path: str) -> None:
-        """Write a Hugging Face folder; the tokenizer's files come from tokenizer_path."""
-        module = self.actor.model.module
-        zero3 = self.spec.args.ds.zero_stage == 3
-        if zero3:
-            state: dict[str, Tensor] = {}
-            for name, parameter in self._named_parameters():
-                with deepspeed.zero.GatheredParameters([parameter], enabled=True):
-                    if self._rank == 0:
-                        state[name] = parameter.data.detach().cpu().clone()
-            if self._rank == 0:
-                state.update({name: buffer.cpu() for name, buffer in _persistent_buffers(module).items()})
-        else:
-            state = module.state_dict()
+        """Write a Hugging Face folder, adapters merged; the tokenizer's files come from tokenizer_path.
+
+        With LoRA the adapter alone lies in a folder beside the weights.
+        """
+        network = self._network
+        state: dict[str, Tensor] = {}
+        adapter: dict[str, Tensor] = {}
+        for weight in self._weights():
+            with self._gathered([weight]):
+                if self._rank == 0:
+                    state[weight.name] = weight.value().cpu().clone()
+                    adapter.update({name: p.data.cpu().clone() for name, p in weight.adapter.items()})
         if self._rank == 0:
             from transformers import AutoTokenizer
 
+            state.update({name: buffer.cpu() for name, buffer in _persistent_buffers(network).items()})
             Path(path).mkdir(parents=True, exist_ok=True)
-            module.config.use_cache = True
-            module.save_pretrained(path, state_dict=state)
-            module.config.use_cache = False
+            network.config.use_cache = True
+            network.save_pretrained(path, state_dict=state)
+            network.config.use_cache = False
             AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(path)
+            if adapter:
+                save_adapter(Path(path) / _ADAPTER_FOLDER, network, adapter, self.spec.path)
         distributed.barrier()
 
     def save_checkpoint(self, path: str) -> None:
@@ -227,9 +256,18 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
         random.setstate((version, tuple(internal), gauss))
         numpy.random.set_state(state["rng"]["numpy"])
 
-    def _named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
-        """Names as Hugging Face has them; a tied head appears once, under the embedding's name."""
-        return list(self.actor.model.module.named_parameters())
+    @property
+    def _network(self) -> Any:
+        """The Hugging Face model inside of DeepSpeed's engine."""
+        return self.actor.model.module
+
+    def _weights(self) -> list[Weight]:
+        return weights_of(self._network)
+
+    def _gathered(self, weights: Sequence[Weight]) -> Any:
+        """A context in which the weights are whole on every rank, also under ZeRO-3."""
+        parts = [part for weight in weights for part in weight.parts]
+        return deepspeed.zero.GatheredParameters(parts, enabled=self.spec.args.ds.zero_stage == 3)
 
 
 def _full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:

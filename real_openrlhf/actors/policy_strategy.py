@@ -69,6 +69,13 @@ class PolicyStrategy(DeepspeedStrategy):
             ds_config["optimizer"]["params"]["torch_adam"] = True
         return ds_config
 
+    def get_ds_eval_config(self, offload: bool = False) -> dict[str, Any]:
+        """OpenRLHF's configuration of a model without an optimizer, for any number of ranks."""
+        ds_config = super().get_ds_eval_config(offload=offload)
+        ds_config.pop("train_batch_size", None)
+        ds_config["gradient_accumulation_steps"] = 1
+        return ds_config
+
     def backward(self, loss: torch.Tensor, model: Any, _optimizer: Any = None, **kwargs: Any) -> None:
         """Backward of one micro-batch; the losses of an update are sums, so nothing divides them.
 

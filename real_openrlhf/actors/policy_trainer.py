@@ -184,6 +184,7 @@ def loss_inputs(
         target_weight=batch.target_weight,
         values=values.to(token_logprobs),
         rollout_logprobs=batch.rollout_logprobs,
+        ref_logprobs=batch.ref_logprobs,
         entropy=entropy,
     )
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from real_openrlhf.algo.types import Group, TrainGroup
 from real_openrlhf.data.prompt import Prompt
 
@@ -74,6 +76,14 @@ class PolicyGroup(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class ReferenceGroup(Protocol):
+    """The reference policy of the KL: a group of its own, or the policy without its adapters."""
+
+    def reference_logprobs(self, groups: Sequence[TrainGroup]) -> list[tuple[Tensor, ...]]:
+        """Per group one [T] float32 for each rollout: log-probs of its tokens at the sampling temperature."""
+        ...
 
 
 class WeightSync(Protocol):

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch import Tensor
 
 from real_openrlhf.actors.device import Device
 from real_openrlhf.actors.engine_handles import EngineHandles, generate_on
@@ -16,6 +17,7 @@ from real_openrlhf.actors.engine_spec import EngineSpec
 from real_openrlhf.actors.evaluator import EvaluatorActor, EvaluatorSpec
 from real_openrlhf.actors.policy_actor import PolicySpec, RealPolicyActor
 from real_openrlhf.actors.protocols import EvalReport, Sampling, SyncReport
+from real_openrlhf.actors.reference_actor import ReferenceActor
 from real_openrlhf.actors.rollout_engine import RolloutEngine
 from real_openrlhf.actors.weight_sync import check_agreement, timed
 from real_openrlhf.actors.weight_transfer import to_wire
@@ -72,16 +74,19 @@ class RayRolloutGroup:
         ray.get([engine.shutdown.remote() for engine in self.engines])
 
 
-class RayPolicyGroup:
-    """The policy's ranks as one."""
+class _Ranks:
+    """The ranks of one DeepSpeed model as one."""
+
+    actor: type
 
     def __init__(
         self, spec: PolicySpec, *, n_ranks: int, group: PlacementGroup, device: Device, env: dict[str, str]
     ) -> None:
+        self.spec = spec
         env = {**env, **device.trainer_env(spec.ranks_per_node)}
 
         def start(rank: int, address: str | None, port: int | None) -> Any:
-            return _remote(RealPolicyActor, group, rank, 1, device, env).remote(n_ranks, rank, address, port)
+            return _remote(self.actor, group, rank, 1, device, env).remote(n_ranks, rank, address, port)
 
         first = start(0, None, None)
         self.ranks = [first]
@@ -89,7 +94,6 @@ class RayPolicyGroup:
             address, port = ray.get(first.get_master_addr_port.remote())
             self.ranks += [start(rank, address, port) for rank in range(1, n_ranks)]
         self._built = self.call("build", spec)
-        self._tokenizer_path = spec.path
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """Refs of one method on every rank."""
@@ -98,21 +102,40 @@ class RayPolicyGroup:
     def ready(self) -> list[Any]:
         return self._built
 
-    def train(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
+    def counts(self) -> list[dict[str, int]]:
+        return ray.get(self.call("counts"))
+
+    def reference_logprobs(self, groups: Sequence[TrainGroup]) -> list[tuple[Tensor, ...]]:
+        return [found for share in self._shared("reference_logprobs", groups) for found in share]
+
+    def _shared(self, method: str, groups: Sequence[TrainGroup]) -> list[Any]:
+        """One method on every rank, each on its contiguous share of the groups; results by rank."""
         n = len(self.ranks)
         if len(groups) % n:
             raise ValueError(f"{len(groups)} groups cannot be shared evenly by {n} ranks")
         share = len(groups) // n
-        refs = [rank.train.remote(list(groups[i * share : (i + 1) * share])) for i, rank in enumerate(self.ranks)]
-        return ray.get(refs)[0]
+        shares = [list(groups[i * share : (i + 1) * share]) for i in range(n)]
+        return ray.get([getattr(rank, method).remote(mine) for rank, mine in zip(self.ranks, shares)])
 
-    def counts(self) -> list[dict[str, int]]:
-        return ray.get(self.call("counts"))
+
+class RayReferenceGroup(_Ranks):
+    """The reference policy: the model that training began with."""
+
+    actor = ReferenceActor
+
+
+class RayPolicyGroup(_Ranks):
+    """The policy. With LoRA it is its own reference too."""
+
+    actor = RealPolicyActor
+
+    def train(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
+        return self._shared("train", groups)[0]
 
     def save_model(self, path: str) -> None:
         """The folder appears whole or not at all; an older one stays until then."""
         with atomic_folder(path) as folder:
-            ray.get(self.call("save_model", str(folder), self._tokenizer_path))
+            ray.get(self.call("save_model", str(folder), self.spec.path))
 
     def save_checkpoint(self, path: str) -> None:
         ray.get(self.call("save_checkpoint", path))

@@ -58,6 +58,7 @@ _TITLES = {
     "anchors": "answer anchors",
     "ranks": "policy ranks",
     "zero_stage": "ZeRO stage",
+    "adapters": "LoRA adapters",
 }
 _SEVERITY = {
     "model_sha256": Severity.REFUSE,
@@ -66,12 +67,13 @@ _SEVERITY = {
     "template_sha256": Severity.REFUSE,
     "scale": Severity.REFUSE,
     "anchors": Severity.REFUSE,
+    "adapters": Severity.REFUSE,
     "ranks": Severity.LAYOUT,
     "zero_stage": Severity.LAYOUT,
     "preset": Severity.WARN,
     "seed": Severity.WARN,
 }
-_STRINGS = ("model_sha256", "tokenizer_sha256", "data_sha256", "template_sha256", "preset")
+_STRINGS = ("model_sha256", "tokenizer_sha256", "data_sha256", "template_sha256", "preset", "adapters")
 _INTEGERS = ("seed", "ranks", "zero_stage")
 
 
@@ -83,6 +85,7 @@ class RunIdentity:
     data_sha256        `Dataset.sha256`; template_sha256 `PromptTemplate.sha256`
     scale              (value, label) pairs in order; anchors the texts before the score
     ranks, zero_stage  of the policy group: the layout of its shards
+    adapters           rank, scale and places of LoRA adapters; "none" without
     settings           what may change (learning rate, ...): JSON values by flag name
     """
 
@@ -96,6 +99,7 @@ class RunIdentity:
     seed: int
     ranks: int
     zero_stage: int
+    adapters: str = "none"
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -142,7 +146,8 @@ class RunIdentity:
 def check(saved: RunIdentity, now: RunIdentity, *, force: bool, universal: bool = False) -> list[Mismatch]:
     """Raise if a run that is `now` must not resume what was `saved`; returns what was let through, and logs it.
 
-    IncompatibleCheckpointError: other model, tokenizer, data, template, scale or anchors; `force` lets them through.
+    IncompatibleCheckpointError: other model, adapters, tokenizer, data, template, scale or anchors; `force` lets them
+    through.
     LayoutError: other ranks or ZeRO stage; only `universal` (DeepSpeed's universal checkpoints) helps, not `force`.
     """
     mismatches = saved.diff(now)

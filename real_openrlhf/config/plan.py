@@ -112,10 +112,17 @@ def render_plan(
 
 
 def _model_lines(config: Config, device: str, dtype: str) -> list[str]:
-    return [
+    lines = [
         f"{config.actor.model_name_or_path}, {dtype} on {device}, ZeRO {config.ds.zero_stage}",
         f"prompts: {config.data.prompt_dataset}; output: {config.ckpt.output_dir or 'none'}",
     ]
+    if config.ds.lora.rank:
+        lines.append(f"LoRA adapters: {config.ds.lora}")
+    kl = config.algo.kl
+    if kl.init_coef:
+        where = f"{config.reference_ranks} rank(s) of its own" if config.reference_ranks else "the policy, adapters off"
+        lines.append(f"KL: weight {kl.init_coef:g}, estimator {kl.estimator}; reference: {where}")
+    return lines
 
 
 def _placement_lines(config: Config) -> list[str]:

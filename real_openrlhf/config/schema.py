@@ -76,9 +76,9 @@ class ActorConfig(Section):
 @dataclass(frozen=True, kw_only=True)
 class RefConfig(Section):
     prefix: ClassVar[str] = "ref"
-    num_nodes: int = flag(1, "nodes of the reference group", ge=1)
+    num_nodes: int = flag(1, "nodes of the reference group; with LoRA there is none, the policy's ranks do it", ge=1)
     num_gpus_per_node: int = flag(1, "ranks of the reference group per node", ge=1)
-    offload: bool = flag(False, "keep the reference model's weights in CPU memory")
+    offload: bool = flag(False, "keep the reference model's weights in CPU memory (ZeRO-3)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +96,15 @@ class VllmConfig(Section):
 class LoraConfig(Section):
     prefix: ClassVar[str] = "ds.lora"
     rank: int = flag(0, "rank of the adapters; 0: full-parameter training", ge=0)
-    alpha: int = flag(16, "scale of the adapters", ge=1)
-    target_modules: tuple[str, ...] = flag(("all-linear",), "modules that get an adapter")
+    alpha: int = flag(16, "scale of the adapters, divided by their rank", ge=1)
+    target_modules: tuple[str, ...] = flag(("all-linear",), "names of the linear layers that get an adapter")
     dropout: float = flag(0.0, "dropout inside the adapters", ge=0, lt=1)
+
+    def __str__(self) -> str:
+        """What a checkpoint, a plan and a model card say of the adapters."""
+        if self.rank == 0:
+            return "none"
+        return f"rank {self.rank}, alpha {self.alpha}, beside {' '.join(sorted(self.target_modules))}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +215,7 @@ class CkptConfig(Section):
 @dataclass(frozen=True, kw_only=True)
 class KLConfig(Section):
     prefix: ClassVar[str] = "algo.kl"
-    init_coef: float = flag(0.0, "weight of the KL to a reference policy; 0: no reference group", ge=0)
+    init_coef: float = flag(0.0, "weight of the KL to the model that training began with; 0: off", ge=0)
     estimator: KLEstimator = flag("k3", "estimator of the KL's value; its gradient is unbiased by either")
 
 
@@ -346,6 +352,13 @@ class Config(Section):
     def ranks(self) -> int:
         """Ranks of the policy."""
         return self.actor.num_nodes * self.actor.num_gpus_per_node
+
+    @property
+    def reference_ranks(self) -> int:
+        """Ranks of the reference group: none without a KL, none with LoRA, where the policy is its own reference."""
+        if self.algo.kl.init_coef == 0 or self.ds.lora.rank > 0:
+            return 0
+        return self.ref.num_nodes * self.ref.num_gpus_per_node
 
     @property
     def samples_per_step(self) -> int:

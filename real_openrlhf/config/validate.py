@@ -8,17 +8,15 @@ from typing import Literal
 from real_openrlhf.config.convert import flags_by_name, get_value
 from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.config.plan import resolve_ratio
-from real_openrlhf.config.schema import Config
+from real_openrlhf.config.schema import Config, LoraConfig
 
 __all__ = ["NOT_YET", "ConfigError", "validate"]
 
 # Features whose flags exist but whose code does not: flag -> (is it asked for, what to do instead).
 NOT_YET: dict[str, tuple[Callable[[Config], bool], str]] = {
-    "ds.lora.rank": (lambda c: c.ds.lora.rank > 0, "leave it at 0 for full-parameter training"),
     "ds.packing_samples": (lambda c: c.ds.packing_samples, "leave it off; micro-batches hold no padding anyway"),
     "train.colocate_all": (lambda c: c.train.colocate_all, "leave it off; engines and policy are placed apart"),
     "vllm.enable_sleep": (lambda c: c.vllm.enable_sleep, "leave it off; engines keep their memory"),
-    "algo.kl.init_coef": (lambda c: c.algo.kl.init_coef > 0, "leave it at 0; there is no reference group"),
 }
 
 
@@ -39,7 +37,18 @@ def validate(config: Config, *, device: Literal["cpu", "cuda"] | None = None) ->
     if device is None and config.real.device != "auto":
         device = config.real.device
     warnings: list[str] = []
-    for check in (_batch, _sampling, _groups, _off_policy, _optimizer, _deepspeed, _lengths, _evaluation):
+    for check in (
+        _batch,
+        _sampling,
+        _groups,
+        _off_policy,
+        _reference,
+        _optimizer,
+        _lora,
+        _deepspeed,
+        _lengths,
+        _evaluation,
+    ):
         warnings += check(config)
     if device is not None:
         warnings += _device(config, device)
@@ -121,6 +130,39 @@ def _off_policy(config: Config) -> list[str]:
     return []
 
 
+def _reference(config: Config) -> list[str]:
+    ranks, prompts = config.reference_ranks, config.rollout.batch_size
+    if not ranks:
+        return []
+    if prompts % ranks:
+        raise ConfigError(
+            f"--rollout.batch_size {prompts} must be a multiple of the {ranks} reference ranks "
+            f"(--ref.num_nodes {config.ref.num_nodes} x --ref.num_gpus_per_node {config.ref.num_gpus_per_node})"
+        )
+    if config.ref.offload and config.ds.zero_stage != 3:
+        raise ConfigError(
+            f"--ref.offload needs --ds.zero_stage 3, got {config.ds.zero_stage}: DeepSpeed moves weights to the CPU "
+            "in shards only"
+        )
+    return []
+
+
+def _lora(config: Config) -> list[str]:
+    lora = config.ds.lora
+    if lora.rank == 0:
+        if lora != LoraConfig():
+            raise ConfigError("--ds.lora.* needs --ds.lora.rank above 0; at 0 all parameters are trained")
+        return []
+    if "all-linear" in lora.target_modules and len(lora.target_modules) > 1:
+        raise ConfigError("--ds.lora.target_modules all-linear stands for all of them; name nothing beside it")
+    if lora.dropout > 0:
+        return [
+            f"--ds.lora.dropout {lora.dropout:g}: the policy trains with log-probs of another network than the one "
+            "that sampled, so updates are not quite on-policy"
+        ]
+    return []
+
+
 def _optimizer(config: Config) -> list[str]:
     actor = config.actor
     if actor.lr_scheduler == "constant" and actor.lr_warmup_ratio > 0:
@@ -187,5 +229,10 @@ def _device(config: Config, device: str) -> list[str]:
     if config.ds.param_dtype == "bf16":
         warnings.append("--ds.param_dtype bf16 on a CPU: about 10 times slower than fp32 unless it has AVX512-BF16")
     if config.ds.adam_offload:
-        warnings.append("--ds.adam_offload on a CPU: the optimizer is in CPU memory anyway")
+        warnings.append(
+            "--ds.adam_offload on a CPU: the optimizer is in CPU memory anyway; DeepSpeed compiles its CPU Adam once, "
+            "for some minutes"
+        )
+    if config.ref.offload and config.reference_ranks:
+        warnings.append("--ref.offload on a CPU: the reference is in CPU memory anyway")
     return warnings

@@ -6,6 +6,7 @@
                      │
                      └──► evaluator ──► metrics
 
+With a KL, the reference ranks add their log-probs to the groups before the policy trains on them.
 It sees Protocols only (actors/protocols.py); tests run it with fakes.
 """
 
@@ -13,10 +14,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
-from real_openrlhf.actors.protocols import Evaluator, PolicyGroup, RolloutGroup, Sampling, WeightSync
+from real_openrlhf.actors.protocols import Evaluator, PolicyGroup, ReferenceGroup, RolloutGroup, Sampling, WeightSync
 from real_openrlhf.algo.objectives import Objective
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import Group, TrainGroup, group_scores
@@ -69,7 +70,7 @@ class ControllerSettings:
     """
     total_steps        steps of the run; 0 evaluates and saves only
     batch_size         groups per step
-    ranks              policy ranks; batches are multiples of it
+    share_by           batches are multiples of it, so that all policy and reference ranks get as many groups
     sampling           of the rollouts; seeds are set per step when `seeded`
     eval_steps         evaluate every n steps; -1: only before and after
     min_mass, min_readable   the first rollouts must reach both
@@ -78,7 +79,7 @@ class ControllerSettings:
 
     total_steps: int
     batch_size: int
-    ranks: int
+    share_by: int
     sampling: Sampling
     seed: int
     seeded: bool
@@ -107,6 +108,7 @@ class Controller:
         policy: PolicyGroup,
         weight_sync: WeightSync,
         evaluator: Evaluator | None,
+        reference: ReferenceGroup | None = None,
         log: Log,
         progress: Progress,
         decode: Callable[[list[int]], str] | None = None,
@@ -120,6 +122,7 @@ class Controller:
         self.policy = policy
         self.weight_sync = weight_sync
         self.evaluator = evaluator
+        self.reference = reference
         self.log = log
         self.progress = progress
         self.decode = decode
@@ -169,22 +172,27 @@ class Controller:
         with self.timer.phase("advantages"):
             groups = [self._train_group(group) for group in collected.kept]
             stats = rollout_metrics(collected.sampled, groups, self.scale, renormalise=self.settings.renormalise)
-        # 3. Policy updates.
+        # 3. Log-probs of the reference policy, for the KL.
+        if self.reference is not None:
+            with self.timer.phase("reference"):
+                found = self.reference.reference_logprobs(groups)
+            groups = [replace(group, ref_logprobs=logprobs) for group, logprobs in zip(groups, found, strict=True)]
+        # 4. Policy updates.
         with self.timer.phase("train"):
             trained = self.policy.train(groups)
         self.step_number += 1
-        # 4. The engines get the new weights and prove it.
+        # 5. The engines get the new weights and prove it.
         synced = self._sync()
-        # 5. Logs.
+        # 6. Logs.
         metrics = {**stats, **trained, **self._sampling_stats(collected), **synced}
         metrics.update(self._speed(collected))
         self._log_step(metrics, collected, groups)
         self._guard_against_nothing(groups)
-        # 6. Evaluation.
+        # 7. Evaluation.
         every = self.settings.eval_steps
         if every > 0 and self.step_number % every == 0:
             self._evaluate()
-        # 7. Checkpoint, and the end of the run if a signal asked for it.
+        # 8. Checkpoint, and the end of the run if a signal asked for it.
         self._save()
 
     def _save(self) -> None:
@@ -225,7 +233,7 @@ class Controller:
             generate,
             self.scale,
             batch_size=s.batch_size,
-            multiple_of=s.ranks,
+            multiple_of=s.share_by,
             keep=s.keep,
             refill=s.refill,
             max_refills=s.max_refills,

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from real_openrlhf.algo.loss import LossOptions
 from real_openrlhf.algo.objectives import RealObjective
@@ -21,6 +25,7 @@ from tests.helpers.algo_factory import make_rollout
 
 SCALE = ScoreScale.parse("1-5")
 # A large epsilon: where a gradient is rounding noise, Adam would turn the noise into a full step.
+LORA_ALPHA = 8
 LEARNING_RATE, WEIGHT_DECAY, EPSILON, MAX_NORM, UPDATES = 1e-2, 0.1, 1e-4, 0.5, 3
 
 
@@ -55,6 +60,39 @@ def make_groups(vocabulary: int, seed: int = 3) -> list[TrainGroup]:
     return groups
 
 
+def receive(actor: Any) -> dict[str, Tensor]:
+    """Push the policy's weights to an engine, which is a thread of rank 0; what arrived. Nothing may change by it."""
+    from real_openrlhf.actors.weight_transfer import SyncGroup, free_port, receive_bucket
+
+    plan, arrived = actor.weight_plan(), {}
+    before = local_weights(actor)
+
+    def engine(port: int) -> None:
+        group = SyncGroup.create("127.0.0.1", port, 1, 2, "gloo", 60)
+        for bucket in plan:
+            arrived.update(receive_bucket(group, bucket))
+
+    if actor._rank == 0:
+        port = free_port()
+        thread = threading.Thread(target=engine, args=(port,))
+        thread.start()
+        actor.join_sync_group("127.0.0.1", port, 2, 60)
+    actor.send_weights(plan)
+    if actor._rank == 0:
+        thread.join()
+    assert all(a.equal(b) for a, b in zip(before, local_weights(actor), strict=True)), "the sync moved the weights"
+    return arrived
+
+
+def local_weights(actor: Any) -> list[Tensor]:
+    """Copies of this rank's parameters, or of its shards of them."""
+    return [getattr(p, "ds_tensor", p).detach().clone() for p in actor.actor.model.module.parameters()]
+
+
+def same_logprobs(one: list[tuple[Tensor, ...]], two: list[tuple[Tensor, ...]]) -> bool:
+    return all(a.equal(b) for x, y in zip(one, two, strict=True) for a, b in zip(x, y, strict=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
@@ -64,10 +102,15 @@ def main() -> None:
     parser.add_argument("--world", type=int, default=1)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--micro", type=int, default=3)
+    parser.add_argument("--lora", type=int, default=0, help="rank of the adapters")
+    parser.add_argument("--kl", type=float, default=0.0)
+    parser.add_argument("--adam_offload", action="store_true")
     args = parser.parse_args()
 
     from real_openrlhf.actors.device import Device
+    from real_openrlhf.actors.lora import Lora
     from real_openrlhf.actors.policy_actor import PolicySpec, RealPolicyActor
+    from real_openrlhf.actors.reference_actor import ReferenceActor
 
     config = build_config(
         {
@@ -77,6 +120,7 @@ def main() -> None:
             "actor.adam.eps": EPSILON,
             "actor.max_norm": MAX_NORM,
             "ds.zero_stage": args.stage,
+            "ds.adam_offload": args.adam_offload,
             "rollout.batch_size": 4,
             "rollout.n_samples_per_prompt": 4,
             "train.micro_batch_size": args.micro,
@@ -92,25 +136,51 @@ def main() -> None:
         attn_implementation="eager",
         ranks_per_node=args.world,
         values=SCALE.values,
-        options=LossOptions(),
+        options=LossOptions(kl_coef=args.kl),
         trains_score_token=False,
         term_grad_norm_steps=1,
         max_steps=10,
-        bucket_bytes=2**20,
+        bucket_bytes=2**14,
         logits_mb=64,
+        lora=Lora(rank=args.lora, alpha=LORA_ALPHA, targets="all-linear", dropout=0.0, seed=42) if args.lora else None,
     )
-    actor.build(spec)
+    facts = actor.build(spec)
     torch.set_num_threads(1)
     groups = make_groups(actor.actor.model.module.config.vocab_size)
     share = len(groups) // args.world
     mine = groups[args.rank * share : (args.rank + 1) * share]
-    metrics = [actor.train(mine) for _ in range(UPDATES)]
+    reference = None
+    if args.kl:
+        reference = actor
+        if not args.lora:
+            # In this process and its process group; in a run it has its own.
+            reference = ReferenceActor(args.world, args.rank, "127.0.0.1", args.port)
+            reference.build(replace(spec, lora=None))
+        frozen = reference.reference_logprobs(mine)
+        mine = [replace(group, ref_logprobs=logprobs) for group, logprobs in zip(mine, frozen)]
+    metrics = [actor.train(mine) for _ in range(UPDATES - 1)]
+    if args.lora:
+        receive(actor)
+        actor.save_checkpoint(str(Path(args.out) / "checkpoint"))
+    metrics.append(actor.train(mine))
+    if args.lora:
+        # Resumed from the checkpoint, the last update is the same.
+        last = local_weights(actor)
+        actor.load_checkpoint(str(Path(args.out) / "checkpoint"))
+        assert not all(a.equal(b) for a, b in zip(last, local_weights(actor))), "nothing was loaded"
+        assert actor.train(mine) == metrics[-1]
+        assert all(a.equal(b) for a, b in zip(last, local_weights(actor), strict=True)), "resumed to other weights"
+        torch.save(receive(actor), Path(args.out) / f"pushed_{args.rank}.pt")
+    if reference is not None:
+        assert same_logprobs(frozen, reference.reference_logprobs(mine)), "the reference moved with the policy"
     probe = actor.token_logprobs([[3, 4, 5, 6, 7], [8, 9, 3]])
     actor.save_model(str(Path(args.out) / "model"), args.folder)
     if args.rank == 0:
         record = {
             "metrics": metrics,
             "counts": actor.counts(),
+            "facts": facts,
+            "reference_counts": None if reference is None else reference.counts(),
             "version": actor.weight_version,
             "probe": [p.tolist() for p in probe],
         }

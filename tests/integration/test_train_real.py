@@ -108,6 +108,22 @@ def test_own_cluster(judges: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "model" / "README.md").read_text(encoding="utf-8").count("expected") > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "reference group"])
+def test_with_a_kl(judges: Path, tmp_path: Path, lora: bool) -> None:
+    """Adapters pushed merged, with the policy as its own reference; or all parameters, with a reference group."""
+    more = ["--algo.kl.init_coef", "0.1", *(["--ds.lora.rank", "4", "--actor.adam.lr", "1e-2"] if lora else [])]
+    command = [sys.executable, "-m", "real_openrlhf.train_real", *flags(judges, "untied", tmp_path / "run", *more)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    check_run(judges, "untied", tmp_path / "run")
+    first, second = (m for m in read_lines(tmp_path / "run" / "metrics.jsonl") if m["phase"] == "train")
+    # The policy begins as its reference.
+    assert abs(first["policy/kl"]) < 1e-8 < second["policy/kl"]
+    assert first["seconds/reference"] > 0
+    assert (tmp_path / "run" / "model" / "adapter" / "adapter_model.safetensors").exists() == lora
+
+
 @contextlib.contextmanager
 def ray_head(folder: Path) -> Iterator[str]:
     """A Ray head node of its own, ended by its own process group; yields the job server's address."""

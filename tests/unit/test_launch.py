@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from real_openrlhf.actors.device import Device, DeviceError
+from real_openrlhf.actors.lora import Lora
 from real_openrlhf.actors.placement import Request
 from real_openrlhf.actors.protocols import Sampling
 from real_openrlhf.algo.loss import LossOptions
@@ -26,10 +27,13 @@ from real_openrlhf.wiring import (
     controller_settings,
     engine_spec,
     evaluator_spec,
+    lora_of,
     loss_options,
     make_objective,
     placement_requests,
+    policy_spec,
     probe_sequences,
+    reference_spec,
 )
 from tests.helpers.tiny_judge import make_rows, make_tokenizer, write_rows
 
@@ -150,7 +154,7 @@ def test_controller_settings_of_the_presets() -> None:
     for preset, refill, top_p in (("paper", True, 1.0), ("reference", False, 0.9)):
         config = config_of("--real.preset", preset, "--actor.num_gpus_per_node", "4", "--train.seed", "7")
         settings = controller_settings(config, batch_plan(config, 1000))
-        assert (settings.total_steps, settings.batch_size, settings.ranks) == (3, 256, 4)
+        assert (settings.total_steps, settings.batch_size, settings.share_by) == (3, 256, 4)
         assert settings.sampling == Sampling(n=16, temperature=1.0, top_p=top_p, max_new_tokens=1024)
         assert (settings.keep, settings.refill, settings.max_refills) == ("partial", refill, 10)
         assert (settings.eval_steps, settings.seed, settings.seeded) == (10, 7, False)
@@ -239,6 +243,13 @@ def test_probes_are_the_ends_of_the_first_prompts(flags: list[str]) -> None:
         ("", {"policy": 1, "rollout": 1}),
         ("--actor.num_nodes 2 --actor.num_gpus_per_node 4 --vllm.num_engines 3", {"policy": 8, "rollout": 3}),
         ("--eval.dataset e --eval.engine own", {"policy": 1, "rollout": 1, "evaluator": 1}),
+        ("--algo.kl.init_coef 0.1", {"policy": 1, "rollout": 1, "reference": 1}),
+        (
+            "--algo.kl.init_coef 0.1 --ref.num_nodes 2 --ref.num_gpus_per_node 4",
+            {"policy": 1, "rollout": 1, "reference": 8},
+        ),
+        ("--algo.kl.init_coef 0.1 --ref.num_gpus_per_node 4 --ds.lora.rank 8", {"policy": 1, "rollout": 1}),
+        ("--ref.num_gpus_per_node 4", {"policy": 1, "rollout": 1}),
         (
             "--vllm.num_engines 2 --vllm.tensor_parallel_size 2 --eval.dataset e --eval.engine own",
             {"policy": 1, "rollout": 4, "evaluator": 2},
@@ -249,6 +260,31 @@ def test_placement(more: str, sizes: dict[str, int]) -> None:
     for device, bundle in ((CPU, {"CPU": 1.0}), (CUDA, {"GPU": 1.0, "CPU": 1.0})):
         got = placement_requests(config_of(*more.split()), device)
         assert got == [Request(name=name, bundles=(bundle,) * n) for name, n in sizes.items()]
+
+
+def test_batches_are_shared_by_policy_and_reference_ranks() -> None:
+    config = config_of("--actor.num_gpus_per_node", "4", "--algo.kl.init_coef", "1", "--ref.num_gpus_per_node", "6")
+    assert controller_settings(config, batch_plan(config, 1000)).share_by == 12
+
+
+def test_the_references_spec_is_the_policys_without_adapters(flags: list[str]) -> None:
+    more = ("--algo.kl.init_coef", "0.1", "--ref.num_gpus_per_node", "2", "--actor.num_gpus_per_node", "4")
+    inputs = inputs_of(flags, *more)
+    policy = policy_spec(inputs, batch_plan(inputs.config, 40), CPU)
+    spec = reference_spec(policy, inputs.config)
+    assert (policy.ranks_per_node, spec.ranks_per_node) == (4, 2) and spec.path == policy.path
+    assert policy.options.kl_coef == 0.1 and policy.lora is spec.lora is None
+
+
+def test_every_setting_of_lora_arrives() -> None:
+    assert lora_of(config_of()) is None
+    assert lora_of(config_of("--ds.lora.rank", "8", "--train.seed", "7")) == Lora(
+        rank=8, alpha=16, targets="all-linear", dropout=0.0, seed=7
+    )
+    flags = "--ds.lora.rank 8 --ds.lora.alpha 4 --ds.lora.dropout 0.1 --ds.lora.target_modules q_proj v_proj"
+    assert lora_of(config_of(*flags.split())) == Lora(
+        rank=8, alpha=4, targets=("q_proj", "v_proj"), dropout=0.1, seed=42
+    )
 
 
 # -- text ------------------------------------------------------------------------------------------------
@@ -275,7 +311,26 @@ def test_the_plan_says_what_a_run_would_do(flags: list[str]) -> None:
         "--real.beta 0.1 (preset: 0.01)",
     ):
         assert piece in text, piece
-    assert "Warnings" not in text
+    assert "Warnings" not in text and "LoRA" not in text and "KL" not in text
+
+
+@pytest.mark.parametrize(
+    ("lora", "pieces"),
+    [
+        ((), ["KL: weight 0.1, estimator k3; reference: 2 rank(s) of its own", "reference: 2 x (1 CPU), PACK"]),
+        (
+            ("--ds.lora.rank", "8"),
+            [
+                "LoRA adapters: rank 8, alpha 16, beside all-linear",
+                "KL: weight 0.1, estimator k3; reference: the policy, adap",
+            ],
+        ),
+    ],
+)
+def test_the_plan_says_where_the_reference_is(flags: list[str], lora: tuple[str, ...], pieces: list[str]) -> None:
+    config = parse_args([*flags, "--algo.kl.init_coef", "0.1", "--ref.num_gpus_per_node", "2", *lora])
+    text = describe(replace(inputs_of(flags), config=config))
+    assert [piece for piece in pieces if piece not in text] == []
 
 
 def test_the_plan_shows_warnings(flags: list[str]) -> None:

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from real_openrlhf import launch, train_real
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.controller.run_log import RunLogError
+from real_openrlhf.resume import run_identity
 from real_openrlhf.train_real import end_token_ids, known_device, load_inputs, load_tokenizer, main
 from tests.helpers.tiny_judge import make_rows, make_tokenizer, write_rows
 
@@ -174,6 +175,28 @@ def test_a_model_without_a_tokenizer(flags: Flags, tmp_path: Path, capsys: pytes
 def test_an_impossible_sampling(flags: Flags, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(capsys, argv(flags, "--eval.temperature", "0.7"))
     assert "--eval.temperature 0.7" in line and "--rollout.temperature 1" in line
+
+
+def test_adapters_for_modules_that_the_model_does_not_have(
+    flags: Flags, capsys: pytest.CaptureFixture[str], started: list[train_real.Inputs]
+) -> None:
+    line = refused(capsys, argv(flags, "--ds.lora.rank", "4", "--ds.lora.target_modules", "c_attn"))
+    assert flags["actor.model_name_or_path"] in line and "--ds.lora.target_modules c_attn" in line and not started
+    assert main(argv(flags, "--ds.lora.rank", "4", "--ds.lora.target_modules", "q_proj", "v_proj")) == 0
+    assert len(started) == 1
+
+
+def test_a_checkpoint_remembers_its_adapters(flags: Flags) -> None:
+    def adapters(*more: str) -> str:
+        return run_identity(load_inputs(parse_args(argv(flags, *more)))).adapters
+
+    assert adapters() == "none"
+    assert adapters("--ds.lora.rank", "4") == "rank 4, alpha 16, beside all-linear"
+    one, two = (
+        adapters("--ds.lora.rank", "4", "--ds.lora.target_modules", *names)
+        for names in (("v_proj", "q_proj"), ("q_proj", "v_proj"))
+    )
+    assert one == two == "rank 4, alpha 16, beside q_proj v_proj"
 
 
 def test_too_few_prompts_for_one_step_are_found_by_a_dry_run(flags: Flags, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ SUBCLASSES = {
     ("actors.policy_model", "PolicyModel"): "openrlhf.models:Actor",
     ("actors.policy_trainer", "RealTrainer"): "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer",
     ("actors.policy_actor", "RealPolicyActor"): "openrlhf.trainer.ray.ppo_actor:PolicyModelActor",
+    ("actors.reference_actor", "ReferenceActor"): "openrlhf.trainer.ray.launcher:ReferenceModelActor",
     ("actors.rollout_engine", "RolloutEngine"): "openrlhf.trainer.ray.vllm_engine:RolloutRayActor",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -173,6 +174,10 @@ def terms_of(logits: Tensor, row: Row, options: LossOptions) -> dict[str, Tensor
         terms["squared_error"] = coefficients.squared_error[row.index].float() * (labels.exp() @ VALUES - y) ** 2
         likelihood = (1 - w) * labels[target.low] + w * labels[target.high]
         terms["likelihood"] = -coefficients.likelihood[row.index].float() * likelihood
+    if row.group.ref_logprobs is not None:
+        gap = (tokens - row.group.ref_logprobs[row.index].double()).detach()
+        value = ((-gap).exp() - 1 + gap).clamp(max=10)  # as the estimates are bounded
+        terms["kl"] = options.kl_coef * (value + gap * (tokens - tokens.detach())).sum()
     return terms
 
 
@@ -423,3 +428,29 @@ def test_a_batch_without_any_score_trains_on_its_text_alone() -> None:
     metrics = trainer().ppo_train(groups)
     assert metrics["policy/mass"] == 0.0 and metrics["loss/squared_error"] == 0.0
     assert metrics["policy/grad_norm"] > 0
+
+
+@pytest.mark.parametrize("micro", [1, 5, 12])
+def test_the_kl_to_a_reference(micro: int) -> None:
+    draws = torch.Generator().manual_seed(8)
+    groups = [
+        replace(g, ref_logprobs=tuple(-2 * torch.rand(len(r.token_ids), generator=draws) for r in g.group.rollouts))
+        for g in GROUPS
+    ]
+    options = LossOptions(kl_coef=0.3)
+    values, gradient, norms = reference(rows_of(groups), TinyActor(), options)
+    run = trainer(micro=micro, options=options, norm_steps=1)
+    metrics = run.ppo_train(groups)
+    assert metrics["loss/kl"] == pytest.approx(values["kl"], rel=1e-6) and values["kl"] > 0
+    assert metrics["loss/total"] == pytest.approx(sum(values.values()), rel=1e-6)
+    assert metrics["logit_grad_norm/kl"] == pytest.approx(norms["kl"], rel=1e-5)
+    for mine, theirs in zip(run.strategy.gradients[0], gradient):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
+    # Per token: the loss is divided by rollouts.
+    tokens = sum(r.token_ids.numel() for g in groups for r in g.group.rollouts)
+    assert metrics["policy/kl"] == pytest.approx(values["kl"] / 0.3 * 12 / tokens, rel=1e-6)
+
+
+def test_a_kl_without_reference_logprobs_is_an_error() -> None:
+    with pytest.raises(ValueError, match="needs ref_logprobs"):
+        trainer(options=LossOptions(kl_coef=0.3)).ppo_train(GROUPS)

@@ -36,6 +36,7 @@ REFUSED: list[tuple[str, Any, str]] = [
         ((0.0, "A"), (1.0, "B")),
         'score scale: [[1.0, "1"], [2.0, "2"], [3.0, "3"]] in the checkpoint, [[0.0, "A"], [1.0, "B"]] now',
     ),
+    ("adapters", "rank 8", "LoRA adapters: none in the checkpoint, rank 8 now"),
     ("anchors", ("Rating:",), 'answer anchors: ["Score: "] in the checkpoint, ["Rating:"] now'),
 ]
 
@@ -98,6 +99,7 @@ def test_every_field_is_compared() -> None:
         seed=9,
         ranks=9,
         zero_stage=0,
+        adapters="x",
         settings={"actor.adam.lr": 9},
     )
     found = {m.name for m in SAVED.diff(other)}

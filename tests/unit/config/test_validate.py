@@ -59,11 +59,13 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"vllm.tensor_parallel_size": 2}, "cpu", "--vllm.tensor_parallel_size 2 needs GPUs"),
     ({"vllm.tensor_parallel_size": 2, "real.device": "cpu"}, None, "needs GPUs"),
     ({"ds.attn_implementation": "flash_attention_2"}, "cpu", "needs GPUs; use sdpa"),
-    ({"ds.lora.rank": 8}, None, "--ds.lora.rank is not supported yet"),
+    ({"ds.lora.alpha": 32}, None, "--ds.lora.* needs --ds.lora.rank above 0"),
+    ({"ds.lora.rank": 8, "ds.lora.target_modules": ("all-linear", "q_proj")}, None, "all-linear stands for all"),
+    ({"algo.kl.init_coef": 0.1, "ref.num_gpus_per_node": 3}, None, "--rollout.batch_size 256 .* 3 reference ranks"),
+    ({"algo.kl.init_coef": 0.1, "ref.offload": True}, None, "--ref.offload needs --ds.zero_stage 3, got 2"),
     ({"ds.packing_samples": True}, None, "--ds.packing_samples is not supported yet"),
     ({"train.colocate_all": True}, None, "--train.colocate_all is not supported yet"),
     ({"vllm.enable_sleep": True}, None, "--vllm.enable_sleep is not supported yet"),
-    ({"algo.kl.init_coef": 0.1}, None, "--algo.kl.init_coef is not supported yet"),
 ]
 
 
@@ -90,6 +92,10 @@ def test_every_feature_that_is_not_there_yet_has_a_case() -> None:
         {"train.max_tokens_per_gpu": 3072},
         {"vllm.tensor_parallel_size": 2},  # unknown device: left to the caller who knows it
         {"rollout.temperature": 0.7},
+        {"ds.lora.rank": 8, "ds.lora.alpha": 32, "ds.lora.target_modules": ("q_proj", "v_proj")},
+        {"algo.kl.init_coef": 0.1, "ref.num_nodes": 2, "ref.offload": True, "ds.zero_stage": 3},
+        {"ref.num_gpus_per_node": 3},  # no KL, no reference
+        {"algo.kl.init_coef": 0.1, "ds.lora.rank": 8, "ref.num_gpus_per_node": 3},  # nor a group with LoRA
         {"train.batch_size": 1024, "real.mini_batches": 3},  # the batch size has the word
     ],
 )
@@ -108,7 +114,13 @@ def test_neighbours_of_contradictions_are_valid(changes: dict[str, Any]) -> None
         ({"data.input_template": "{}\\n"}, None, "backslash"),
         ({"ds.param_dtype": "bf16"}, "cpu", "about 10 times slower"),
         ({"ds.param_dtype": "fp32"}, "cuda", "fp32 on GPUs"),
-        ({"ds.adam_offload": True}, "cpu", "in CPU memory anyway"),
+        ({"ds.adam_offload": True}, "cpu", "compiles its CPU Adam"),
+        ({"ds.lora.rank": 8, "ds.lora.dropout": 0.1}, None, "not quite on-policy"),
+        (
+            {"algo.kl.init_coef": 0.1, "ref.offload": True, "ds.zero_stage": 3},
+            "cpu",
+            "the reference is in CPU memory anyway",
+        ),
     ],
 )
 def test_warnings(changes: dict[str, Any], device: Any, message: str) -> None:

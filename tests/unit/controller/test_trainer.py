@@ -29,7 +29,7 @@ ROWS = [[0.2, 0.5, 0.2], [0.6, 0.2, 0.1], [0.1, 0.3, 0.5]]
 SETTINGS = ControllerSettings(
     total_steps=3,
     batch_size=4,
-    ranks=2,
+    share_by=2,
     sampling=Sampling(n=3, temperature=1.0, top_p=1.0, max_new_tokens=8),
     seed=5,
     seeded=False,
@@ -106,6 +106,13 @@ class World:
     def save_model(self, path: str) -> None:
         self.events.append(("save", path))
 
+    # reference
+    def reference_logprobs(self, groups: Sequence[TrainGroup]) -> list[tuple[torch.Tensor, ...]]:
+        self.events.append(("reference", len(groups)))
+        return [
+            tuple(torch.full((r.token_ids.numel(),), -float(g.group.row)) for r in g.group.rollouts) for g in groups
+        ]
+
     # sync
     def sync(self, version: int) -> SyncReport:
         self.events.append(("sync", version))
@@ -140,7 +147,9 @@ class World:
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def controller(world: World, *, n_prompts: int = 40, evaluate: bool = True, **changes: Any) -> Controller:
+def controller(
+    world: World, *, n_prompts: int = 40, evaluate: bool = True, kl: bool = False, **changes: Any
+) -> Controller:
     return Controller(
         replace(SETTINGS, **changes),
         scale=SCALE,
@@ -150,6 +159,7 @@ def controller(world: World, *, n_prompts: int = 40, evaluate: bool = True, **ch
         policy=world,
         weight_sync=world,
         evaluator=world if evaluate else None,
+        reference=world if kl else None,
         log=world,
         progress=world,
         decode=lambda ids: f"<{len(ids)} ids>",
@@ -171,6 +181,24 @@ def test_phases_in_order() -> None:
         *(("evaluate", 3), ("save", "out/model")),
     ]
     assert metrics == {"expected/pearson": pytest.approx(0.3), "decoded/pearson": None}
+
+
+def test_the_reference_comes_before_the_updates_and_its_logprobs_go_to_the_policy() -> None:
+    world = World()
+    controller(world, kl=True, total_steps=1).fit()
+    assert world.events[2:6] == [("generate", 4), ("reference", 4), ("train", 4), ("sync", 1)]
+    for group in world.trained[0]:
+        assert group.ref_logprobs is not None
+        assert [logprobs.tolist() for logprobs in group.ref_logprobs] == [[-float(group.group.row)] * 4] * 3
+    (train,) = (metrics for _, phase, metrics in world.logs if phase == "train")
+    assert "seconds/reference" in train
+
+
+def test_without_a_kl_there_is_no_reference() -> None:
+    world = World()
+    controller(world, total_steps=1).fit()
+    assert all(group.ref_logprobs is None for group in world.trained[0])
+    assert not any("seconds/reference" in metrics for _, _, metrics in world.logs)
 
 
 @pytest.mark.parametrize(("every", "at"), [(-1, [0, 5]), (1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4, 5]), (5, [0, 5])])

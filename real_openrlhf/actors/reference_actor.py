@@ -1,0 +1,86 @@
+"""The reference policy of the KL: one frozen rank of it, and the log-probs that either kind of reference computes.
+
+There are two kinds: a group of ranks of its own that holds the model training began with, and, with LoRA,
+the policy's ranks with their adapters switched off (`RealPolicyActor.reference_logprobs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from openrlhf.trainer.ray.launcher import ReferenceModelActor
+from torch import Tensor
+
+from real_openrlhf.actors.device import Device
+from real_openrlhf.actors.policy_model import PolicyModel
+from real_openrlhf.actors.policy_strategy import PolicyStrategy
+from real_openrlhf.algo.batch import collate, rows_of
+from real_openrlhf.algo.types import TrainGroup
+
+if TYPE_CHECKING:
+    from real_openrlhf.actors.policy_actor import PolicySpec
+
+# OpenRLHF wraps its class with @ray.remote; the plain class lies under the wrapper.
+_OpenRLHFReferenceActor = ReferenceModelActor.__ray_metadata__.modified_class.__ray_actor_class__
+
+
+@torch.no_grad()
+def response_logprobs(
+    model: PolicyModel, groups: Sequence[TrainGroup], *, micro_batch_size: int, device: Device
+) -> list[tuple[Tensor, ...]]:
+    """One forward per rollout: for every group K tensors [T] float32 on the CPU, at the model's temperature.
+
+    By the policy's own forward, so that equal weights give a KL of 0 but for rounding.
+    """
+    model.eval()
+    rows = rows_of(groups)
+    found: list[Tensor] = []
+    for start in range(0, len(rows), micro_batch_size):
+        part = rows[start : start + micro_batch_size]
+        logprobs = model(collate(part, pad_id=0).to(device.current())).token_logprobs.float().cpu()
+        found += [row[: r.rollout.token_ids.numel()].clone() for row, r in zip(logprobs, part)]
+    rest = iter(found)
+    return [tuple(next(rest) for _ in range(len(group.group))) for group in groups]
+
+
+class ReferenceActor(_OpenRLHFReferenceActor):  # type: ignore[misc, valid-type]
+    """Methods are called on all ranks at once. It has no state: its weights are those of spec.path for good."""
+
+    def __init__(self, world_size: int, rank: int, master_addr: str | None, master_port: int | None) -> None:
+        super().__init__(world_size, rank, master_addr, master_port)
+        self.n_forwards = 0
+
+    def build(self, spec: PolicySpec) -> dict[str, Any]:
+        """Load the model, sharded like the policy under ZeRO-3 and whole on every rank otherwise."""
+        self.spec = spec
+        torch.set_num_threads(spec.device.trainer_threads(spec.ranks_per_node))
+        strategy = PolicyStrategy(spec.args, spec.device)
+        self._setup_distributed(strategy)
+        # On a CPU its weights are in CPU memory anyway.
+        offload = spec.args.ref.offload and spec.device.is_cuda
+        model = PolicyModel(
+            spec.path,
+            device=spec.device,
+            attn_implementation=spec.attention,
+            ds_config=strategy.get_ds_eval_config(offload=offload),
+            temperature=spec.args.rollout.temperature,
+        )
+        # The strategy asks the model.
+        model._offload = offload
+        self.model = strategy.prepare(model)
+        return {"threads": torch.get_num_threads()}
+
+    def reference_logprobs(self, groups: Sequence[TrainGroup]) -> list[tuple[Tensor, ...]]:
+        """Of this rank's groups; see `response_logprobs`. Every rank gets as many rollouts as the others."""
+        found = response_logprobs(
+            self.model, groups, micro_batch_size=self.spec.args.train.micro_batch_size, device=self.spec.device
+        )
+        self.n_forwards += sum(len(group) for group in found)
+        self.spec.device.empty_cache()
+        return found
+
+    def counts(self) -> dict[str, int]:
+        """How many rollouts went forward on this rank."""
+        return {"reference_forwards": self.n_forwards}
