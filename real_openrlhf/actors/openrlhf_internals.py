@@ -236,7 +236,6 @@ TOUCHES: tuple[Touch, ...] = (
             "actor_optim",
             "actor_scheduler",
             "max_epochs",
-            "micro_train_batch_size",
         ),
     ),
     Touch(

@@ -144,9 +144,7 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
         if self.spec.lora is None:
             raise RuntimeError("only a policy with adapters is its own reference")
         with without_adapters(self._network):
-            found = response_logprobs(
-                self.actor, groups, micro_batch_size=self.spec.args.train.micro_batch_size, device=self.spec.device
-            )
+            found = response_logprobs(self.actor, groups, self.strategy)
         self.n_reference_forwards += sum(len(group) for group in found)
         return found
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
+from collections.abc import Sequence
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from real_openrlhf.actors.device import Device
+from real_openrlhf.algo.packing import Row, micro_batches, spread
 
 
 class PolicyStrategy(DeepspeedStrategy):
@@ -98,3 +100,14 @@ class PolicyStrategy(DeepspeedStrategy):
         packed = torch.tensor([value], dtype=torch.float64, device=self.device.current())
         dist.all_reduce(packed, op=dist.ReduceOp.MAX)
         return float(packed.item())
+
+
+def equal_micro_batches(rows: Sequence[Row], strategy: PolicyStrategy) -> list[list[Row]]:
+    """Micro-batches within the bounds of the flags, equally many on every rank.
+
+    The longest rollouts may need more forward passes on one of the ranks, and with sharded parameters each is a
+    collective operation.
+    """
+    train = strategy.args.train
+    parts = micro_batches(rows, max_rollouts=train.micro_batch_size, max_tokens=train.max_tokens_per_gpu)
+    return spread(parts, round(strategy.max_over_ranks(float(len(parts)))))

@@ -16,11 +16,10 @@ import torch
 from openrlhf.trainer.ray.ppo_actor import ActorPPOTrainer
 
 from real_openrlhf.actors.policy_model import PolicyModel, PolicyOutputs
-from real_openrlhf.actors.policy_strategy import PolicyStrategy
+from real_openrlhf.actors.policy_strategy import PolicyStrategy, equal_micro_batches
 from real_openrlhf.actors.term_norms import term_norms
 from real_openrlhf.algo.batch import RealBatch, Row, collate, denominators_of, rows_of
 from real_openrlhf.algo.loss import LossOptions, policy_loss
-from real_openrlhf.algo.packing import micro_batches, spread
 from real_openrlhf.algo.types import Denominators, LossInputs, TrainGroup
 
 
@@ -56,8 +55,6 @@ class RealTrainer(ActorPPOTrainer):
         self.actor_optim = optimizer
         self.actor_scheduler = scheduler
         self.max_epochs = self.args.train.max_epochs
-        self.micro_train_batch_size = self.args.train.micro_batch_size
-        self.max_tokens = self.args.train.max_tokens_per_gpu
         self.values = values
         self.options = options
         self.trains_score_token = trains_score_token
@@ -98,7 +95,7 @@ class RealTrainer(ActorPPOTrainer):
         denominators = self._global(denominators_of(rows, trains_score_token=self.trains_score_token))
         sums: dict[str, float] = {}
         largest = 0.0
-        parts = self._micro_batches(rows)
+        parts = equal_micro_batches(rows, self.strategy)
         for number, part in enumerate(parts, start=1):
             batch = collate(part).to(self.strategy.device.current())
             self.strategy.mark_boundary(self.actor, last=number == len(parts))
@@ -139,11 +136,6 @@ class RealTrainer(ActorPPOTrainer):
         self.strategy.backward(result.loss, self.actor, self.actor_optim)
         self.n_backwards += len(batch)
         return part
-
-    def _micro_batches(self, rows: Sequence[Row]) -> list[list[Row]]:
-        """Equally many on every rank: the longest rollouts may need more forward passes on one of them."""
-        parts = micro_batches(rows, max_rollouts=self.micro_train_batch_size, max_tokens=self.max_tokens)
-        return spread(parts, round(self.strategy.max_over_ranks(float(len(parts)))))
 
     def _term_norms(self, outputs: PolicyOutputs, batch: RealBatch, denominators: Denominators) -> dict[str, float]:
         """Squared norm of each term's gradient at the logits of this micro-batch."""

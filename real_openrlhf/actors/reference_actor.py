@@ -13,9 +13,8 @@ import torch
 from openrlhf.trainer.ray.launcher import ReferenceModelActor
 from torch import Tensor
 
-from real_openrlhf.actors.device import Device
 from real_openrlhf.actors.policy_model import PolicyModel
-from real_openrlhf.actors.policy_strategy import PolicyStrategy
+from real_openrlhf.actors.policy_strategy import PolicyStrategy, equal_micro_batches
 from real_openrlhf.algo.batch import collate, rows_of
 from real_openrlhf.algo.types import TrainGroup
 
@@ -28,21 +27,19 @@ _OpenRLHFReferenceActor = ReferenceModelActor.__ray_metadata__.modified_class.__
 
 @torch.no_grad()
 def response_logprobs(
-    model: PolicyModel, groups: Sequence[TrainGroup], *, micro_batch_size: int, device: Device
+    model: PolicyModel, groups: Sequence[TrainGroup], strategy: PolicyStrategy
 ) -> list[tuple[Tensor, ...]]:
     """One forward per rollout: for every group K tensors [T] float32 on the CPU, at the model's temperature.
 
     By the policy's own forward, so that equal weights give a KL of 0 but for rounding.
     """
     model.eval()
-    rows = rows_of(groups)
-    found: list[Tensor] = []
-    for start in range(0, len(rows), micro_batch_size):
-        part = rows[start : start + micro_batch_size]
-        logprobs = model(collate(part, pad_id=0).to(device.current())).token_logprobs.float().cpu()
-        found += [row[: r.rollout.token_ids.numel()].clone() for row, r in zip(logprobs, part)]
-    rest = iter(found)
-    return [tuple(next(rest) for _ in range(len(group.group))) for group in groups]
+    found: dict[tuple[int, int], Tensor] = {}
+    for part in equal_micro_batches(rows_of(groups), strategy):
+        logprobs = model(collate(part).to(strategy.device.current())).token_logprobs.float().cpu()
+        for row, values in zip(part, logprobs):
+            found[id(row.group), row.index] = values[: row.length].clone()
+    return [tuple(found[id(group), i] for i in range(len(group.group))) for group in groups]
 
 
 class ReferenceActor(_OpenRLHFReferenceActor):  # type: ignore[misc, valid-type]
@@ -66,6 +63,7 @@ class ReferenceActor(_OpenRLHFReferenceActor):  # type: ignore[misc, valid-type]
             attn_implementation=spec.attention,
             ds_config=strategy.get_ds_eval_config(offload=offload),
             temperature=spec.args.rollout.temperature,
+            max_logit_bytes=spec.logits_mb * 2**20,
         )
         # The strategy asks the model.
         model._offload = offload
@@ -74,9 +72,7 @@ class ReferenceActor(_OpenRLHFReferenceActor):  # type: ignore[misc, valid-type]
 
     def reference_logprobs(self, groups: Sequence[TrainGroup]) -> list[tuple[Tensor, ...]]:
         """Of this rank's groups; see `response_logprobs`. Every rank gets as many rollouts as the others."""
-        found = response_logprobs(
-            self.model, groups, micro_batch_size=self.spec.args.train.micro_batch_size, device=self.spec.device
-        )
+        found = response_logprobs(self.model, groups, self.strategy)
         self.n_forwards += sum(len(group) for group in found)
         self.spec.device.empty_cache()
         return found

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from real_openrlhf.actors.device import Device
 from real_openrlhf.actors.reference_actor import response_logprobs
 from real_openrlhf.algo.batch import rows_of
 from real_openrlhf.algo.score_scale import ScoreScale
 from tests.helpers.algo_factory import random_groups
-from tests.unit.actors.test_policy_trainer import TEMPERATURE, TinyActor, logits_of, sequences
+from tests.unit.actors.test_policy_trainer import TEMPERATURE, logits_of, sequences, trainer
 
 GROUPS = random_groups(seed=4, n_groups=5, k=3, scale=ScoreScale.parse("1-3"))
 
 
 def test_one_forward_per_rollout_and_the_exact_logprobs() -> None:
     for micro in (1, 4, 15):
-        actor = TinyActor()
-        found = response_logprobs(actor, GROUPS, micro_batch_size=micro, device=Device(name="cpu", dtype_name="fp32"))  # type: ignore[arg-type]
+        run = trainer(micro=micro)
+        actor = run.actor
+        found = response_logprobs(actor, GROUPS, run.strategy)
         assert not actor.training
         assert [len(group) for group in found] == [3] * 5
         flat = [logprobs for group in found for logprobs in group]
