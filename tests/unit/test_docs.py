@@ -9,10 +9,8 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -116,104 +114,6 @@ def test_the_commands_of_the_examples_parse(script: str, tmp_path: Path) -> None
 )
 def test_shell_scripts_have_no_syntax_errors(script: str) -> None:
     subprocess.run(["bash", "-n", ROOT / script], check=True)
-
-
-# -- the Slurm script -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def slurm(tmp_path: Path) -> dict[str, str]:
-    """An environment in which the batch script runs: srun, ray and python stand-ins that keep notes."""
-    bin_dir = tmp_path / "bin"
-    bin_dir.mkdir()
-    scripts = {
-        "scontrol": "echo node1",
-        # One task on this host; what it was started with goes to the notes.
-        "srun": 'echo "srun $*" >>"$NOTES"\nwhile case $1 in --*) true ;; *) false ;; esac; do shift; done\n'
-        'SLURM_PROCID=0 exec "$@"',
-        "ray": 'echo "ray $*" >>"$NOTES"\ncat "$RAY_AUTH_TOKEN_PATH" >"$NOTES.token"\n'
-        'stat -c %a "$RAY_AUTH_TOKEN_PATH" >"$NOTES.mode"\n[ -z "$NODE_DIES" ] || exit 1\nexec sleep 60',
-        "python": 'if [ "$1" = -m ]; then echo "$RAY_ADDRESS $*" >>"$NOTES"; exec $RUN; fi\n'
-        'if [ "$1" = - ] && [ "$#" = 3 ]; then echo "1 of 1 nodes"; exit "$NOT_READY"; fi\n'
-        'if [ "$1" = -c ] && [ "${2#import ray}" != "$2" ]; then echo 127.0.0.1; exit; fi\n'
-        f'exec "{sys.executable}" -S "$@"',
-    }
-    for name, text in scripts.items():
-        (bin_dir / name).write_text(f"#!/bin/bash\n{text}\n")
-        (bin_dir / name).chmod(0o755)
-    return {
-        "PATH": f"{bin_dir}:{os.environ['PATH']}",
-        "NOTES": str(tmp_path / "notes"),
-        "PYTHON": str(bin_dir / "python"),
-        "SLURM_SUBMIT_DIR": str(tmp_path),
-        "SLURM_JOB_ID": "123456",
-        "SLURM_JOB_NODELIST": "node1",
-        "SLURM_JOB_NUM_NODES": "1",
-        "SLURM_GPUS_ON_NODE": "8",
-        "SLURM_CPUS_PER_TASK": "4",
-        "RAY_TMP": str(tmp_path / "t"),
-        "RUN": "true",
-        "NOT_READY": "0",
-        "NODE_DIES": "",
-    }
-
-
-def run_batch(env: dict[str, str], *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", ROOT / "slurm/train_real.sbatch", *flags], env=env, capture_output=True, text=True, timeout=120
-    )
-
-
-@pytest.mark.parametrize(("run", "code"), [("true", 0), (f"{sys.executable} -c exit(2)", 2)])
-def test_the_batch_script_passes_the_exit_code_on_and_cleans_up(slurm: dict[str, str], run: str, code: int) -> None:
-    result = run_batch({**slurm, "RUN": run}, "--real.anchor", "The score is ")
-    assert result.returncode == code, result.stderr
-    notes = Path(slurm["NOTES"]).read_text()
-    head = next(line for line in notes.splitlines() if line.startswith("ray start --head"))
-    port = int(re.search(r"--port=(\d+)", head)[1])  # type: ignore[index]
-    assert 20000 <= port < 32000
-    assert "--num-gpus=8" in head and "--include-dashboard=false" in head and "--dashboard-host=127.0.0.1" in head
-    assert f"127.0.0.1:{port} {MODULE}" in notes
-    assert "--actor.num_gpus_per_node 4 --vllm.num_engines 4" in notes and "--real.anchor The score is " in notes
-    assert Path(slurm["NOTES"] + ".mode").read_text().strip() == "600"
-    assert len(Path(slurm["NOTES"] + ".token").read_text().strip()) == 64
-    assert nothing_is_left(slurm)
-
-
-def nothing_is_left(env: dict[str, str]) -> bool:
-    """No token, no temporary folder."""
-    tokens = list(Path(env["SLURM_SUBMIT_DIR"]).glob(".ray_token*"))
-    return not tokens and not list(Path(env["RAY_TMP"]).iterdir())
-
-
-def test_the_batch_script_cleans_up_when_it_is_ended(slurm: dict[str, str]) -> None:
-    script = ROOT / "slurm/train_real.sbatch"
-    with subprocess.Popen(["bash", script], env={**slurm, "RUN": "sleep 60"}, stdout=subprocess.DEVNULL) as process:
-        notes = Path(slurm["NOTES"])
-        while process.poll() is None and not (notes.exists() and MODULE in notes.read_text()):
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 143
-    assert nothing_is_left(slurm)
-
-
-def test_the_batch_script_ends_when_a_node_ends_before_the_cluster_is_complete(slurm: dict[str, str]) -> None:
-    result = run_batch({**slurm, "NODE_DIES": "1", "NOT_READY": "1"})
-    assert result.returncode == 1
-    assert "a Ray node ended before the cluster was complete" in result.stderr
-    assert MODULE not in Path(slurm["NOTES"]).read_text()
-
-
-def test_the_batch_script_waits_no_longer_than_its_deadline(slurm: dict[str, str]) -> None:
-    result = run_batch({**slurm, "NOT_READY": "1", "READY_DEADLINE": "1"})
-    assert result.returncode == 1
-    assert "READY_DEADLINE" in result.stderr and "last seen: 1 of 1 nodes" in result.stderr
-
-
-def test_the_batch_script_never_ends_processes_by_name() -> None:
-    text = (ROOT / "slurm/train_real.sbatch").read_text()
-    code = "\n".join(line.partition("#")[0] for line in text.splitlines() if not line.startswith("#SBATCH"))
-    assert not re.search(r"ray\"? stop|pkill|killall", code)
 
 
 # -- names ---------------------------------------------------------------------------------------------
