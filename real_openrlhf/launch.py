@@ -75,8 +75,6 @@ def launch(inputs: Inputs, checkpoint: Checkpoint | None = None) -> dict[str, An
         logger.warning("%s", warning)
     plan = batch_plan(config, len(inputs.train_set))
     store = make_store(config.ckpt.folder, keep=config.ckpt.max_num, metric=config.ckpt.best_metric)
-    if config.ckpt.save_steps > 0:
-        store.open()
     with (
         RunLog(
             config.ckpt.output_dir,
@@ -84,6 +82,8 @@ def launch(inputs: Inputs, checkpoint: Checkpoint | None = None) -> dict[str, An
             wandb=_wandb(config),
             config=config_to_dict(config),
             append=checkpoint is not None,
+            # The folder was looked at before anything started (resume.check_folders).
+            overwrite=checkpoint is None,
             resume_step=None if checkpoint is None else checkpoint.step,
         ) as log,
         ray_session(
@@ -99,6 +99,8 @@ def launch(inputs: Inputs, checkpoint: Checkpoint | None = None) -> dict[str, An
         timer = PhaseTimer()
         with timer.phase("start"):
             actors = _Actors(inputs, plan, device)
+            # Also without --ckpt.save_steps: a signal saves all the same.
+            store.check_shared(actors.policy.sees)
         if checkpoint is None:
             log.log(0, "sync", {"seconds/start": timer.seconds("start"), **actors.facts})
         initial = 0 if checkpoint is None else checkpoint.step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import AutoConfig
@@ -9,7 +10,9 @@ from transformers import AutoConfig
 from real_openrlhf.checkpoint.compat import RunIdentity, model_config_sha256, tokenizer_sha256
 from real_openrlhf.checkpoint.store import Checkpoint
 from real_openrlhf.config.cli import config_to_dict
-from real_openrlhf.controller.checkpointing import find_checkpoint
+from real_openrlhf.config.schema import CkptConfig
+from real_openrlhf.controller.checkpointing import find_checkpoint, make_store
+from real_openrlhf.controller.run_log import CONFIG_FILE, check_output_dir
 
 if TYPE_CHECKING:
     from real_openrlhf.train_real import Inputs
@@ -43,3 +46,22 @@ def checkpoint_to_load(inputs: Inputs) -> Checkpoint | None:
         return None
     identity = run_identity(inputs)
     return find_checkpoint(ckpt.folder, ckpt.load, identity, metric=ckpt.best_metric, force=ckpt.force)
+
+
+def check_folders(inputs: Inputs, checkpoint: Checkpoint | None) -> None:
+    """Prove that records and checkpoints can be written; CheckpointError or RunLogError, before anything starts."""
+    ckpt = inputs.config.ckpt
+    check_output_dir(ckpt.output_dir, append=checkpoint is not None, overwrite=starts_anew(ckpt, checkpoint))
+    make_store(ckpt.folder, keep=ckpt.max_num, metric=ckpt.best_metric).open()
+
+
+def starts_anew(ckpt: CkptConfig, checkpoint: Checkpoint | None) -> bool:
+    """--ckpt.load auto on what a run left that ended before its first checkpoint: its records begin again.
+
+    A folder with a judge, or with anything like a checkpoint, whole or broken, is never begun again.
+    """
+    output = Path(ckpt.output_dir)
+    if ckpt.load != "auto" or checkpoint is not None or not output.is_dir():
+        return False
+    ours = (output / CONFIG_FILE).is_file() or {path.name for path in output.iterdir()} <= {"checkpoints"}
+    return ours and not any(Path(ckpt.folder).glob("step_*")) and not (output / "model").exists()

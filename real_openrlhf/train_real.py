@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from real_openrlhf.actors.device import Device, DeviceError
 from real_openrlhf.algo.score_scale import BoundScale, bind_scale
+from real_openrlhf.checkpoint.errors import CheckpointError
 from real_openrlhf.checkpoint.signals import EXIT_RESUME
 from real_openrlhf.checkpoint.store import Checkpoint
 from real_openrlhf.config.cli import parse_args
@@ -26,14 +27,14 @@ from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.config.plan import batch_plan
 from real_openrlhf.config.schema import Config
 from real_openrlhf.config.validate import validate
-from real_openrlhf.controller.run_log import RunLogError, check_output_dir
+from real_openrlhf.controller.run_log import RunLogError
 from real_openrlhf.controller.trainer import Stopped
 from real_openrlhf.data.dataset import JudgeDataset
 from real_openrlhf.data.template import PromptTemplate
 from real_openrlhf.data.tokenizer import end_token_ids, load_tokenizer
 from real_openrlhf.errors import RunError
 from real_openrlhf.ray_session import cluster_to_join
-from real_openrlhf.resume import checkpoint_to_load
+from real_openrlhf.resume import check_folders, checkpoint_to_load
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.write(describe(inputs) + "\n")
             return 0
         checkpoint = checkpoint_to_load(inputs)
-        check_output_dir(inputs.config.ckpt.output_dir, append=checkpoint is not None)
+        check_folders(inputs, checkpoint)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -165,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         logger.info("%s; the same command with --ckpt.load latest goes on", stopped)
         return EXIT_RESUME
-    except (DeviceError, RunLogError) as error:
+    except (DeviceError, RunLogError, CheckpointError) as error:
         # What only shows once the cluster or the log is there; nothing has been trained.
         sys.stderr.write(f"error: {error}\n")
         return 2

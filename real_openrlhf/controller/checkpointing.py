@@ -76,7 +76,8 @@ class Checkpointer:
 
     def load(self, checkpoint: Checkpoint) -> int:
         """Bring every part to where the checkpoint was written; returns its step."""
-        self.policy.load_checkpoint(str(checkpoint.path / "policy"))
+        # Absolute: actors have another working folder.
+        self.policy.load_checkpoint(str(checkpoint.path.resolve() / "policy"))
         for name, part in self.parts.items():
             part.load_state_dict(checkpoint.read_json(f"{name}.json"))
         logger.info("resumed from %s", checkpoint.path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from real_openrlhf import launch, train_real
+from real_openrlhf.checkpoint.manifest import CheckpointMeta
 from real_openrlhf.config.cli import parse_args
+from real_openrlhf.controller.checkpointing import make_store
 from real_openrlhf.controller.run_log import RunLogError
 from real_openrlhf.resume import run_identity
 from real_openrlhf.train_real import end_token_ids, known_device, load_inputs, load_tokenizer, main
@@ -317,3 +321,84 @@ def test_a_signal_ends_with_the_code_that_means_resume(
 
 def test_a_checkpoint_that_is_not_there_is_wrong_input(flags: Flags, capsys: pytest.CaptureFixture[str]) -> None:
     assert "checkpoint" in refused(capsys, [*argv(flags), "--ckpt.load", "latest"])
+
+
+def saved_checkpoint(arguments: list[str], **changes: object) -> Path:
+    """A complete checkpoint of step 1 of the run that these arguments describe, but for the changes."""
+    inputs = load_inputs(parse_args(arguments))
+    meta = CheckpointMeta(identity=replace(run_identity(inputs), **changes), weight_version=1)
+    store = make_store(inputs.config.ckpt.folder, keep=1, metric=None)
+    with store.begin(1, meta) as writer:
+        writer.write_json("controller.json", {"step_number": 1})
+        (writer.path / "policy").mkdir()
+        (writer.path / "policy" / "rank_0.pt").write_bytes(b"weights")
+        return writer.commit().path
+
+
+def test_a_checkpoint_is_resumed(flags: Flags, started: list[train_real.Inputs]) -> None:
+    made = saved_checkpoint(argv(flags))
+    for which in ("latest", "auto", str(made)):
+        assert main([*argv(flags), "--ckpt.load", which]) == 0
+    assert len(started) == 3
+
+
+def test_a_checkpoint_of_another_model(
+    flags: Flags, capsys: pytest.CaptureFixture[str], started: list[train_real.Inputs]
+) -> None:
+    saved_checkpoint(argv(flags), model_sha256="0" * 64, zero_stage=3)
+    for which in ("latest", "auto"):
+        assert main([*argv(flags), "--ckpt.load", which]) == 2
+        assert "error: the checkpoint belongs to another run:\n  model config" in capsys.readouterr().err
+    # What no force can make fit.
+    assert main([*argv(flags), "--ckpt.load", "latest", "--ckpt.force"]) == 2
+    assert "ZeRO stage: 3 in the checkpoint, 2 now" in capsys.readouterr().err
+    assert started == []
+
+
+def test_a_half_copied_checkpoint(
+    flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str], started: list[train_real.Inputs]
+) -> None:
+    made = saved_checkpoint(argv(flags))
+    copy = tmp_path / "copy"
+    shutil.copytree(made, copy)
+    (copy / "policy" / "rank_0.pt").write_bytes(b"wei")
+    assert "rank_0.pt has 3 bytes, not 7" in refused(capsys, [*argv(flags), "--ckpt.load", str(copy)])
+    (copy / "policy" / "rank_0.pt").write_bytes(b"weightz")
+    assert "hash differs" in refused(capsys, [*argv(flags), "--ckpt.load", str(copy)])
+    (copy / "manifest.json").unlink()
+    assert "manifest.json is missing" in refused(capsys, [*argv(flags), "--ckpt.load", str(copy)])
+    assert started == []
+
+
+def test_checkpoint_paths_that_cannot_be_used(
+    flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str], started: list[train_real.Inputs]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    # Also without --ckpt.save_steps: a signal would want to save.
+    for folder, says in ((file, "is a file"), (file / "below", "is a file"), (Path("/proc/none"), "cannot be written")):
+        line = refused(capsys, [*argv(flags), "--ckpt.path", str(folder)])
+        assert str(folder) in line and says in line
+    assert "is a file; give the folder" in refused(capsys, [*argv(flags), "--ckpt.load", str(file)])
+    assert "there is no checkpoint" in refused(capsys, [*argv(flags), "--ckpt.load", str(tmp_path / "none")])
+    assert started == []
+
+
+def test_auto_begins_again_what_ended_before_its_first_checkpoint(
+    flags: Flags, capsys: pytest.CaptureFixture[str], started: list[train_real.Inputs]
+) -> None:
+    out = Path(flags["ckpt.output_dir"])
+    again = [*argv(flags), "--ckpt.load", "auto"]
+    assert main(again) == 0  # makes checkpoints/
+    assert main(again) == 0
+    (out / "run_config.json").write_text("{}")
+    (out / "metrics.jsonl").write_text("")
+    assert main(again) == 0
+    assert "is not empty" in refused(capsys, argv(flags))
+    # A broken checkpoint or a judge is never written over.
+    (out / "checkpoints" / "step_1").mkdir()
+    assert "is not empty" in refused(capsys, again)
+    (out / "checkpoints" / "step_1").rmdir()
+    (out / "model").mkdir()
+    assert "is not empty" in refused(capsys, again)
+    assert len(started) == 3

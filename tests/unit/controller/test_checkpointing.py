@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import random
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +16,9 @@ from real_openrlhf.algo.types import TrainGroup
 from real_openrlhf.checkpoint.errors import CheckpointError, IncompatibleCheckpointError, NoCheckpointError
 from real_openrlhf.controller.checkpointing import Checkpointer, find_checkpoint, make_store
 from real_openrlhf.controller.trainer import Controller, Stopped
+from real_openrlhf.data.stream import PromptStream
 from tests.unit.checkpoint.helpers import identity
-from tests.unit.controller.test_trainer import World, controller
+from tests.unit.controller.test_trainer import World, controller, prompts
 
 METRIC = "expected/pearson"
 
@@ -129,6 +134,83 @@ def test_resumed_equals_unbroken(tmp_path: Path, stop_at: int) -> None:
     mine = [(step, phase) for step, phase, _ in first.logs + second.logs]
     assert mine == [(step, phase) for step, phase, _ in whole.logs]
     assert second.events[0] == ("sync", stop_at)  # fresh engines get the weights first
+
+
+class Killed(Exception):
+    """The process is gone, in the middle of a step."""
+
+
+class Counted(Shards):
+    """Rollouts that nobody can foresee, and the prompts that dynamic sampling drops because of them."""
+
+    def __init__(self, dies_in_step: int | None = None) -> None:
+        super().__init__(labels=lambda prompt, k: 1 if prompt.row in self.all_right else [1, 0, 2][k])
+        self.all_right: set[int] = set()
+        self.dropped: list[int] = []
+        self.dies_in_step = dies_in_step
+
+    def generate(self, wanted: Sequence[Any], sampling: Any) -> list[Any]:
+        assert sampling.seed is None
+        self.all_right = {prompt.row for prompt in wanted if random.random() < 0.4}
+        self.dropped += [prompt.row for prompt in wanted if prompt.row in self.all_right]
+        return super().generate(wanted, sampling)
+
+    def train(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
+        if len(self.trained) + 1 == self.dies_in_step:
+            raise Killed
+        return super().train(groups)
+
+    def save_checkpoint(self, path: str) -> None:
+        super().save_checkpoint(path)
+        (Path(path) / "dropped.json").write_text(json.dumps(self.dropped))
+
+    def load_checkpoint(self, path: str) -> None:
+        super().load_checkpoint(path)
+        self.dropped = json.loads((Path(path) / "dropped.json").read_text())
+
+
+@pytest.mark.parametrize("attempt", range(5))
+def test_without_determinism_no_prompt_is_skipped_or_doubled(tmp_path: Path, attempt: int) -> None:
+    def start(world: Counted) -> Controller:
+        run = with_saver(world, tmp_path, every=2, total_steps=7, seeded=False, max_refills=50)
+        stream = PromptStream(prompts(11), seed=0, num_episodes=20)
+        run.prompts = run.saver.parts["prompts"] = stream  # type: ignore[union-attr, attr-defined]
+        return run
+
+    with pytest.raises(Killed):
+        start(Counted(dies_in_step=4)).fit()
+    checkpoint = find_checkpoint(tmp_path, "latest", identity(), metric=METRIC, force=False)
+    assert checkpoint is not None and checkpoint.step == 2  # the third step was done and is lost
+    world = Counted()
+    run = start(world)
+    assert isinstance(run.saver, Checkpointer)
+    run.saver.load(checkpoint)
+    run.fit()
+
+    steps = [step for step, phase, _ in world.logs if phase == "train"]
+    assert steps == [3, 4, 5, 6, 7] and len(world.rows) == 7 * 4
+    # Whatever was drawn was trained on, dropped, or is put back; and drawn was the stream's beginning, each place once.
+    state = run.prompts.state_dict()  # type: ignore[attr-defined]
+    returned = [prompts(11)[index].row for index in state["returned"]]
+    drawn = PromptStream(prompts(11), seed=0).take(11 * state["epoch"] + state["position"])
+    assert Counter(world.rows) + Counter(world.dropped) + Counter(returned) == Counter(p.row for p in drawn)
+    assert state["epoch"] >= 2
+
+
+def test_without_a_filter_the_data_order_is_that_of_an_unbroken_run(tmp_path: Path) -> None:
+    settings: dict[str, Any] = dict(total_steps=5, keep="all", refill=False, seeded=False)
+    whole = Shards()
+    with_saver(whole, tmp_path / "a", every=-1, **settings).fit()
+    broken = with_saver(Shards(), tmp_path / "b", every=3, **settings)
+    broken.settings = replace(broken.settings, total_steps=4)
+    broken.fit()
+    second = Shards()
+    resumed = with_saver(second, tmp_path / "b", every=3, **settings)
+    checkpoint = find_checkpoint(tmp_path / "b", "latest", identity(), metric=METRIC, force=False)
+    assert checkpoint is not None and isinstance(resumed.saver, Checkpointer)
+    assert resumed.saver.load(checkpoint) == 3
+    resumed.fit()
+    assert second.rows == whole.rows and len(set(whole.rows)) == 20
 
 
 def test_a_full_disk_fails_the_save_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
