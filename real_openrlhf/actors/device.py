@@ -133,6 +133,15 @@ class Device:
         if self.is_cuda:
             torch.cuda.empty_cache()
 
+    def rng_state(self) -> torch.Tensor | None:
+        """State of the GPU's generator of random numbers; None on a CPU, whose generator is torch's own."""
+        return torch.cuda.get_rng_state() if self.is_cuda else None
+
+    def set_rng_state(self, state: torch.Tensor | None) -> None:
+        """The inverse. A state of the other kind of device is left alone."""
+        if self.is_cuda and state is not None:
+            torch.cuda.set_rng_state(state)
+
     def memory_stats(self) -> dict[str, int]:
         """{"peak_bytes"}: most that torch ever held on the GPU, or the process's highest RSS."""
         if self.is_cuda:

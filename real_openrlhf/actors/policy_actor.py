@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-import numpy
 import torch
 from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
 from torch import Tensor, distributed
 
 from real_openrlhf.actors.device import Device
 from real_openrlhf.actors.lora import Lora, Weight, add_adapters, save_adapter, weights_of, without_adapters
+from real_openrlhf.actors.policy_checkpoint import load_shards, restore_rng, rng_state, save_shards
 from real_openrlhf.actors.policy_model import PolicyModel
 from real_openrlhf.actors.policy_strategy import PolicyStrategy
 from real_openrlhf.actors.policy_trainer import RealTrainer
@@ -24,11 +22,11 @@ from real_openrlhf.actors.reference_actor import response_logprobs
 from real_openrlhf.actors.weight_transfer import Bucket, SyncGroup, make_plan, send_bucket
 from real_openrlhf.algo.loss import LossOptions
 from real_openrlhf.algo.types import TrainGroup
+from real_openrlhf.checkpoint import durable
 
 # OpenRLHF wraps its class with @ray.remote; the plain class lies under the wrapper.
 _OpenRLHFPolicyActor = PolicyModelActor.__ray_metadata__.modified_class.__ray_actor_class__
 
-_CHECKPOINT_TAG = "deepspeed"
 # Of an exported model: the folder of its adapter, for peft.
 _ADAPTER_FOLDER = "adapter"
 
@@ -215,22 +213,21 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
             AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(path)
             if adapter:
                 save_adapter(Path(path) / _ADAPTER_FOLDER, network, adapter, self.spec.path)
+            durable.fsync_tree(Path(path))  # only the node that wrote can force it out
         distributed.barrier()
 
     def save_checkpoint(self, path: str) -> None:
-        """DeepSpeed's checkpoint of weights, optimizer and schedule, and this rank's own state beside it."""
-        self.actor.model.save_checkpoint(path, tag=_CHECKPOINT_TAG, save_latest=False)
-        torch.save(self.state_dict(), Path(path) / f"rank_{self._rank}.pt")
-        distributed.barrier()
+        """Weights, optimizer and schedule, and this rank's own state. ShardError on every rank if one fails."""
+        save_shards(self.actor.model, path, self.state_dict())
 
     def load_checkpoint(self, path: str) -> None:
-        """The inverse, on as many ranks. RuntimeError when DeepSpeed finds nothing to load."""
-        loaded, _ = self.actor.model.load_checkpoint(path, tag=_CHECKPOINT_TAG)
-        if loaded is None:
-            raise RuntimeError(f"DeepSpeed loaded nothing from {path}")
-        # Our own file, just checked against its manifest; it holds RNG states of numpy and python.
-        self.load_state_dict(torch.load(Path(path) / f"rank_{self._rank}.pt", weights_only=False))
-        distributed.barrier()
+        """The inverse, on as many ranks or on others."""
+        args = self.spec.args
+        self.load_state_dict(load_shards(self.actor.model, path, scratch=args.ckpt.path, seed=args.train.seed))
+
+    def sees(self, path: str) -> bool:
+        """Whether this rank's node has the file."""
+        return Path(path).exists()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state outside of DeepSpeed's own checkpoint, which holds weights and optimizer."""
@@ -238,21 +235,14 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
             "weight_version": self.weight_version,
             "n_calls": self.trainer.n_calls,
             "n_updates": self.trainer.n_updates,
-            "rng": {
-                "torch": torch.get_rng_state(),
-                "python": json.dumps(random.getstate()),
-                "numpy": numpy.random.get_state(),
-            },
+            "rng": rng_state(self.spec.device),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.weight_version = state["weight_version"]
         self.trainer.n_calls = state["n_calls"]
         self.trainer.n_updates = state["n_updates"]
-        torch.set_rng_state(state["rng"]["torch"])
-        version, internal, gauss = json.loads(state["rng"]["python"])
-        random.setstate((version, tuple(internal), gauss))
-        numpy.random.set_state(state["rng"]["numpy"])
+        restore_rng(state["rng"], self.spec.device)
 
     @property
     def _network(self) -> Any:

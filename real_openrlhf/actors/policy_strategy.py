@@ -48,6 +48,10 @@ class PolicyStrategy(DeepspeedStrategy):
         else:
             transformers.set_seed(self.seed)
         self.device.set_local_rank(int(os.environ.get("LOCAL_RANK", "0")))
+        if not self.device.is_cuda:
+            # Its shared-memory reduction serves inference only. It is compiled at the first start, and a process
+            # that is killed meanwhile leaves a lock behind on which every later start waits for ever.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=self.device.dist_backend, timeout=timeout)
         self.world_size = dist.get_world_size()
         self.ds_device_mesh = init_device_mesh(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -138,7 +139,17 @@ class RayPolicyGroup(_Ranks):
             ray.get(self.call("save_model", str(folder), self.spec.path))
 
     def save_checkpoint(self, path: str) -> None:
+        """OSError when a rank wrote, but into a folder that this process does not see."""
         ray.get(self.call("save_checkpoint", path))
+        away = [rank for rank in range(len(self.ranks)) if not (Path(path) / f"rank_{rank}.pt").is_file()]
+        if away:
+            raise OSError(
+                f"the shards of ranks {away} are not in {path}: checkpoints need a file system that all share"
+            )
+
+    def sees(self, path: str) -> list[bool]:
+        """By rank: whether its node has the file."""
+        return ray.get(self.call("sees", path))
 
     def load_checkpoint(self, path: str) -> None:
         ray.get(self.call("load_checkpoint", path))

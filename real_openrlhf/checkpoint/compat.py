@@ -29,10 +29,14 @@ _VOLATILE = (
 
 
 class Severity(Enum):
-    """REFUSE: resuming would silently train on something else. LAYOUT: shards do not fit. WARN: may change."""
+    """REFUSE: resuming would silently train on something else. LAYOUT: shards do not fit and cannot be made to.
+
+    RESHARD: shards do not fit, but are converted while they are loaded. WARN: may change.
+    """
 
     REFUSE = "refuse"
     LAYOUT = "layout"
+    RESHARD = "reshard"
     WARN = "warn"
 
 
@@ -68,13 +72,15 @@ _SEVERITY = {
     "scale": Severity.REFUSE,
     "anchors": Severity.REFUSE,
     "adapters": Severity.REFUSE,
-    "ranks": Severity.LAYOUT,
+    "ranks": Severity.RESHARD,
     "zero_stage": Severity.LAYOUT,
     "preset": Severity.WARN,
     "seed": Severity.WARN,
 }
 _STRINGS = ("model_sha256", "tokenizer_sha256", "data_sha256", "template_sha256", "preset", "adapters")
 _INTEGERS = ("seed", "ranks", "zero_stage")
+# DeepSpeed's universal checkpoints are made of ZeRO's shards.
+_RESHARDED_STAGES = (1, 2, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,31 +149,35 @@ class RunIdentity:
         ]
 
 
-def check(saved: RunIdentity, now: RunIdentity, *, force: bool, universal: bool = False) -> list[Mismatch]:
+def check(saved: RunIdentity, now: RunIdentity, *, force: bool) -> list[Mismatch]:
     """Raise if a run that is `now` must not resume what was `saved`; returns what was let through, and logs it.
 
     IncompatibleCheckpointError: other model, adapters, tokenizer, data, template, scale or anchors; `force` lets them
     through.
-    LayoutError: other ranks or ZeRO stage; only `universal` (DeepSpeed's universal checkpoints) helps, not `force`.
+    LayoutError, whatever `force`: another ZeRO stage, or another number of ranks without ZeRO. With ZeRO 1, 2 or 3
+    another number of ranks is let through: the policy converts the shards (actors.policy_checkpoint).
     """
     mismatches = saved.diff(now)
     refused = [m for m in mismatches if m.severity is Severity.REFUSE]
     layout = [m for m in mismatches if m.severity is Severity.LAYOUT]
+    if saved.zero_stage not in _RESHARDED_STAGES:
+        layout += [m for m in mismatches if m.severity is Severity.RESHARD]
     if refused and not force:
         raise IncompatibleCheckpointError(
             "the checkpoint belongs to another run:\n"
             + "".join(f"  {m}\n" for m in refused)
             + "resume with what the checkpoint was made with, start afresh in a new output folder, or force it"
         )
-    if layout and not universal:
+    if layout:
         raise LayoutError(
             "the checkpoint's shards do not fit this run:\n"
             + "".join(f"  {m}\n" for m in layout)
-            + "resume with the same layout, or convert to a universal checkpoint (DeepSpeed's ds_to_universal)"
+            + f"resume with --ds.zero_stage {saved.zero_stage} on {saved.ranks} policy ranks; with ZeRO stage 1, 2 or "
+            "3 the number of ranks may change, the stage never"
         )
     for mismatch in mismatches:
-        forced = " (forced)" if mismatch.severity is Severity.REFUSE else ""
-        logger.warning("resuming with a change%s: %s", forced, mismatch)
+        note = {Severity.REFUSE: " (forced)", Severity.RESHARD: " (the shards are converted)"}
+        logger.warning("resuming with a change%s: %s", note.get(mismatch.severity, ""), mismatch)
     return mismatches
 
 

@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -134,6 +134,24 @@ class CheckpointStore:
             durable.remove_tree(path)
         self._opened = True
         return self
+
+    def check_shared(self, sees: Callable[[str], Sequence[bool]]) -> None:
+        """Whether the processes that will write here see this very folder; CheckpointError if one does not.
+
+        sees: given a path, says for each of them whether it is there. Opens the store.
+        """
+        self.open()
+        probe = self.root / durable.owned_name("del", "probe")
+        probe.mkdir()
+        try:
+            blind = [rank for rank, there in enumerate(sees(str(probe))) if not there]
+        finally:
+            probe.rmdir()
+        if blind:
+            raise CheckpointError(
+                f"ranks {blind} run on nodes that do not see {self.root}: checkpoints need a folder on a file system "
+                "that all nodes share, at the same path; choose another"
+            )
 
     def begin(self, step: int, meta: CheckpointMeta) -> CheckpointWriter:
         """Start a save; opens the store if need be. CheckpointWriteError if not even a folder can be made."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,28 @@ def same_logprobs(one: list[tuple[Tensor, ...]], two: list[tuple[Tensor, ...]]) 
     return all(a.equal(b) for x, y in zip(one, two, strict=True) for a, b in zip(x, y, strict=True))
 
 
+def expect_failure(actor: Any, path: str) -> None:
+    """A save that fails on the last rank fails on this one too."""
+    from real_openrlhf.actors.policy_checkpoint import ShardError
+
+    try:
+        actor.save_checkpoint(path)
+    except ShardError as error:
+        assert "could not be written" in str(error), error
+    else:
+        raise AssertionError("the save did not fail")
+
+
+def fill_disk(actor: Any, path: str) -> None:
+    """The same, on the rank whose kernel refuses to write more than a few bytes into a file."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        expect_failure(actor, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
@@ -105,6 +128,8 @@ def main() -> None:
     parser.add_argument("--lora", type=int, default=0, help="rank of the adapters")
     parser.add_argument("--kl", type=float, default=0.0)
     parser.add_argument("--adam_offload", action="store_true")
+    parser.add_argument("--save", help="checkpoint, saved after the first update, once one rank's disk was full")
+    parser.add_argument("--load", help="checkpoint of the first update: go on behind it")
     args = parser.parse_args()
 
     from real_openrlhf.actors.device import Device
@@ -158,11 +183,21 @@ def main() -> None:
             reference.build(replace(spec, lora=None))
         frozen = reference.reference_logprobs(mine)
         mine = [replace(group, ref_logprobs=logprobs) for group, logprobs in zip(mine, frozen)]
-    metrics = [actor.train(mine) for _ in range(UPDATES - 1)]
-    if args.lora:
-        receive(actor)
-        actor.save_checkpoint(str(Path(args.out) / "checkpoint"))
-    metrics.append(actor.train(mine))
+    metrics = []
+    if args.load:
+        actor.load_checkpoint(args.load)
+        assert actor.trainer.n_updates == actor.weight_version == 1
+    for update in range(1 if args.load else 0, UPDATES):
+        if args.lora and update == UPDATES - 1:
+            receive(actor)
+            actor.save_checkpoint(str(Path(args.out) / "checkpoint"))
+        metrics.append(actor.train(mine))
+        if args.save and update == 0:
+            if args.rank == args.world - 1:
+                fill_disk(actor, args.save + ".full")
+            else:
+                expect_failure(actor, args.save + ".full")
+            actor.save_checkpoint(args.save)
     if args.lora:
         # Resumed from the checkpoint, the last update is the same.
         last = local_weights(actor)
@@ -173,8 +208,10 @@ def main() -> None:
         torch.save(receive(actor), Path(args.out) / f"pushed_{args.rank}.pt")
     if reference is not None:
         assert same_logprobs(frozen, reference.reference_logprobs(mine)), "the reference moved with the policy"
+    random_numbers = torch.rand(4).tolist()
     probe = actor.token_logprobs([[3, 4, 5, 6, 7], [8, 9, 3]])
     actor.save_model(str(Path(args.out) / "model"), args.folder)
+    (Path(args.out) / f"random_{args.rank}.json").write_text(json.dumps(random_numbers), encoding="utf-8")
     if args.rank == 0:
         record = {
             "metrics": metrics,

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -152,15 +152,37 @@ def ray_head(folder: Path) -> Iterator[str]:
 
 
 def test_ray_job_submit(judges: Path, tmp_path: Path) -> None:
-    """A joined cluster, ZeRO-3, an untied head, and an evaluator with an engine of its own."""
+    """A joined cluster, ZeRO-3, an untied head, an evaluator with an engine of its own; stopped and submitted again."""
     import tempfile
 
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
     out = tmp_path / "run"
+    train = [sys.executable, "-m", "real_openrlhf.train_real", "--ckpt.load", "auto"]
+    train += flags(judges, "untied", out, "--ds.zero_stage", "3", "--eval.engine", "own")
     # Ray's sockets live under its temp dir, whose path must be short.
     with tempfile.TemporaryDirectory(prefix="r") as short, ray_head(Path(short)) as address:
-        command = [str(BIN / "ray"), "job", "submit", "--address", address, "--", sys.executable]
-        command += ["-m", "real_openrlhf.train_real"]
-        command += flags(judges, "untied", out, "--ds.zero_stage", "3", "--eval.engine", "own")
-        done = subprocess.run(command, capture_output=True, text=True, timeout=580)
+        submit = [str(BIN / "ray"), "job", "submit", "--address", address]
+        patient = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "300"}})
+        begin = [*submit, "--submission-id", "first", "--no-wait", "--runtime-env-json", patient, "--", *train]
+        subprocess.run(begin, check=True, capture_output=True, timeout=120)
+        client = JobSubmissionClient(address)
+        wait_until(lambda: any((out / "eval").glob("*")) or client.get_job_status("first").is_terminal())
+        client.stop_job("first")  # what `ray job stop` calls; the first step is going on
+        wait_until(lambda: client.get_job_status("first").is_terminal())
+        logs = client.get_job_logs("first")
+        assert client.get_job_status("first") == JobStatus.STOPPED, logs[-4000:]
+        assert "SIGTERM: stopped after step 1" in logs
+        assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_1"]
+
+        done = subprocess.run([*submit, "--", *train], capture_output=True, text=True, timeout=580)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        assert "resumed from" in done.stdout
     check_run(judges, "untied", out)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 400
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

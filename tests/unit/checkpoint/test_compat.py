@@ -62,15 +62,27 @@ def test_all_mismatches_are_named_at_once() -> None:
     assert all(message in str(caught.value) for *_, message in REFUSED)
 
 
-@pytest.mark.parametrize("name, now, title", [("ranks", 4, "policy ranks: 2"), ("zero_stage", 2, "ZeRO stage: 3")])
-def test_another_layout_needs_a_universal_checkpoint(name: str, now: int, title: str) -> None:
-    changed = identity(**{name: now})
-    for force in (False, True):
-        with pytest.raises(LayoutError, match="universal checkpoint") as caught:
-            check(SAVED, changed, force=force)
-        assert f"{title} in the checkpoint, {now} now" in str(caught.value)
-        assert not isinstance(caught.value, IncompatibleCheckpointError)
-    assert [m.name for m in check(SAVED, changed, force=False, universal=True)] == [name]
+def test_another_number_of_ranks_is_let_through_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    (let_through,) = check(SAVED, identity(ranks=4), force=False)
+    assert (let_through.name, let_through.severity) == ("ranks", Severity.RESHARD)
+    assert "(the shards are converted): policy ranks: 2 in the checkpoint, 4 now" in caplog.text
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize(
+    "saved, now, says",
+    [
+        ({}, {"zero_stage": 2}, "ZeRO stage: 3 in the checkpoint, 2 now"),
+        ({}, {"zero_stage": 2, "ranks": 4}, "ZeRO stage: 3 in the checkpoint, 2 now"),
+        # Without ZeRO there are no shards that could be converted.
+        ({"zero_stage": 0}, {"zero_stage": 0, "ranks": 4}, "policy ranks: 2 in the checkpoint, 4 now"),
+    ],
+)
+def test_another_layout_is_refused(force: bool, saved: dict[str, int], now: dict[str, int], says: str) -> None:
+    with pytest.raises(LayoutError, match="on 2 policy ranks") as caught:
+        check(identity(**saved), identity(**now), force=force)
+    assert says in str(caught.value) and str(caught.value).count("in the checkpoint") == 1
+    assert not isinstance(caught.value, IncompatibleCheckpointError)
 
 
 def test_settings_may_change_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -378,6 +378,14 @@ def test_the_root_is_a_file(tmp_path: Path) -> None:
             store.find("latest")
 
 
+def test_a_folder_that_not_all_nodes_see(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "new", keep=1)
+    store.check_shared(lambda path: [Path(path).exists()] * 3)
+    with pytest.raises(CheckpointError, match=r"ranks \[1\] run on nodes that do not see .*new: .* all nodes share"):
+        store.check_shared(lambda path: [Path(path).exists(), Path(path + "_elsewhere").exists()])
+    assert names(store.root) == set()
+
+
 def test_a_file_in_the_place_of_a_checkpoint(store: CheckpointStore) -> None:
     save(store, 1)
     (store.root / "step_2").write_text("")
