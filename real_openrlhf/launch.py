@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 
 from real_openrlhf.actors.device import Device
-from real_openrlhf.actors.placement import reserve
+from real_openrlhf.actors.placement import COLOCATED_SHARE, reserve
 from real_openrlhf.checkpoint.signals import StopRequest
 from real_openrlhf.checkpoint.store import Checkpoint, CheckpointStore
 from real_openrlhf.config.cli import config_to_dict
 from real_openrlhf.config.plan import BatchPlan, batch_plan, render_plan
 from real_openrlhf.config.schema import Config
+from real_openrlhf.config.validate import validate
 from real_openrlhf.controller.checkpointing import Checkpointer, make_store
 from real_openrlhf.controller.progress import PhaseTimer, Progress
 from real_openrlhf.controller.run_log import RunLog, WandbSettings
@@ -140,7 +142,7 @@ def make_controller(
 def make_checkpointer(inputs: Inputs, controller: Controller, actors: _Actors, store: CheckpointStore) -> Checkpointer:
     parts: dict[str, Any] = {
         "controller": controller,
-        "prompts": controller.prompts,
+        "prompts": controller.batches,
         "rollouts": actors.rollouts,
     }
     if actors.evaluator is not None:
@@ -184,16 +186,22 @@ class _Actors:
         env = passed_environment()
         groups = reserve(placement_requests(config, device), config.ray.placement_timeout)
         spec = engine_spec(inputs, device)
+        colocated = config.train.colocate_all
+        place: dict[str, Any] = dict(device=device, env=env)
+        shared: dict[str, Any] = dict(place, share=COLOCATED_SHARE if colocated else 1.0)
         self.rollouts: RayRolloutGroup = RayRolloutGroup(
-            spec, n_engines=config.vllm.num_engines, group=groups["rollout"], device=device, env=env
+            spec, n_engines=config.vllm.num_engines, group=groups["rollout"], **shared
         )
+        if colocated:
+            # An engine sizes itself by the GPU's free memory: it comes first, then makes room.
+            ray.get(self.rollouts.ready())
+            self.rollouts.sleep()
         engines = [self.rollouts]
         if "evaluator" in groups:
-            engines.append(RayRolloutGroup(spec, n_engines=1, group=groups["evaluator"], device=device, env=env))
+            own = replace(spec, enable_sleep=False)
+            engines.append(RayRolloutGroup(own, n_engines=1, group=groups["evaluator"], **place))
         trainee = policy_spec(inputs, plan, device)
-        self.policy: RayPolicyGroup = RayPolicyGroup(
-            trainee, n_ranks=config.ranks, group=groups["policy"], device=device, env=env
-        )
+        self.policy: RayPolicyGroup = RayPolicyGroup(trainee, n_ranks=config.ranks, group=groups["policy"], **shared)
         waiting = [ref for group in engines for ref in group.ready()]
         self.reference: ReferenceGroup | None = None
         if "reference" in groups:
@@ -218,7 +226,7 @@ class _Actors:
             probes=probe_sequences(inputs),
             deadline_s=config.sync.deadline,
             max_mean_difference=config.sync.max_mean_difference or device.sync_tolerance,
-            device=device,
+            backend=device.sync_backend(colocated=colocated),
         )
         self.evaluator = None
         if inputs.eval_set is not None:
@@ -230,7 +238,9 @@ class _Actors:
 
 
 def _device(config: Config, session: Session) -> Device:
-    return Device.resolve(config.real.device, config.ds.param_dtype, cluster_gpus=math.floor(session.gpus))
+    device = Device.resolve(config.real.device, config.ds.param_dtype, cluster_gpus=math.floor(session.gpus))
+    validate(config, device="cuda" if device.is_cuda else "cpu")  # "auto" on a joined cluster is known only now
+    return device
 
 
 def _wandb(config: Config) -> WandbSettings:

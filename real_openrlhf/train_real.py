@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         logger.info("%s; the same command with --ckpt.load latest goes on", stopped)
         return EXIT_RESUME
-    except (DeviceError, RunLogError, CheckpointError) as error:
+    except (ConfigError, DeviceError, RunLogError, CheckpointError) as error:
         # What only shows once the cluster or the log is there; nothing has been trained.
         sys.stderr.write(f"error: {error}\n")
         return 2

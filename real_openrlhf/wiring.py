@@ -111,6 +111,7 @@ def controller_settings(config: Config, plan: BatchPlan) -> ControllerSettings:
         n_samples=config.logger.samples,
         logging_steps=config.logger.logging_steps,
         output_dir=str(model_folder(config)),
+        one_ahead=config.train.async_enable,
     )
 
 
@@ -119,13 +120,15 @@ def model_folder(config: Config) -> Path:
 
 
 def placement_requests(config: Config, device: Device) -> list[Request]:
-    """One placement group for the policy, one for the engines, one each for a reference and the evaluator's engine."""
+    """One placement group for the policy, one for the engines, one each for a reference and the evaluator's engine.
+
+    Colocated, policy and engines share one: rank i and engine worker i live on bundle i.
+    """
     bundle = device.bundle()
     width = config.vllm.tensor_parallel_size
-    requests = [
-        Request(name="policy", bundles=(bundle,) * config.ranks),
-        Request(name="rollout", bundles=(bundle,) * (config.vllm.num_engines * width)),
-    ]
+    policy = Request(name="policy", bundles=(bundle,) * config.ranks)
+    rollout = Request(name="rollout", bundles=(bundle,) * (config.vllm.num_engines * width))
+    requests = [replace(policy, name="policy+rollout")] if config.train.colocate_all else [policy, rollout]
     if config.reference_ranks:
         requests.append(Request(name="reference", bundles=(bundle,) * config.reference_ranks))
     if config.eval.dataset and config.eval.engine == "own":
@@ -146,6 +149,7 @@ def engine_spec(inputs: Inputs, device: Device) -> EngineSpec:
         enforce_eager=config.vllm.enforce_eager or not device.is_cuda,
         gpu_memory_utilization=config.vllm.gpu_memory_utilization,
         seed=config.train.seed,
+        enable_sleep=config.vllm.enable_sleep,
         logprobs_mode=logprobs_mode_for(config.rollout.temperature, config.rollout.top_p),
     )
 

@@ -154,6 +154,10 @@ class Device:
         """What one actor (one rank, one engine worker) occupies in a placement group."""
         return {"GPU": 1, "CPU": 1} if self.is_cuda else {"CPU": 1}
 
+    def sync_backend(self, *, colocated: bool) -> str:
+        """Of the weight sync. NCCL refuses two processes of one group on the same GPU; gloo goes by CPU memory."""
+        return "gloo" if colocated else self.dist_backend
+
     def actor_options(self, share: float = 1.0) -> dict[str, Any]:
         """Options of one Ray actor; share < 1 lets several actors live on one bundle."""
         if not 0 < share <= 1:

@@ -40,6 +40,7 @@ class EngineSpec:
     seed                    of requests without one; give every engine its own
     load_format             "dummy": random weights, so that the first sync is proven; "auto": the model's
     logprobs_mode           see `logprobs_mode_for`
+    enable_sleep            the engine can give up its GPU memory between generation and weight sync
     """
 
     model: str
@@ -54,6 +55,7 @@ class EngineSpec:
     load_format: str = "dummy"
     logprobs_mode: str = "raw_logprobs"
     trust_remote_code: bool = False
+    enable_sleep: bool = False
 
     def __post_init__(self) -> None:
         if self.load_format not in ("dummy", "auto"):
@@ -67,6 +69,8 @@ class EngineSpec:
                 f"max_model_len ({self.max_model_len}) must be at least 2 and "
                 f"tensor_parallel_size ({self.tensor_parallel_size}) at least 1"
             )
+        if self.enable_sleep and not self.device.is_cuda:
+            raise EngineSpecError("vLLM has no sleep mode on a CPU (--vllm.enable_sleep)")
         n_read = len(self.read_token_ids)
         if n_read > MAX_READ_TOKENS:
             raise EngineSpecError(

@@ -309,6 +309,18 @@ TOUCHES: tuple[Touch, ...] = (
         why="gathers parameter by parameter under ZeRO-3, keeps the dtype, needs no CUDA",
     ),
     Touch(
+        where=f"{_POLICY}.reload_states",
+        how="call",
+        by="actors.remote",
+        why="--ds.enable_sleep: optimizer states and gradient buffers back to the GPU before training",
+    ),
+    Touch(
+        where=f"{_POLICY}.offload_states",
+        how="call",
+        by="actors.remote",
+        why="--ds.enable_sleep: optimizer states and gradient buffers to CPU memory after training",
+    ),
+    Touch(
         where=f"{_POLICY}.save_checkpoint",
         how="override",
         by="actors.policy_actor",
@@ -379,6 +391,27 @@ TOUCHES: tuple[Touch, ...] = (
         how="override",
         by="actors.rollout_engine",
         why="the parent ignores that vLLM refused the reset",
+    ),
+    Touch(
+        where=f"{_ENGINE}.sleep",
+        how="override",
+        by="actors.rollout_engine",
+        why="level 2, since a sync brings the weights back; the engine has no version until then",
+        names=("level",),
+    ),
+    Touch(
+        where=f"{_ENGINE}.wake_up",
+        how="call",
+        by="actors.remote",
+        why="weights before a sync, KV cache after it",
+        names=("tags",),
+    ),
+    Touch(
+        where="openrlhf.trainer.ray.utils:get_bundle_indices",
+        how="call",
+        by="actors.remote",
+        why="bundles of a tensor-parallel engine, those of one node beside each other",
+        names=("placement_group", "index", "length"),
     ),
     Touch(
         where=f"{_ENGINE}._configure_device_env",

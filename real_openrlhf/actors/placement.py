@@ -15,13 +15,20 @@ from real_openrlhf.errors import RunError
 logger = logging.getLogger(__name__)
 
 
+# Of its bundle, what a rank or an engine takes where both share it; OpenRLHF's number.
+COLOCATED_SHARE = 0.2
+
+
 class PlacementError(RunError):
     """The cluster cannot hold what was asked for, or did not in time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One placement group: name, its bundles, and Ray's strategy ("PACK", "STRICT_PACK", "SPREAD")."""
+    """One placement group: its bundles, and Ray's strategy ("PACK", "STRICT_PACK", "SPREAD").
+
+    name: the kind of actors in it, or several that share its bundles, as in "policy+rollout".
+    """
 
     name: str
     bundles: tuple[dict[str, float], ...]
@@ -50,7 +57,10 @@ def check_fits(requests: Sequence[Request], nodes: Sequence[dict[str, float]]) -
 
 
 def reserve(requests: Sequence[Request], timeout_s: float) -> dict[str, PlacementGroup]:
-    """Reserve every group, or raise PlacementError naming what was asked for and what exists."""
+    """Reserve every group, or raise PlacementError naming what was asked for and what exists.
+
+    Returns the group of each kind of actor; kinds that share bundles have the same one.
+    """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     check_fits(requests, nodes)
     groups = {r.name: placement_group(list(r.bundles), strategy=r.strategy, name=r.name) for r in requests}
@@ -69,7 +79,7 @@ def reserve(requests: Sequence[Request], timeout_s: float) -> dict[str, Placemen
                 )
             )
         logger.info("placed %s", request)
-    return groups
+    return {kind: group for name, group in groups.items() for kind in name.split("+")}
 
 
 def _report(what: str, requests: Sequence[Request], nodes: Sequence[dict[str, float]]) -> str:

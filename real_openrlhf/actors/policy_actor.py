@@ -112,6 +112,8 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
         self.weight_version = 0
         self.n_reference_forwards = 0
         self._sync_group: SyncGroup | None = None
+        if args.ds.enable_sleep:
+            self.offload_states()
         return {
             "parameters": sum(_full_numel(w.parameter) for w in self._weights()),
             "trainable_parameters": sum(_full_numel(p) for p in self._network.parameters() if p.requires_grad),
@@ -171,10 +173,9 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
         named = [(w.name, _full_shape(w.parameter), self.spec.device.vllm_dtype) for w in self._weights()]
         return make_plan(named, self.spec.bucket_bytes)
 
-    def join_sync_group(self, address: str, port: int, world_size: int, timeout_s: float) -> None:
+    def join_sync_group(self, address: str, port: int, world_size: int, backend: str, timeout_s: float) -> None:
         """Rank 0 becomes rank 0 of the group that spans the policy and all engine workers."""
         if self._rank == 0:
-            backend = self.spec.device.dist_backend
             self._sync_group = SyncGroup.create(address, port, 0, world_size, backend, timeout_s)
 
     def send_weights(self, plan: Sequence[Bucket]) -> int:

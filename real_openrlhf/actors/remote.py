@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
+from openrlhf.trainer.ray.utils import get_bundle_indices
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
@@ -20,15 +22,17 @@ from real_openrlhf.actors.policy_actor import PolicySpec, RealPolicyActor
 from real_openrlhf.actors.protocols import EvalReport, Sampling, SyncReport
 from real_openrlhf.actors.reference_actor import ReferenceActor
 from real_openrlhf.actors.rollout_engine import RolloutEngine
-from real_openrlhf.actors.weight_sync import check_agreement, timed
+from real_openrlhf.actors.weight_sync import check_agreement, sync_ranks, timed
 from real_openrlhf.actors.weight_transfer import to_wire
 from real_openrlhf.algo.types import Group, TrainGroup
 from real_openrlhf.checkpoint.hf_export import atomic_folder
 from real_openrlhf.data.prompt import Prompt
 
 
-def _remote(cls: type, group: PlacementGroup, bundle: int, bundles: int, device: Device, env: dict[str, str]) -> Any:
-    """cls as an actor on one bundle (or the first of several, for an engine over several GPUs)."""
+def _remote(
+    cls: type, group: PlacementGroup, bundle: int, device: Device, env: dict[str, str], share: float | None = 1.0
+) -> Any:
+    """cls as an actor on one bundle, of which it takes its share; None: nothing, its own workers do."""
     options: dict[str, Any] = dict(
         scheduling_strategy=PlacementGroupSchedulingStrategy(
             placement_group=group, placement_group_bundle_index=bundle, placement_group_capture_child_tasks=True
@@ -36,27 +40,36 @@ def _remote(cls: type, group: PlacementGroup, bundle: int, bundles: int, device:
         runtime_env={"env_vars": env},
         max_restarts=0,
     )
-    # An engine over several GPUs takes none itself: vLLM's own workers take the bundles.
-    options.update(device.actor_options() if bundles == 1 else {"num_cpus": 0, "num_gpus": 0})
+    options.update({"num_cpus": 0, "num_gpus": 0} if share is None else device.actor_options(share))
     return ray.remote(cls).options(**options)
 
 
 class RayRolloutGroup:
-    """Several engines as one: prompts are dealt in contiguous shares, results come back in order."""
+    """Several engines as one: prompts are dealt in contiguous shares, results come back in order.
+
+    share: of each bundle, for engines that live beside policy ranks (`placement.COLOCATED_SHARE`).
+    """
 
     def __init__(
-        self, spec: EngineSpec, *, n_engines: int, group: PlacementGroup, device: Device, env: dict[str, str]
+        self,
+        spec: EngineSpec,
+        *,
+        n_engines: int,
+        group: PlacementGroup,
+        device: Device,
+        env: dict[str, str],
+        share: float = 1.0,
     ) -> None:
-        width = spec.tensor_parallel_size
-        self.world_size = n_engines * width
-        self.width = width
-        self.engines = [
-            _remote(RolloutEngine, group, i * width, width, device, env).remote(
-                replace(spec, seed=spec.seed + i),
-                bundle_indices=list(range(i * width, (i + 1) * width)) if width > 1 else None,
-            )
-            for i in range(n_engines)
-        ]
+        self.width = width = spec.tensor_parallel_size
+        self.sleeps = spec.enable_sleep
+
+        def start(i: int) -> Any:
+            # The workers of one engine lie on one node where that is possible; Ray numbers bundles as it likes.
+            bundles = get_bundle_indices(group, i, width) if width > 1 else None
+            actor = _remote(RolloutEngine, group, bundles[0] if bundles else i, device, env, None if bundles else share)
+            return actor.remote(replace(spec, seed=spec.seed + i), bundle_indices=bundles, num_gpus=share)
+
+        self.engines = [start(i) for i in range(n_engines)]
 
     def ready(self) -> list[Any]:
         """Refs that resolve once the engines have started."""
@@ -64,6 +77,14 @@ class RayRolloutGroup:
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         return generate_on(self.engines, prompts, sampling)
+
+    def sleep(self) -> None:
+        if self.sleeps:
+            ray.get([engine.sleep.remote() for engine in self.engines])
+
+    def wake_up(self, tag: str) -> list[Any]:
+        """Refs; tag "weights" or "kv_cache". Nothing for engines that do not sleep."""
+        return [engine.wake_up.remote([tag]) for engine in self.engines] if self.sleeps else []
 
     def state_dict(self) -> dict[str, Any]:
         return {"engines": ray.get([engine.state_dict.remote() for engine in self.engines])}
@@ -76,18 +97,25 @@ class RayRolloutGroup:
 
 
 class _Ranks:
-    """The ranks of one DeepSpeed model as one."""
+    """The ranks of one DeepSpeed model as one. share: of each bundle, for ranks that live beside engines."""
 
     actor: type
 
     def __init__(
-        self, spec: PolicySpec, *, n_ranks: int, group: PlacementGroup, device: Device, env: dict[str, str]
+        self,
+        spec: PolicySpec,
+        *,
+        n_ranks: int,
+        group: PlacementGroup,
+        device: Device,
+        env: dict[str, str],
+        share: float = 1.0,
     ) -> None:
         self.spec = spec
         env = {**env, **device.trainer_env(spec.ranks_per_node)}
 
         def start(rank: int, address: str | None, port: int | None) -> Any:
-            return _remote(self.actor, group, rank, 1, device, env).remote(n_ranks, rank, address, port)
+            return _remote(self.actor, group, rank, device, env, share).remote(n_ranks, rank, address, port)
 
         first = start(0, None, None)
         self.ranks = [first]
@@ -131,7 +159,18 @@ class RayPolicyGroup(_Ranks):
     actor = RealPolicyActor
 
     def train(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
-        return self._shared("train", groups)[0]
+        with self._states_at_hand():
+            return self._shared("train", groups)[0]
+
+    @contextmanager
+    def _states_at_hand(self) -> Iterator[None]:
+        """Inside, optimizer states and gradient buffers are on the GPU; --ds.enable_sleep moves them off it after."""
+        sleeps = bool(self.spec.args.ds.enable_sleep)
+        if sleeps:
+            ray.get(self.call("reload_states"))
+        yield
+        if sleeps:
+            ray.get(self.call("offload_states"))
 
     def save_model(self, path: str) -> None:
         """The folder appears whole or not at all; an older one stays until then."""
@@ -152,7 +191,8 @@ class RayPolicyGroup(_Ranks):
         return ray.get(self.call("sees", path))
 
     def load_checkpoint(self, path: str) -> None:
-        ray.get(self.call("load_checkpoint", path))
+        with self._states_at_hand():
+            ray.get(self.call("load_checkpoint", path))
 
     def state_dict(self) -> dict[str, Any]:
         return {"ranks": ray.get(self.call("state_dict"))}
@@ -172,7 +212,7 @@ class RayWeightSync:
         probes: Sequence[Sequence[int]],
         deadline_s: float,
         max_mean_difference: float,
-        device: Device,
+        backend: str,
     ) -> None:
         self.policy = policy
         self.groups = groups
@@ -181,37 +221,34 @@ class RayWeightSync:
         self.max_mean_difference = max_mean_difference
         self.plan = ray.get(policy.call("weight_plan"))[0]
         self.wire = to_wire(self.plan)
-        self._join(device.dist_backend)
+        self._join(backend)
 
-    def _engines(self) -> list[tuple[Any, int]]:
-        """Every engine with the rank of its first worker in the sync group."""
-        result, offset = [], 1
-        for group in self.groups:
-            for engine in group.engines:
-                result.append((engine, offset))
-                offset += group.width
-        return result
+    def _engines(self) -> list[Any]:
+        return [engine for group in self.groups for engine in group.engines]
 
     def _join(self, backend: str) -> None:
         address, _ = ray.get(self.policy.ranks[0].get_master_addr_port.remote())
         port = ray.get(self.policy.ranks[0].free_port.remote())
-        world = 1 + sum(group.world_size for group in self.groups)
+        offsets, world = sync_ranks([group.width for group in self.groups for _ in group.engines])
         refs = [
             engine.init_sync_group.remote(address, port, offset, world, backend, self.deadline_s)
-            for engine, offset in self._engines()
+            for engine, offset in zip(self._engines(), offsets)
         ]
-        refs += self.policy.call("join_sync_group", address, port, world, self.deadline_s)
+        refs += self.policy.call("join_sync_group", address, port, world, backend, self.deadline_s)
         self._get(refs, "joining the weight-sync group")
 
     def sync(self, version: int) -> SyncReport:
         with timed() as transfer:
-            refs = [engine.receive_weights.remote(self.wire, version) for engine, _ in self._engines()]
+            # Engines that slept get memory for the weights first and for the KV cache once the sync needs none.
+            self._wake("weights")
+            refs = [engine.receive_weights.remote(self.wire, version) for engine in self._engines()]
             sent = self._get([*self.policy.call("send_weights", self.plan), *refs], f"weight sync {version}")[0]
             if sent != version:
                 raise RuntimeError(f"the policy sent version {sent} of its weights, the controller expected {version}")
+            self._wake("kv_cache")
         with timed() as check:
             mine = ray.get(self.policy.call("token_logprobs", self.probes))[0]
-            theirs = ray.get([engine.prompt_logprobs.remote(self.probes) for engine, _ in self._engines()])
+            theirs = ray.get([engine.prompt_logprobs.remote(self.probes) for engine in self._engines()])
             mean, largest, tokens = check_agreement(mine, theirs, version, self.max_mean_difference)
         return SyncReport(
             version=version,
@@ -221,6 +258,9 @@ class RayWeightSync:
             max_difference=largest,
             n_tokens=tokens,
         )
+
+    def _wake(self, tag: str) -> None:
+        self._get([ref for group in self.groups for ref in group.wake_up(tag)], f"waking the engines' {tag}")
 
     def _get(self, refs: list[Any], what: str) -> list[Any]:
         try:

@@ -82,6 +82,7 @@ class RolloutEngine(_Base):
                 gpu_memory_utilization=spec.gpu_memory_utilization,
                 seed=spec.seed,
                 load_format=spec.load_format,
+                enable_sleep_mode=spec.enable_sleep,
                 logprobs_mode=spec.logprobs_mode,
                 trust_remote_code=spec.trust_remote_code,
                 # Token in, token out: nothing is ever tokenized or detokenized by the engine.
@@ -291,6 +292,16 @@ class RolloutEngine(_Base):
             raise SyncError(f"the engine's workers report weight versions {versions}, expected {version}")
         self._version = version
         return version
+
+    async def sleep(self, level: int = 2) -> None:
+        """Give up the GPU's memory: weights and KV cache with its prefixes are thrown away (level 2).
+
+        Nothing is generated until `wake_up(["weights"])`, a weight sync and `wake_up(["kv_cache"])`.
+        """
+        if self._in_flight:
+            raise SyncError(f"{self._in_flight} calls are generating: the engine cannot sleep under them")
+        self._version = NO_VERSION
+        await super().sleep(level)
 
     async def sync_version(self) -> int:
         """Version of the weights in use; -1 without any."""

@@ -29,6 +29,15 @@ def timed() -> Iterator[Timed]:
     result.seconds = time.perf_counter() - start
 
 
+def sync_ranks(widths: Sequence[int]) -> tuple[list[int], int]:
+    """(rank of each engine's first worker, size of the group). Rank 0 is the policy's; widths: workers per engine."""
+    offsets, world = [], 1
+    for width in widths:
+        offsets.append(world)
+        world += width
+    return offsets, world
+
+
 def check_agreement(
     policy: Sequence[Tensor], engines: Sequence[Sequence[Tensor]], version: int, max_mean_difference: float
 ) -> tuple[float, float, int]:

@@ -49,10 +49,14 @@ def updates_per_step(config: Config) -> int:
 
 
 def resolve_ratio(config: Config) -> Ratio:
-    """--real.ratio as the loss takes it. A single update per batch is on-policy, unless clip is asked for."""
+    """--real.ratio as the loss takes it.
+
+    A single update per batch is on-policy, unless clip is asked for, or the batch was sampled one version ahead:
+    then the ratio is clipped, or truncated importance weights (is_correction_level) stand in for it.
+    """
     if config.real.ratio == "clip":
         return "clip"
-    if updates_per_step(config) == 1:
+    if updates_per_step(config) == 1 and (not config.train.async_enable or config.corrects_importance):
         return "on_policy"
     return "clip" if config.real.ratio == "auto" else "none"
 

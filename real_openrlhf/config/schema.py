@@ -117,6 +117,7 @@ class DsConfig(Section):
     zpg: int = flag(1, "ZeRO++: size of the groups that hold a secondary copy of the shards", ge=1)
     overlap_comm: bool = flag(False, "overlap gradient reduction with the backward pass")
     grad_accum_dtype: Literal["fp32", "bf16"] | None = flag(None, "dtype of accumulated gradients; none: DeepSpeed's")
+    enable_sleep: bool = flag(False, "the policy keeps its optimizer in CPU memory while it does not train")
     packing_samples: bool = flag(False, "remove padding from micro-batches (flash attention)")
     lora: LoraConfig = field(default_factory=LoraConfig)
 
@@ -133,6 +134,7 @@ class TrainConfig(Section):
     seed: int = flag(42, "seed of data order, engines and policy", ge=0)
     full_determinism_enable: bool = flag(False, "seed every sampling request and use deterministic kernels; slower")
     colocate_all: bool = flag(False, "engines and policy share their GPUs")
+    async_enable: bool = flag(False, "sample the next batch while training: rollouts are one version of weights late")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,6 +366,11 @@ class Config(Section):
     def samples_per_step(self) -> int:
         """Rollouts of a full step."""
         return self.rollout.batch_size * self.rollout.n_samples_per_prompt
+
+    @property
+    def corrects_importance(self) -> bool:
+        """Truncated importance weights are on."""
+        return self.algo.advantage.is_correction_level != "off"
 
     @property
     def samples_per_update(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 _CKPT = "checkpoints always hold all of DeepSpeed's state; see --ckpt.save_steps, --ckpt.max_num and --ckpt.load"
-_ASYNC = "training is synchronous: every step trains on the weights that sampled it"
 _DEVICE = "REAL decides this itself from the device (--real.device)"
 _VLM = "only text models are trained"
 
@@ -24,9 +23,8 @@ UNSUPPORTED: dict[str, str] = {
     "algo.kl.target": "the KL's weight is constant (--algo.kl.init_coef)",
     "algo.kl.horizon": "the KL's weight is constant (--algo.kl.init_coef)",
     "algo.dynamic_filtering_range": "groups are kept by the accuracy of their scores; use --real.keep_groups",
-    "train.async_enable": _ASYNC,
-    "train.async_queue_size": _ASYNC,
-    "train.partial_rollout_enable": _ASYNC,
+    "train.async_queue_size": "one batch is sampled ahead, never more (--train.async_enable)",
+    "train.partial_rollout_enable": "a rollout is sampled by one version of the weights; see --train.async_enable",
     "train.enable_ema": "no moving average of the weights is kept",
     "train.ema_beta": "no moving average of the weights is kept",
     "train.agent_func_path": "a judge answers in one turn; there are no agents",
@@ -60,7 +58,6 @@ UNSUPPORTED: dict[str, str] = {
     "ds.deepcompile": "compiled training is not supported",
     "ds.experts_implementation": "mixtures of experts are not supported",
     "ds.use_liger_kernel": "Liger kernels are not supported yet",
-    "ds.enable_sleep": "colocated placement is not supported yet",
     "ds.tensor_parallel_size": "the policy is sharded by ZeRO (--ds.zero_stage), not by tensors",
     "ds.load_in_4bit": "quantised training is not supported",
     "ds.ring_attn_size": "sequences are not split over ranks",

@@ -15,8 +15,6 @@ __all__ = ["NOT_YET", "ConfigError", "validate"]
 # Features whose flags exist but whose code does not: flag -> (is it asked for, what to do instead).
 NOT_YET: dict[str, tuple[Callable[[Config], bool], str]] = {
     "ds.packing_samples": (lambda c: c.ds.packing_samples, "leave it off; micro-batches hold no padding anyway"),
-    "train.colocate_all": (lambda c: c.train.colocate_all, "leave it off; engines and policy are placed apart"),
-    "vllm.enable_sleep": (lambda c: c.vllm.enable_sleep, "leave it off; engines keep their memory"),
 }
 
 
@@ -42,6 +40,8 @@ def validate(config: Config, *, device: Literal["cpu", "cuda"] | None = None) ->
         _sampling,
         _groups,
         _off_policy,
+        _one_ahead,
+        _colocated,
         _reference,
         _optimizer,
         _lora,
@@ -88,7 +88,7 @@ def _sampling(config: Config) -> list[str]:
             f"--rollout.top_p {config.rollout.top_p:g} needs --rollout.temperature 1, got "
             f"{config.rollout.temperature:g}: only raw log-probs are over the full vocabulary"
         )
-    if config.algo.advantage.is_correction_level != "off":
+    if config.corrects_importance:
         raise ConfigError(
             f"--rollout.top_p {config.rollout.top_p:g} forbids --algo.advantage.is_correction_level "
             f"{config.algo.advantage.is_correction_level}: log-probs are not those of the sampler"
@@ -120,7 +120,7 @@ def _groups(config: Config) -> list[str]:
 
 def _off_policy(config: Config) -> list[str]:
     ratio = resolve_ratio(config)
-    if ratio == "clip" and config.algo.advantage.is_correction_level != "off":
+    if ratio == "clip" and config.corrects_importance:
         return [
             "--algo.advantage.is_correction_level has no effect with the clipped ratio, which is taken against the "
             "engines' own log-probs"
@@ -159,6 +159,53 @@ def _lora(config: Config) -> list[str]:
         return [
             f"--ds.lora.dropout {lora.dropout:g}: the policy trains with log-probs of another network than the one "
             "that sampled, so updates are not quite on-policy"
+        ]
+    return []
+
+
+def _one_ahead(config: Config) -> list[str]:
+    if not config.train.async_enable:
+        return []
+    if config.real.ratio == "none" and not config.corrects_importance:
+        raise ConfigError(
+            "--train.async_enable trains on rollouts of weights that are one version old, and --real.ratio none leaves "
+            "that uncorrected; use --real.ratio auto or clip, or --algo.advantage.is_correction_level token"
+        )
+    if config.train.full_determinism_enable:
+        return [
+            "--train.async_enable: a checkpoint leaves out the batch that was sampled ahead, so a resumed run samples "
+            "it anew by newer weights and is not bitwise that of an unbroken one (--train.full_determinism_enable)"
+        ]
+    return []
+
+
+def _colocated(config: Config) -> list[str]:
+    if not config.train.colocate_all:
+        for name, on in (("vllm.enable_sleep", config.vllm.enable_sleep), ("ds.enable_sleep", config.ds.enable_sleep)):
+            if on:
+                raise ConfigError(
+                    f"--{name} gives up memory for whoever shares the GPU, but nobody does; add --train.colocate_all"
+                )
+        return []
+    if config.train.async_enable:
+        raise ConfigError(
+            "--train.async_enable samples while the policy trains, --train.colocate_all lets them take turns on the "
+            "same GPUs; drop one of them"
+        )
+    workers = config.vllm.num_engines * config.vllm.tensor_parallel_size
+    if workers != config.ranks:
+        raise ConfigError(
+            f"--train.colocate_all puts one engine worker beside each policy rank, but --vllm.num_engines "
+            f"{config.vllm.num_engines} x --vllm.tensor_parallel_size {config.vllm.tensor_parallel_size} = {workers} "
+            f"workers and --actor.num_nodes {config.actor.num_nodes} x --actor.num_gpus_per_node "
+            f"{config.actor.num_gpus_per_node} = {config.ranks} ranks"
+        )
+    if config.ds.enable_sleep and config.ds.zero_stage == 0:
+        raise ConfigError("--ds.enable_sleep moves ZeRO's optimizer states; it needs --ds.zero_stage 1, 2 or 3")
+    if not config.vllm.enable_sleep and config.vllm.gpu_memory_utilization > 0.6:
+        return [
+            f"--train.colocate_all without --vllm.enable_sleep: engines keep {config.vllm.gpu_memory_utilization:g} of "
+            "each GPU's memory while the policy trains (--vllm.gpu_memory_utilization)"
         ]
     return []
 
@@ -221,6 +268,10 @@ def _device(config: Config, device: str) -> list[str]:
         if config.ds.param_dtype == "fp32":
             return ["--ds.param_dtype fp32 on GPUs: twice the memory and several times the time of bf16"]
         return []
+    if config.train.colocate_all:
+        raise ConfigError(
+            "--train.colocate_all needs GPUs: on a CPU there is no GPU memory to share, and vLLM has no sleep mode"
+        )
     if config.vllm.tensor_parallel_size > 1:
         raise ConfigError(f"--vllm.tensor_parallel_size {config.vllm.tensor_parallel_size} needs GPUs")
     if "flash_attention" in config.ds.attn_implementation:

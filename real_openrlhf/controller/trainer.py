@@ -1,4 +1,4 @@
-"""The controller: a synchronous loop over rollouts, advantages, updates, weight sync and evaluation.
+"""The controller: a loop over rollouts, advantages, updates, weight sync and evaluation.
 
     prompts ──► rollout engines ──► groups ──► objective ──► coefficients ──► policy ranks
                      ▲                                                            │
@@ -7,6 +7,7 @@
                      └──► evaluator ──► metrics
 
 With a KL, the reference ranks add their log-probs to the groups before the policy trains on them.
+With `one_ahead`, engines sample the next batch while the policy trains on this one (controller/batches.py).
 It sees Protocols only (actors/protocols.py); tests run it with fakes.
 """
 
@@ -21,7 +22,8 @@ from real_openrlhf.actors.protocols import Evaluator, PolicyGroup, ReferenceGrou
 from real_openrlhf.algo.objectives import Objective
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import Group, TrainGroup, group_scores
-from real_openrlhf.controller.dynamic_sampling import CannotFill, Collected, Keep, PromptSource, collect
+from real_openrlhf.controller.batches import Batch, BatchSource, PromptStore
+from real_openrlhf.controller.dynamic_sampling import CannotFill, Collected, Keep, collect
 from real_openrlhf.controller.first_look import check_first_rollouts
 from real_openrlhf.controller.progress import PhaseTimer
 from real_openrlhf.controller.rollout_stats import judgement_samples, rollout_metrics
@@ -75,6 +77,7 @@ class ControllerSettings:
     eval_steps         evaluate every n steps; -1: only before and after
     min_mass, min_readable   the first rollouts must reach both
     dead_steps         stop after n steps in a row without advantage; 0 never
+    one_ahead          sample the next batch while training: it is one version of the weights late
     """
 
     total_steps: int
@@ -94,6 +97,7 @@ class ControllerSettings:
     n_samples: int
     logging_steps: int
     output_dir: str
+    one_ahead: bool = False
 
 
 class Controller:
@@ -103,7 +107,7 @@ class Controller:
         *,
         scale: ScoreScale,
         objective: Objective,
-        prompts: PromptSource,
+        prompts: PromptStore,
         rollouts: RolloutGroup,
         policy: PolicyGroup,
         weight_sync: WeightSync,
@@ -118,6 +122,7 @@ class Controller:
         self.scale = scale
         self.objective = objective
         self.prompts = prompts
+        self.batches = BatchSource(prompts, self._collect)
         self.rollouts = rollouts
         self.policy = policy
         self.weight_sync = weight_sync
@@ -165,9 +170,11 @@ class Controller:
 
     def step(self) -> None:
         """One step, from prompts to a new version of the weights."""
-        # 1. Rollouts: groups sampled by the newest weights, filtered by accuracy.
+        # 1. Rollouts: groups filtered by accuracy, sampled by the newest weights or, one step ahead, by those before.
         with self.timer.phase("generate"):
-            collected = self._collect()
+            batch = self.batches.take(self.step_number, self.step_number)
+            self.rollouts.sleep()
+        age, collected = self._age(batch), batch.collected
         # 2. Rewards and advantages, from the score distributions that came with the rollouts.
         with self.timer.phase("advantages"):
             groups = [self._train_group(group) for group in collected.kept]
@@ -177,15 +184,19 @@ class Controller:
             with self.timer.phase("reference"):
                 found = self.reference.reference_logprobs(groups)
             groups = [replace(group, ref_logprobs=logprobs) for group, logprobs in zip(groups, found, strict=True)]
-        # 4. Policy updates.
+        # 4. Policy updates; one step ahead, the engines sample the next batch meanwhile.
+        if self.settings.one_ahead and self.step_number + 1 < self.settings.total_steps:
+            self.batches.start(self.step_number + 1, self.step_number)
         with self.timer.phase("train"):
             trained = self.policy.train(groups)
+        with self.timer.phase("generate"):
+            self.batches.wait()
         self.step_number += 1
         # 5. The engines get the new weights and prove it.
         synced = self._sync()
         # 6. Logs.
-        metrics = {**stats, **trained, **self._sampling_stats(collected), **synced}
-        metrics.update(self._speed(collected))
+        metrics = {**stats, **trained, **self._sampling_stats(collected), **synced, "rollouts/age": age}
+        metrics.update(self._speed(batch))
         self._log_step(metrics, collected, groups)
         self._guard_against_nothing(groups)
         # 7. Evaluation.
@@ -204,13 +215,21 @@ class Controller:
         if signal is not None:
             raise Stopped(self.step_number, signal, saved)
 
-    def _collect(self) -> Collected:
+    def _age(self, batch: Batch) -> float:
+        """Versions of the weights between the rollouts and the policy that trains on them: 0, or 1 one step ahead."""
+        age = self.step_number - batch.version
+        if not 0 <= age <= (1 if self.settings.one_ahead else 0):
+            raise RuntimeError(f"step {self.step_number} got rollouts of weight version {batch.version}")
+        return float(age)
+
+    def _collect(self, step: int, version: int) -> Collected:
+        """The groups that `step` trains on, sampled by this version of the weights."""
         s = self.settings
         wave = 0
 
         def generate(prompts: Sequence[Prompt]) -> list[Group]:
             nonlocal wave
-            seed = (s.seed * 1_000_003 + self.step_number) * 101 + wave if s.seeded else None
+            seed = (s.seed * 1_000_003 + step) * 101 + wave if s.seeded else None
             wave += 1
             sampling = Sampling(
                 n=s.sampling.n,
@@ -220,10 +239,12 @@ class Controller:
                 seed=seed,
             )
             groups = self.rollouts.generate(prompts, sampling)
-            stale = {group.weight_version for group in groups} - {self.step_number}
-            if stale:
-                raise RuntimeError(f"rollouts of step {self.step_number} come from weight versions {sorted(stale)}")
-            if self.step_number == 0 and wave == 1:
+            other = {group.weight_version for group in groups} - {version}
+            if other:
+                raise RuntimeError(
+                    f"rollouts of step {step} come from weight versions {sorted(other)}, expected {version}"
+                )
+            if step == 0 and wave == 1:
                 # Before the filter: a judge that writes no score at all would only ever be told that no group is kept.
                 self._first_look(groups)
             return groups
@@ -286,13 +307,14 @@ class Controller:
             "sampling/kept": float(len(collected.kept)),
         }
 
-    def _speed(self, collected: Collected) -> dict[str, float]:
-        seconds = self.timer.pop()
+    def _speed(self, batch: Batch) -> dict[str, float]:
+        # Phases of this thread: they add up to the step. Generation beside training has its own clock.
+        seconds, collected = self.timer.pop(), batch.collected
         generated = sum(r.token_ids.numel() for g in collected.sampled for r in g.rollouts)
         trained = sum(g.prompt_ids.numel() + r.token_ids.numel() for g in collected.kept for r in g.rollouts)
         speed = dict(seconds)
         speed["speed/tokens_per_second"] = generated / max(sum(seconds.values()), 1e-9)
-        speed["speed/generated_tokens_per_second"] = generated / max(seconds["seconds/generate"], 1e-9)
+        speed["speed/generated_tokens_per_second"] = generated / max(batch.seconds, 1e-9)
         speed["speed/trained_tokens_per_second"] = trained / max(seconds["seconds/train"], 1e-9)
         return speed
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from real_openrlhf.actors.device import Device, DeviceError
+from real_openrlhf.actors.engine_spec import EngineSpecError
 from real_openrlhf.actors.lora import Lora
 from real_openrlhf.actors.placement import Request
 from real_openrlhf.actors.protocols import Sampling
@@ -129,6 +130,12 @@ def test_the_presets_losses() -> None:
         ("--train.max_epochs 2", {"ratio": "clip"}),
         ("--real.mini_batches 2", {"ratio": "clip"}),
         ("--real.mini_batches 2 --real.ratio none", {"ratio": "none"}),
+        ("--train.async_enable", {"ratio": "clip"}),
+        ("--train.async_enable --algo.advantage.is_correction_level token", {"ratio": "on_policy", "tis_cap": 2.0}),
+        (
+            "--train.async_enable --algo.advantage.is_correction_level token --real.mini_batches 2",
+            {"ratio": "clip", "tis_cap": 2.0},
+        ),
         ("--real.ratio clip --actor.eps_clip 0.1", {"ratio": "clip", "clip_low": 0.1, "clip_high": 0.1}),
         ("--actor.eps_clip_low_high 0.1 0.3", {"clip_low": 0.1, "clip_high": 0.3}),
         ("--algo.advantage.is_correction_threshold 3", {}),
@@ -285,6 +292,28 @@ def test_every_setting_of_lora_arrives() -> None:
     assert lora_of(config_of(*flags.split())) == Lora(
         rank=8, alpha=4, targets=("q_proj", "v_proj"), dropout=0.1, seed=42
     )
+
+
+def test_colocated_policy_and_engines_share_their_bundles() -> None:
+    flags = "--train.colocate_all --actor.num_gpus_per_node 4 --vllm.num_engines 2 --vllm.tensor_parallel_size 2"
+    config = config_of(*flags.split(), "--eval.dataset", "e", "--eval.engine", "own")
+    gpu = {"GPU": 1.0, "CPU": 1.0}
+    assert placement_requests(config, CUDA) == [
+        Request(name="policy+rollout", bundles=(gpu,) * 4),
+        Request(name="evaluator", bundles=(gpu,) * 2),
+    ]
+
+
+def test_sleep_and_one_step_ahead_arrive(flags: list[str]) -> None:
+    inputs = inputs_of(flags)
+    assert not engine_spec(inputs, CUDA).enable_sleep
+    sleeping = replace(inputs, config=parse_args([*flags, "--train.colocate_all", "--vllm.enable_sleep"]))
+    assert engine_spec(sleeping, CUDA).enable_sleep
+    with pytest.raises(EngineSpecError, match="no sleep mode on a CPU"):
+        engine_spec(sleeping, CPU)
+    for more, ahead in (((), False), (("--train.async_enable",), True)):
+        config = config_of(*more)
+        assert controller_settings(config, batch_plan(config, 1000)).one_ahead is ahead
 
 
 # -- text ------------------------------------------------------------------------------------------------

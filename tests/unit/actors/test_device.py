@@ -148,3 +148,9 @@ def test_travels_between_processes():
 
 def test_module_names_every_dtype():
     assert set(module._TORCH_DTYPES) == set(module._VLLM_DTYPES) == set(SYNC_TOLERANCE)
+
+
+def test_colocated_weights_go_by_cpu_memory():
+    cpu, cuda = Device(name="cpu", dtype_name="fp32"), Device(name="cuda", dtype_name="bf16")
+    assert cuda.sync_backend(colocated=False) == "nccl"
+    assert {cpu.sync_backend(colocated=False), cuda.sync_backend(colocated=True)} == {"gloo"}

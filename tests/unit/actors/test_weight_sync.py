@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from real_openrlhf.actors.weight_sync import StaleWeights, check_agreement, timed
+from real_openrlhf.actors.weight_sync import StaleWeights, check_agreement, sync_ranks, timed
 
 POLICY = [torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-0.5])]
 
@@ -93,3 +93,13 @@ def test_timed_fills_in_the_seconds_at_the_end() -> None:
     with timed() as clock:
         assert clock.seconds == 0.0
     assert clock.seconds > 0.0
+
+
+@pytest.mark.parametrize(
+    ("widths", "offsets", "world"),
+    [([1], [1], 2), ([1, 1, 1], [1, 2, 3], 4), ([4, 4], [1, 5], 9), ([2, 2, 1], [1, 3, 5], 6)],
+)
+def test_ranks_of_the_sync_group(widths: list[int], offsets: list[int], world: int) -> None:
+    assert sync_ranks(widths) == (offsets, world)
+    workers = [offset + worker for offset, width in zip(offsets, widths) for worker in range(width)]
+    assert [0, *workers] == list(range(world))  # rank 0 is the policy's

@@ -29,6 +29,16 @@ def test_a_valid_configuration_has_no_warnings() -> None:
     assert validate(config_with({}), device="cpu") == []
 
 
+# Four ranks, two engines of two workers.
+COLOCATED: dict[str, Any] = {
+    "train.colocate_all": True,
+    "vllm.enable_sleep": True,
+    "ds.enable_sleep": True,
+    "actor.num_gpus_per_node": 4,
+    "vllm.num_engines": 2,
+    "vllm.tensor_parallel_size": 2,
+}
+
 CONTRADICTIONS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"actor.model_name_or_path": ""}, None, "--actor.model_name_or_path is required"),
     ({"data.prompt_dataset": ""}, None, "--data.prompt_dataset is required"),
@@ -64,8 +74,13 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"algo.kl.init_coef": 0.1, "ref.num_gpus_per_node": 3}, None, "--rollout.batch_size 256 .* 3 reference ranks"),
     ({"algo.kl.init_coef": 0.1, "ref.offload": True}, None, "--ref.offload needs --ds.zero_stage 3, got 2"),
     ({"ds.packing_samples": True}, None, "--ds.packing_samples is not supported yet"),
-    ({"train.colocate_all": True}, None, "--train.colocate_all is not supported yet"),
-    ({"vllm.enable_sleep": True}, None, "--vllm.enable_sleep is not supported yet"),
+    ({"train.async_enable": True, "real.ratio": "none"}, None, "--real.ratio none leaves that uncorrected"),
+    ({"vllm.enable_sleep": True}, None, "--vllm.enable_sleep .* add --train.colocate_all"),
+    ({"ds.enable_sleep": True}, None, "--ds.enable_sleep .* add --train.colocate_all"),
+    ({"train.colocate_all": True, "train.async_enable": True}, None, "take turns on the same GPUs"),
+    ({"train.colocate_all": True, "vllm.num_engines": 2}, None, "2 workers and .* = 1 ranks"),
+    ({**COLOCATED, "ds.zero_stage": 0}, None, "--ds.enable_sleep moves ZeRO's optimizer states"),
+    (COLOCATED, "cpu", "--train.colocate_all needs GPUs: .* vLLM has no sleep mode"),
 ]
 
 
@@ -97,6 +112,9 @@ def test_every_feature_that_is_not_there_yet_has_a_case() -> None:
         {"ref.num_gpus_per_node": 3},  # no KL, no reference
         {"algo.kl.init_coef": 0.1, "ds.lora.rank": 8, "ref.num_gpus_per_node": 3},  # nor a group with LoRA
         {"train.batch_size": 1024, "real.mini_batches": 3},  # the batch size has the word
+        COLOCATED,
+        {"train.async_enable": True},
+        {"train.async_enable": True, "real.ratio": "none", "algo.advantage.is_correction_level": "token"},
     ],
 )
 def test_neighbours_of_contradictions_are_valid(changes: dict[str, Any]) -> None:
@@ -111,6 +129,8 @@ def test_neighbours_of_contradictions_are_valid(changes: dict[str, Any]) -> None
         ({"real.ratio": "none", "real.mini_batches": 2}, None, "without an off-policy correction"),
         ({"real.mini_batches": 2, "algo.advantage.is_correction_level": "token"}, None, "has no effect"),
         ({"actor.adam.lr": 0.0}, None, "nothing is learned"),
+        ({"train.async_enable": True, "train.full_determinism_enable": True}, None, "not bitwise"),
+        ({**COLOCATED, "vllm.enable_sleep": False}, None, "engines keep 0.9 of each GPU's memory"),
         ({"data.input_template": "{}\\n"}, None, "backslash"),
         ({"ds.param_dtype": "bf16"}, "cpu", "about 10 times slower"),
         ({"ds.param_dtype": "fp32"}, "cuda", "fp32 on GPUs"),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +20,7 @@ from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import Group, TrainGroup
 from real_openrlhf.controller.dynamic_sampling import CannotFill
 from real_openrlhf.controller.first_look import ScoresNotThere
-from real_openrlhf.controller.trainer import Controller, ControllerSettings, NothingLearned
+from real_openrlhf.controller.trainer import Controller, ControllerSettings, NothingLearned, Stopped
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.data.stream import PromptStream
 from tests.helpers.algo_factory import make_rollout
@@ -70,9 +73,11 @@ class World:
     samples: list[tuple[int, list[Mapping[str, Any]]]] = field(default_factory=list)
     shown: list[tuple[Any, ...]] = field(default_factory=list)
     version: int = -1
+    asleep: bool = False
 
     # rollouts
     def generate(self, wanted: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        assert not self.asleep
         self.events.append(("generate", len(wanted)))
         self.samplings.append(sampling)
         groups = []
@@ -97,6 +102,10 @@ class World:
             )
         return groups
 
+    def sleep(self) -> None:
+        self.events.append(("sleep",))
+        self.asleep = True
+
     # policy
     def train(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
         self.events.append(("train", len(groups)))
@@ -117,12 +126,14 @@ class World:
     def sync(self, version: int) -> SyncReport:
         self.events.append(("sync", version))
         self.version = version
+        self.asleep = False
         return SyncReport(
             version=version, seconds=1.5, check_seconds=0.25, mean_difference=1e-5, max_difference=1e-4, n_tokens=9
         )
 
     # evaluator
     def evaluate(self, version: int) -> EvalReport:
+        assert not self.asleep
         self.events.append(("evaluate", version))
         return EvalReport(version=version, metrics={"expected/pearson": 0.1 * version, "decoded/pearson": None})
 
@@ -167,7 +178,7 @@ def controller(
 
 
 def step_events(n: int, size: int = 4) -> list[tuple[Any, ...]]:
-    return [("generate", size), ("train", size), ("sync", n)]
+    return [("generate", size), ("sleep",), ("train", size), ("sync", n)]
 
 
 def test_phases_in_order() -> None:
@@ -295,8 +306,8 @@ def test_metrics_have_the_names_that_users_see() -> None:
     assert {f"seconds/{name}" for name in ("generate", "advantages", "train", "sync")} <= set(train)
     assert "seconds/evaluate" not in train
     # 4 groups of 3 rollouts: 4 tokens each are generated, 3 more of the prompt are trained through.
-    seconds = train["seconds/generate"]
-    assert train["speed/generated_tokens_per_second"] == pytest.approx(48 / max(seconds, 1e-9))
+    # The batch's own clock lies inside the phase's.
+    assert 48 / train["seconds/generate"] <= train["speed/generated_tokens_per_second"] < math.inf
     assert train["speed/trained_tokens_per_second"] == pytest.approx(84 / max(train["seconds/train"], 1e-9))
     json.dumps([start, first, train, last])
 
@@ -385,3 +396,152 @@ def test_a_state_is_a_copy() -> None:
     state = run.state_dict()
     run.last_eval["expected/pearson"] = -1.0
     assert state["last_eval"]["expected/pearson"] == pytest.approx(0.1)
+
+
+# -- one step ahead --------------------------------------------------------------------------------------
+
+
+class Overlapping(World):
+    """Training and the generation of the next batch wait for each other: one after the other they would never end."""
+
+    def __init__(self, steps: int, **fields: Any) -> None:
+        super().__init__(**fields)
+        self.steps = steps
+        self.meeting = threading.Barrier(2, timeout=20)
+        self.generating = False
+
+    def generate(self, wanted: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        groups = super().generate(wanted, sampling)
+        if len(self.samplings) > 1:
+            self.generating = True
+            self.meeting.wait()
+            time.sleep(0.02)  # longer than training: the controller has to wait
+            self.generating = False
+        return groups
+
+    def train(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
+        if len(self.trained) + 1 < self.steps:
+            self.meeting.wait()
+        return super().train(groups)
+
+    def sleep(self) -> None: ...
+
+    def sync(self, version: int) -> SyncReport:
+        assert not self.generating, "weights change under generation"
+        return super().sync(version)
+
+    def evaluate(self, version: int) -> EvalReport:
+        assert not self.generating
+        return super().evaluate(version)
+
+
+def test_one_step_ahead_generates_beside_training_and_never_beside_a_sync() -> None:
+    world = Overlapping(steps=4)
+    controller(world, one_ahead=True, total_steps=4, eval_steps=1).fit()
+    # Beside each other, either may be the first to be noted.
+    pairs = [sorted(world.events[i : i + 2]) for i in (3, 7, 11)]
+    assert pairs == [[("generate", 4), ("train", 4)]] * 3
+    rest = [event for i, event in enumerate(world.events) if i not in (3, 4, 7, 8, 11, 12)]
+    turns = [event for n in (1, 2, 3) for event in (("sync", n), ("evaluate", n))]
+    last = [("train", 4), ("sync", 4), ("evaluate", 4), ("save", "out/model")]
+    assert rest == [("sync", 0), ("evaluate", 0), ("generate", 4), *turns, *last]
+    # Every batch once, in order, by the weights before its own step's.
+    assert [{g.group.weight_version for g in groups} for groups in world.trained] == [{0}, {0}, {1}, {2}]
+    rows = [g.group.row for groups in world.trained for g in groups]
+    in_order = PromptStream(prompts(), seed=0, num_episodes=1).take(16)
+    assert rows == [p.row for p in in_order]
+    ages = [metrics["rollouts/age"] for _, phase, metrics in world.logs if phase == "train"]
+    assert ages == [0.0, 1.0, 1.0, 1.0]
+
+
+def test_one_step_ahead_seeds_a_batch_by_the_step_that_trains_on_it() -> None:
+    ahead, together = Overlapping(steps=3), World()
+    controller(ahead, one_ahead=True, seeded=True).fit()
+    controller(together, seeded=True).fit()
+    assert ahead.samplings == together.samplings
+
+
+def test_synchronous_rollouts_have_no_age() -> None:
+    world = World()
+    controller(world).fit()
+    assert [metrics["rollouts/age"] for _, phase, metrics in world.logs if phase == "train"] == [0.0] * 3
+
+
+@pytest.mark.parametrize("late", [1, -1])
+def test_one_step_ahead_allows_exactly_one_version(late: int) -> None:
+    class Late(Overlapping):
+        def generate(self, wanted: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+            groups = super().generate(wanted, sampling)
+            return (
+                [replace(g, weight_version=g.weight_version - late) for g in groups]
+                if len(self.samplings) > 2
+                else groups
+            )
+
+    world = Late(steps=4)
+    with pytest.raises(RuntimeError, match=rf"rollouts of step 2 come from weight versions \[{1 - late}\], expected 1"):
+        controller(world, one_ahead=True, total_steps=4).fit()
+    assert len(world.trained) == 2  # what went wrong ahead of step 2 spoils no step before it
+
+
+class Ahead(World):
+    """Engines with GPUs of their own: they never sleep."""
+
+    def sleep(self) -> None: ...
+
+
+def test_one_step_ahead_ends_with_the_prompts() -> None:
+    world = Ahead()
+    run = controller(world, one_ahead=True, n_prompts=10, total_steps=9)
+    run.fit()
+    assert run.step_number == 2 and len(world.trained) == 2
+    assert world.events[-2:] == [("evaluate", 2), ("save", "out/model")]
+    assert isinstance(run.prompts, PromptStream) and run.prompts.remaining == 2
+
+
+def test_a_batch_that_cannot_be_filled_ahead_costs_no_finished_step() -> None:
+    world = Ahead(labels=lambda prompt, k: partly_right(prompt, k) if prompt.row in first else 0)
+    first = {p.row for p in PromptStream(prompts(), seed=0, num_episodes=1).take(4)}
+    with pytest.raises(CannotFill, match="generation waves"):
+        controller(world, one_ahead=True).fit()
+    assert [step for step, phase, _ in world.logs if phase == "train"] == [1]
+    assert ("sync", 1) in world.events
+
+
+def test_stopped_one_step_ahead_and_resumed_trains_on_every_prompt_once() -> None:
+    class Saves:
+        def __init__(self, run: Controller) -> None:
+            self.run, self.states = run, {}
+
+        def is_due(self, step: int, evaluation: Any) -> bool:
+            return False
+
+        def save(self, step: int, evaluation: Any = None) -> bool:
+            self.states = {"controller": self.run.state_dict(), "prompts": self.run.batches.state_dict()}
+            return True
+
+    # A quarter of the prompts are not kept, and refills leave some to be put back.
+    def labels(prompt: Prompt, k: int) -> int | None:
+        return partly_right(prompt, k) if prompt.row % 4 else 0
+
+    world = Ahead(labels=labels)
+    run = controller(world, one_ahead=True, total_steps=4, max_refills=9)
+    run.saver = saver = Saves(run)
+    run.stop_requested = lambda: "SIGTERM" if run.step_number == 2 else None
+    with pytest.raises(Stopped):
+        run.fit()
+    # At that time, the third batch was ready.
+    assert run.batches.state_dict() != run.prompts.state_dict()
+
+    again = Ahead(labels=labels)
+    resumed = controller(again, one_ahead=True, total_steps=4, max_refills=9)
+    resumed.load_state_dict(saver.states["controller"])
+    resumed.batches.load_state_dict(saver.states["prompts"])
+    resumed.fit()
+    unbroken = Ahead(labels=labels)
+    controller(unbroken, one_ahead=True, total_steps=4, max_refills=9).fit()
+    rows = [[g.group.row for g in groups] for w in (world, again) for groups in w.trained]
+    assert rows == [[g.group.row for g in groups] for groups in unbroken.trained]
+    assert len({row for batch in rows for row in batch}) == 16
+    # The batch that was thrown away is sampled by the newest weights, the next one is one step ahead again.
+    assert [groups[0].group.weight_version for groups in again.trained] == [2, 2]

@@ -1,0 +1,88 @@
+"""Where a step's groups come from: collected when they are asked for, or while the step before trains.
+
+One step ahead, the engines sample batch n + 1 by weights n while the policy makes weights n + 1 of
+batch n. Never more than one batch is under way, and nothing is while weights change: the controller
+waits for it before the sync.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from real_openrlhf.controller.dynamic_sampling import Collected, PromptSource
+
+
+class PromptStore(PromptSource, Protocol):
+    """Prompts that know where they stand."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """collected: the groups of one step. version: of the weights that sampled them. seconds: it took."""
+
+    collected: Collected
+    version: int
+    seconds: float
+
+
+class BatchSource:
+    """Batches by step, and the state of the prompts as if no batch had been collected ahead.
+
+    collect: (step, weight version) -> the groups that this step trains on. It draws from `prompts`.
+    """
+
+    def __init__(self, prompts: PromptStore, collect: Callable[[int, int], Collected]) -> None:
+        self.prompts = prompts
+        self._collect = collect
+        self._ahead: Future[Batch] | None = None
+        self._before: dict[str, Any] | None = None
+
+    def start(self, step: int, version: int) -> None:
+        """Begin to collect the batch of `step` in the background. What goes wrong is raised by its `take`."""
+        if self._ahead is not None:
+            raise RuntimeError("a batch is already collected ahead")
+        self._before = self.prompts.state_dict()
+        self._ahead = ahead = Future[Batch]()
+
+        def work() -> None:
+            try:
+                ahead.set_result(self._timed(step, version))
+            except BaseException as error:
+                ahead.set_exception(error)
+
+        # A daemon: it must not keep a run alive whose training has failed.
+        threading.Thread(target=work, daemon=True, name="rollouts").start()
+
+    def wait(self) -> None:
+        """Return once nothing is being collected."""
+        if self._ahead is not None:
+            self._ahead.exception()
+
+    def take(self, step: int, version: int) -> Batch:
+        """The batch of `step`: the one collected ahead, or one collected now by weights `version`."""
+        ahead, self._ahead, self._before = self._ahead, None, None
+        return self._timed(step, version) if ahead is None else ahead.result()
+
+    def _timed(self, step: int, version: int) -> Batch:
+        start = time.perf_counter()
+        collected = self._collect(step, version)
+        return Batch(collected=collected, version=version, seconds=time.perf_counter() - start)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the prompts; those of a batch that was collected ahead still lie before it."""
+        return self.prompts.state_dict() if self._before is None else self._before
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there; a batch that was collected ahead is thrown away."""
+        self.wait()
+        self._ahead = self._before = None
+        self.prompts.load_state_dict(state)
