@@ -1,4 +1,5 @@
-"""The whole stack on tiny judges: by its own Ray cluster, and by `ray job submit` on a running one."""
+"""The whole stack on a tiny judge: one rank and one engine on its own Ray cluster, then two ranks and two engines by
+`ray job submit`, which must change nothing but the time it takes."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -15,6 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from ray.job_submission import JobStatus, JobSubmissionClient
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from real_openrlhf.actors.weight_transfer import free_port
@@ -22,6 +26,10 @@ from tests.helpers.tiny_judge import ANCHOR
 
 pytestmark = pytest.mark.integration
 BIN = Path(sys.executable).parent
+# Every request has a seed of its own, so that rollouts do not depend on the number of engines. A large epsilon: where
+# a gradient is rounding noise, Adam would turn the noise into a full step.
+SAME = ["--train.full_determinism_enable", "--actor.adam.eps", "1e-4"]
+HEAD, ROLLOUTS = "untied", 32
 
 
 def flags(judges: Path, head: str, out: Path, *more: str) -> list[str]:
@@ -58,7 +66,7 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def check_run(judges: Path, head: str, out: Path) -> None:
+def check_run(judges: Path, out: Path) -> None:
     metrics = read_lines(out / "metrics.jsonl")
     train = [m for m in metrics if m["phase"] == "train"]
     evals = [m for m in metrics if m["phase"] == "eval"]
@@ -74,16 +82,16 @@ def check_run(judges: Path, head: str, out: Path) -> None:
         # The distribution that came with the rollouts is the one that the policy computes.
         assert abs(m["policy/mass"] - m["score/mass"]) < 0.2
         assert {"loss/cot", "loss/squared_error", "loss/likelihood", "reward/mean", "seconds/generate"} <= set(m)
-    check_export_against_last_evaluation(judges, head, out)
+    check_export_against_last_evaluation(judges, out)
     samples = read_lines(out / "samples.jsonl")
     assert {s["step"] for s in samples} == {1, 2}
     assert "judge" in samples[0]["prompt_tail"]
 
 
-def check_export_against_last_evaluation(judges: Path, head: str, out: Path) -> None:
+def check_export_against_last_evaluation(judges: Path, out: Path) -> None:
     """The exported folder, in transformers, gives the distributions that the engines had after the last sync."""
     model = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
-    start = AutoModelForCausalLM.from_pretrained(judges / head, dtype=torch.float32)
+    start = AutoModelForCausalLM.from_pretrained(judges / HEAD, dtype=torch.float32)
     assert max(float((a - b).abs().max()) for a, b in zip(model.parameters(), start.parameters())) > 5e-4
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     prompts = read_lines(judges / "eval.jsonl")
@@ -100,12 +108,16 @@ def check_export_against_last_evaluation(judges: Path, head: str, out: Path) -> 
         assert row["expected"] == pytest.approx(float(probs @ torch.arange(1.0, 6.0)), abs=5e-4)
 
 
-def test_own_cluster(judges: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "real_openrlhf.train_real", *flags(judges, "tied", tmp_path / "run")]
+@pytest.fixture(scope="module")
+def narrow(judges: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One rank, one engine, an evaluator with an engine of its own; a cluster of its own; ZeRO-2."""
+    out = tmp_path_factory.mktemp("narrow") / "run"
+    command = [sys.executable, "-m", "real_openrlhf.train_real", *flags(judges, HEAD, out, *SAME)]
+    command += ["--eval.engine", "own"]
+    command[command.index("--logger.samples") + 1] = str(ROLLOUTS)
     done = subprocess.run(command, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    check_run(judges, "tied", tmp_path / "run")
-    assert (tmp_path / "run" / "model" / "README.md").read_text(encoding="utf-8").count("expected") > 0
+    return out
 
 
 @pytest.mark.slow
@@ -116,7 +128,7 @@ def test_with_a_kl(judges: Path, tmp_path: Path, lora: bool) -> None:
     command = [sys.executable, "-m", "real_openrlhf.train_real", *flags(judges, "untied", tmp_path / "run", *more)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    check_run(judges, "untied", tmp_path / "run")
+    check_run(judges, tmp_path / "run")
     first, second = (m for m in read_lines(tmp_path / "run" / "metrics.jsonl") if m["phase"] == "train")
     # The policy begins as its reference.
     assert abs(first["policy/kl"]) < 1e-8 < second["policy/kl"]
@@ -151,15 +163,18 @@ def ray_head(folder: Path) -> Iterator[str]:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_ray_job_submit(judges: Path, tmp_path: Path) -> None:
-    """A joined cluster, ZeRO-3, an untied head, an evaluator with an engine of its own; stopped and submitted again."""
-    import tempfile
+@pytest.fixture(scope="module")
+def wide(judges: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks, two engines that the evaluator borrows; ZeRO-3, four micro-batches per rank.
 
-    from ray.job_submission import JobStatus, JobSubmissionClient
-
-    out = tmp_path / "run"
-    train = [sys.executable, "-m", "real_openrlhf.train_real", "--ckpt.load", "auto"]
-    train += flags(judges, "untied", out, "--ds.zero_stage", "3", "--eval.engine", "own")
+    Submitted to a cluster, stopped by `ray job stop` in its first step and submitted again.
+    """
+    out = tmp_path_factory.mktemp("wide") / "run"
+    train = [sys.executable, "-m", "real_openrlhf.train_real", *flags(judges, HEAD, out, *SAME), "--ckpt.load", "auto"]
+    train += ["--actor.num_gpus_per_node", "2", "--vllm.num_engines", "2", "--ds.zero_stage", "3"]
+    train += ["--actor.gradient_checkpointing_enable"]
+    train[train.index("--train.micro_batch_size") + 1] = "4"
+    train[train.index("--logger.samples") + 1] = str(ROLLOUTS)
     # Ray's sockets live under its temp dir, whose path must be short.
     with tempfile.TemporaryDirectory(prefix="r") as short, ray_head(Path(short)) as address:
         submit = [str(BIN / "ray"), "job", "submit", "--address", address]
@@ -178,7 +193,7 @@ def test_ray_job_submit(judges: Path, tmp_path: Path) -> None:
         done = subprocess.run([*submit, "--", *train], capture_output=True, text=True, timeout=580)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
         assert "resumed from" in done.stdout
-    check_run(judges, "untied", out)
+    return out
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -186,3 +201,56 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_own_cluster(judges: Path, narrow: Path) -> None:
+    check_run(judges, narrow)
+    assert (narrow / "model" / "README.md").read_text(encoding="utf-8").count("expected") > 0
+
+
+def test_ray_job_submit(judges: Path, wide: Path) -> None:
+    check_run(judges, wide)
+
+
+def test_width_changes_nothing(narrow: Path, wide: Path) -> None:
+    """The same rollouts, losses and weights, whatever the number of ranks, engines and micro-batches."""
+    one, two = (read_lines(out / "samples.jsonl") for out in (narrow, wide))
+    assert len(one) == len(two) == 2 * ROLLOUTS
+    evaluations = [f"eval/step_{step}.jsonl" for step in (0, 1, 2)]
+    for name in evaluations:
+        one, two = [*one, *read_lines(narrow / name)], [*two, *read_lines(wide / name)]
+    for mine, theirs in zip(one, two):
+        # One token per word: the same text is the same ids.
+        assert [mine[k] for k in ("row", "text", "label")] == [theirs[k] for k in ("row", "text", "label")]
+        assert (mine["expected"] is None) == (theirs["expected"] is None)
+        if mine["expected"] is not None:
+            assert mine["distribution"] == pytest.approx(theirs["distribution"], abs=1e-4)
+    one, two = ([m for m in read_lines(out / "metrics.jsonl") if m["phase"] == "train"] for out in (narrow, wide))
+    for mine, theirs in zip(one, two, strict=True):
+        terms = [name for name in mine if name.startswith("loss/")]
+        assert {"loss/cot", "loss/squared_error", "loss/likelihood", "loss/total"} <= set(terms)
+        for name in [*terms, "reward/mean", "policy/expected_score", "policy/mass"]:
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), (mine["step"], name)
+        norms = [name for name in mine if name.startswith("logit_grad_norm/")]
+        for name in [*norms, "policy/grad_norm"]:
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4), (mine["step"], name)
+    first, second = (load_file(out / "model" / "model.safetensors") for out in (narrow, wide))
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
+def test_one_step_ahead(judges: Path, tmp_path: Path) -> None:
+    """Rollouts from the second step on are one version late, and the loss corrects for it."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "real_openrlhf.train_real", *flags(judges, "tied", out), "--train.async_enable"]
+    command[command.index("--train.max_steps") + 1] = "3"
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    train = [m for m in read_lines(out / "metrics.jsonl") if m["phase"] == "train"]
+    assert [m["rollouts/age"] for m in train] == [0.0, 1.0, 1.0]
+    assert {s["weight_version"] for s in read_lines(out / "samples.jsonl")} == {0, 1}
+    assert all(m["sync/logprob_mean"] < 1e-4 for m in train)
+    gaps = [m["rollout_gap/logprob_mean"] for m in train]
+    assert gaps[0] < 1e-4 < 1e-3 < min(gaps[1:]), gaps

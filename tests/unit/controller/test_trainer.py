@@ -197,7 +197,7 @@ def test_phases_in_order() -> None:
 def test_the_reference_comes_before_the_updates_and_its_logprobs_go_to_the_policy() -> None:
     world = World()
     controller(world, kl=True, total_steps=1).fit()
-    assert world.events[2:6] == [("generate", 4), ("reference", 4), ("train", 4), ("sync", 1)]
+    assert world.events[2:7] == [("generate", 4), ("sleep",), ("reference", 4), ("train", 4), ("sync", 1)]
     for group in world.trained[0]:
         assert group.ref_logprobs is not None
         assert [logprobs.tolist() for logprobs in group.ref_logprobs] == [[-float(group.group.row)] * 4] * 3
