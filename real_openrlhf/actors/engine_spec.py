@@ -14,7 +14,7 @@ from real_openrlhf.actors.protocols import Sampling
 from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.algo.score_rows import ScoreRows
 from real_openrlhf.algo.score_scale import BoundScale
-from real_openrlhf.algo.types import Rollout
+from real_openrlhf.algo.types import SPLIT_ANCHOR, Rollout
 
 # vLLM's own bound on SamplingParams.logprob_token_ids.
 MAX_READ_TOKENS = 128
@@ -143,11 +143,15 @@ def make_rollout(
     token_ids: Sequence[int],
     logprobs: Sequence[float],
     finish_reason: str,
+    given_ids: Sequence[int] = (),
 ) -> Rollout:
     """A rollout from what the engine returned.
 
-    logprobs: [T * (1 + R)] flat; per position the sampled token, then read_token_ids in order.
-    Score rows in branches stay NaN until `with_forced` gets what `forced_prefixes` asks for.
+    token_ids: [T] the sampled ones. logprobs: [T * (1 + R)] flat; per position the sampled token, then
+    read_token_ids in order. given_ids: [G] the response's first tokens, which were not sampled: the
+    rollout has all G + T tokens, and NaN as the log-probs of the given. NaN in a column of
+    read_token_ids: the engine did not return it. Score rows in branches stay NaN until `with_forced`
+    gets what `forced_prefixes` asks for.
     """
     width = 1 + len(read_token_ids)
     if len(logprobs) != len(token_ids) * width:
@@ -156,7 +160,13 @@ def make_rollout(
         )
     table = torch.tensor(logprobs, dtype=torch.float32).view(-1, width)
     _check_finite(table[:, 0])
+    if given_ids:
+        table = torch.cat([table.new_full((len(given_ids), width), float("nan")), table])
+        token_ids = [*given_ids, *token_ids]
     reading = reader.read(token_ids)
+    if reading.position is not None and reading.position < len(given_ids):
+        # The score that counts stands in what was given: nothing was read there.
+        reading = replace(reading, position=None, label_index=None, reason=SPLIT_ANCHOR)
     n_labels = len(reader.bound.scale)
     if reading.position is None or reading.anchor_index is None:
         rows, score_logprobs = ScoreRows.empty(n_labels), torch.zeros(0, n_labels)

@@ -114,7 +114,8 @@ class RolloutEngine(_Base):
         check_sampling(sampling, self.spec.logprobs_mode)
         new_tokens = sampling.max_new_tokens + self.spec.bound.extra_tokens
         for prompt in prompts:
-            self._check_length(prompt.token_ids, new_tokens, f"the prompt of row {prompt.row}")
+            ids = (*prompt.token_ids, *prompt.given_ids)
+            self._check_length(ids, new_tokens, f"the prompt of row {prompt.row}")
         if self._version == NO_VERSION:
             raise SyncError("the engine has no weights: it starts with dummy ones and no sync has been completed")
         version = self._version
@@ -154,11 +155,14 @@ class RolloutEngine(_Base):
 
     async def _respond(self, prompt: Prompt, sampling: Sampling, sample: int) -> Rollout:
         seed = None if sampling.seed is None else request_seed(sampling.seed, prompt.row, sample)
-        output = await self._draw(prompt.token_ids, sampling, sampling.max_new_tokens, seed)
+        ids = [*prompt.token_ids, *prompt.given_ids]
+        output = await self._draw(ids, sampling, sampling.max_new_tokens, seed)
         if output.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"the request for row {prompt.row} ended with {output.finish_reason!r}")
         read_ids = self.spec.read_token_ids
-        rollout = make_rollout(self.reader, read_ids, output.token_ids, output.logprobs.logprobs, output.finish_reason)
+        rollout = make_rollout(
+            self.reader, read_ids, output.token_ids, output.logprobs.logprobs, output.finish_reason, prompt.given_ids
+        )
         if sampling.seed is None:
             # At once, while the engine has the response in its prefix cache.
             (rollout,) = await self._read_forced([prompt], [rollout], sampling)

@@ -7,9 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """token_ids: the prompt as the engine gets it. label: the human score. row: its index in the data set."""
+    """One prompt, ready for an engine.
+
+    token_ids  the prompt as the engine gets it
+    label      the human score; NaN where there is none, as when a judge is used
+    row        its index in the data set
+    given_ids  tokens of the response that are given; the engine continues them. Empty in training.
+    """
 
     token_ids: tuple[int, ...]
     label: float
     row: int
     text: str
+    given_ids: tuple[int, ...] = ()

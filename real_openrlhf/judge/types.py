@@ -1,0 +1,118 @@
+"""A judgement, and what the scoring core asks of the engines that generate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from real_openrlhf.actors.protocols import Sampling
+from real_openrlhf.algo.types import Group
+from real_openrlhf.data.prompt import Prompt
+
+
+class JudgeError(ValueError):
+    """The judge was asked for something that it cannot do; the message says what would work."""
+
+
+class JudgeBackend(Protocol):
+    """Whatever turns prompts into scored rollouts.
+
+    The in-process engine and the server fit it, and so do the rollout engines of a training run
+    (`actors.protocols.RolloutGroup`). A rollout's `score_logprobs` hold NaN where the backend did
+    not return a label's log-prob.
+
+    A prompt with `given_ids` is one whose response has begun: the backend continues it, and reads the
+    score in the given and the generated ids together. Rollout.token_ids then holds both.
+    """
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """One group of sampling.n rollouts per prompt, in the prompts' order."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """One response of the judge, read. Scores are in units of the scale; nothing is imputed.
+
+    token_ids       the whole response: generated ids, and the forced anchor's if there is one
+    text            token_ids, decoded, special tokens kept
+    feedback        what was written before the answer anchor, special tokens left out
+    position        index of the score token in token_ids; None: no score, `reason` says why
+    reason          one of `algo.types.REASONS`, or None. "off_scale": a distribution, but no decoded score
+    forced          no score was written, and the anchor was put behind the response
+    label_logprobs  [S] log-probs of the labels over the full vocabulary; None without a position; an
+                    entry is None where the server did not return it
+    expected        E[score], the RAIL prediction; None without a position or with a missing label
+    decoded         value of the written label ("Standard"); None where none was written
+    mass            probability on the scale; None as `expected`
+    entropy         of the distribution given that the score is on the scale, in nats; None as `expected`
+    finish_reason   "stop" or "length", of the part that was generated freely
+    n_generated     tokens that the model wrote, the forced anchor not counted
+
+    Example, scale "1".."3", greedy "fine, So the overall score is 3": position 7, decoded 3.0,
+    label_logprobs (-4.6, -1.6, -0.25), expected 2.75, mass 0.99.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    feedback: str
+    position: int | None
+    reason: str | None
+    forced: bool
+    label_logprobs: tuple[float | None, ...] | None
+    expected: float | None
+    decoded: float | None
+    mass: float | None
+    entropy: float | None
+    finish_reason: str
+    n_generated: int
+
+    @property
+    def feedback_ids(self) -> tuple[int, ...]:
+        """All ids before the score token: what `scoring.score_given` takes to read the score once more."""
+        return self.token_ids[: self.position]
+
+    @property
+    def complete(self) -> bool:
+        """There is a score position, and every label's log-prob came back."""
+        return self.expected is not None
+
+    @property
+    def missing(self) -> int:
+        """Number of labels whose log-prob the backend did not return."""
+        return sum(value is None for value in self.label_logprobs or ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The verdict on one response: n judgements averaged (average-of-N).
+
+    score         mean E[score] over the samples that have one; None when none has
+    decoded       mean decoded score over the samples that have one; None when none has
+    distribution  label -> probability, mean over the samples with a score position; None for a label that was not
+                  returned for each of them; None altogether without such a sample. Probabilities are of the full
+                  vocabulary and need not add up to 1.
+    mass          mean probability on the scale
+    entropy       in nats, of `distribution` given that the score is on the scale
+    feedback      of the first sample
+    reason        why there is no score: the first sample's reason, or "missing_labels"
+    n_forced      samples whose anchor was forced; n_invalid: without a readable score even so
+    samples       all n
+    calibrated    `score` after calibration, when that was asked for
+    dimensions    name -> Score for a rubric of several dimensions; the numbers above are then their aggregate, and
+                  distribution, mass, entropy and samples belong to the dimensions alone
+    """
+
+    score: float | None
+    decoded: float | None
+    distribution: dict[str, float | None] | None
+    mass: float | None
+    entropy: float | None
+    feedback: str
+    reason: str | None
+    n_forced: int
+    n_invalid: int
+    samples: tuple[Judgement, ...] = ()
+    calibrated: float | None = None
+    dimensions: dict[str, Score] = field(default_factory=dict)
