@@ -7,10 +7,12 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from jinja2 import TemplateError as JinjaError
 
+from real_openrlhf.data.literal import BREAK, encode_literal, literal
 from real_openrlhf.data.sources import DataError, shorten
 
 logger = logging.getLogger(__name__)
@@ -79,20 +81,30 @@ class PromptTemplate:
                 "model's tokenizer, or drop the flag and write the prompt's form into --data.input_template"
             )
 
-    def render(self, tokenizer: ChatTokenizer, raw: object) -> tuple[str, tuple[int, ...]]:
+    def render(
+        self, tokenizer: ChatTokenizer, raw: object, *, literally: bool | None = None
+    ) -> tuple[str, tuple[int, ...]]:
         """The prompt's text and token ids, ready for generation.
 
-        raw: a string, or a list of {"role": str, "content": str}.
+        raw: a string, or a list of {"role": str, "content": str}. literally: special tokens that raw spells out
+        ("<|im_end|>") are plain text there and cannot end a turn. None: so for everything that a template wraps; a
+        string without any template is the prompt in its final form, special tokens included.
+
         Raises PromptError for this prompt, TemplateError when no prompt could be rendered.
         """
         self.check(tokenizer)
+        if literally is None:
+            literally = self.apply_chat_template or self.input_template is not None
         if isinstance(raw, str):
             if not raw.strip():
                 raise PromptError("the prompt is empty")
-            text = raw if self.input_template is None else self.input_template.replace(SLOT, raw)
+            text = _literal(tokenizer, raw) if literally else raw
+            text = text if self.input_template is None else self.input_template.replace(SLOT, text)
             messages = [{"role": "user", "content": text}]
         elif isinstance(raw, Sequence) and not isinstance(raw, (bytes, bytearray)):
             messages = _messages(raw)
+            if literally:
+                messages = [{**m, "content": _literal(tokenizer, m["content"])} for m in messages]
             if not self.apply_chat_template:
                 raise PromptError("the prompt is a list of chat messages; pass --data.apply_chat_template to render it")
             if self.input_template is not None:
@@ -108,14 +120,12 @@ class PromptTemplate:
         except UnicodeEncodeError as error:
             # JSON can spell half a surrogate pair, which tokenizers refuse.
             raise PromptError(f"the prompt is not valid Unicode: {error.reason} at {error.start}") from error
-        if self.apply_chat_template:
-            # The chat template writes BOS itself.
-            ids = list(tokenizer.encode(text, add_special_tokens=False))
-        else:
-            ids = _encode_plain(tokenizer, text)
+        # The chat template writes BOS itself.
+        encode = _encode_bare if self.apply_chat_template else _encode_plain
+        ids = encode_literal(partial(encode, tokenizer), tokenizer, text)
         if not ids:
             raise PromptError(f"the tokenizer makes no token of {shorten(text)}")
-        return text, tuple(ids)
+        return text.replace(BREAK, ""), tuple(ids)
 
     def _chat(self, tokenizer: ChatTokenizer, messages: list[dict[str, Any]]) -> str:
         options = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
@@ -125,6 +135,17 @@ class PromptTemplate:
             # Templates refuse what they do not know, such as a system message or two user turns in a row.
             raise PromptError(f"the tokenizer's chat template refuses the messages: {error}") from error
         return str(text)
+
+
+def _literal(tokenizer: ChatTokenizer, text: str) -> str:
+    try:
+        return literal(tokenizer, text)
+    except ValueError as error:
+        raise PromptError(str(error)) from error
+
+
+def _encode_bare(tokenizer: ChatTokenizer, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def _encode_plain(tokenizer: ChatTokenizer, text: str) -> list[int]:
