@@ -9,7 +9,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -171,17 +171,22 @@ def _row(place: Place, value: object) -> Row | BadRow:
 
 def _read_jsonl(path: Path) -> Iterator[Row | BadRow]:
     with _open(path) as file:
-        # Bytes, so that one line that is not UTF-8 is one bad row; and lines end at "\n" only, not at U+2028.
-        for number, line in enumerate(file, start=1):
-            place = Place(file=str(path), index=number, unit="line")
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if text.strip():
-                    yield _row(place, json.loads(text))
-            except UnicodeDecodeError as error:
-                yield BadRow(place=place, column=None, reason=f"not UTF-8 at byte {error.start} of the line")
-            except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
-                yield BadRow(place=place, column=None, reason=f"broken JSON: {error}: {shorten(text.strip())}")
+        yield from read_json_lines(file, str(path))
+
+
+def read_json_lines(file: Iterable[bytes], name: str) -> Iterator[Row | BadRow]:
+    """The rows of an open JSONL file, such as standard input; name: for messages."""
+    # Bytes, so that one line that is not UTF-8 is one bad row; and lines end at "\n" only, not at U+2028.
+    for number, line in enumerate(file, start=1):
+        place = Place(file=name, index=number, unit="line")
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            if text.strip():
+                yield _row(place, json.loads(text))
+        except UnicodeDecodeError as error:
+            yield BadRow(place=place, column=None, reason=f"not UTF-8 at byte {error.start} of the line")
+        except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
+            yield BadRow(place=place, column=None, reason=f"broken JSON: {error}: {shorten(text.strip())}")
 
 
 def _read_json(path: Path) -> Iterator[Row | BadRow]:

@@ -1,0 +1,399 @@
+"""`python -m real_openrlhf.judge`: rows in, scores out.
+
+python -m real_openrlhf.judge --model FOLDER --input rows.jsonl --output scores.jsonl
+python -m real_openrlhf.judge serve --model FOLDER --port 8000
+python -m real_openrlhf.judge calibration fit --model FOLDER --data scores.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from real_openrlhf.actors.device import Device
+from real_openrlhf.actors.engine_spec import logprobs_mode_for
+from real_openrlhf.algo.score_scale import DEFAULT_ANCHOR
+from real_openrlhf.data.dataset import read_label
+from real_openrlhf.data.sources import BadRow, DataError, Row, lookup, read_json_lines, read_rows
+from real_openrlhf.data.template import PromptError
+from real_openrlhf.data.tokenizer import load_tokenizer
+from real_openrlhf.errors import RunError
+from real_openrlhf.judge.calibration import METHODS, Calibration
+from real_openrlhf.judge.judge import MAX_PROMPT_TOKENS, Judge, Prepared, engine_length
+from real_openrlhf.judge.serve import serve, serve_command
+from real_openrlhf.judge.settings import find_settings, plain_settings
+from real_openrlhf.judge.types import JudgeError, Score
+from real_openrlhf.judge_settings import SETTINGS_FILE, JudgeSettings
+
+logger = logging.getLogger(__name__)
+STANDARD = "-"
+RESULT = "judgement"
+_LISTED = 10
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 the engine or the server failed, 2 the input is wrong."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if words[:1] == ["serve"]:
+            _serve(words[1:])
+        elif words[:2] == ["calibration", "fit"]:
+            _fit(words[2:])
+        else:
+            _score(words)
+    except (ValueError, RunError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1 if isinstance(error, RunError) else 2
+    return 0
+
+
+def _parser(prog: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"python -m real_openrlhf.judge{prog}",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+
+def _add_model(parser: argparse.ArgumentParser, *, engine: bool = True) -> None:
+    add = parser.add_argument
+    add("--model", required=True, help="exported judge, or another Hugging Face folder or hub id")
+    if engine:
+        add("--device", default="auto", help="auto, cpu or cuda")
+        add("--max_new_tokens", type=int, help="longest response; the export's when not given")
+        add("--max_model_len", type=int, help=f"prompt and response; {MAX_PROMPT_TOKENS} for the prompt when not given")
+    plain = parser.add_argument_group(f"for a model without {SETTINGS_FILE}")
+    plain.add_argument("--scale", help="the score scale, such as 1-5; required for such a model")
+    plain.add_argument("--anchor", action="append", help=f"text before the score, {DEFAULT_ANCHOR!r} when not given")
+    plain.add_argument("--apply_chat_template", choices=("true", "false"), help="if there is one, when not given")
+    plain.add_argument("--enable_thinking", choices=("true", "false"), help="handed to the chat template when given")
+    plain.add_argument("--input_template", help="text with one {} for the prompt")
+
+
+def _settings(args: argparse.Namespace) -> JudgeSettings | None:
+    """None: the export's own."""
+    names = ("scale", "anchor", "apply_chat_template", "enable_thinking", "input_template")
+    chosen = [f"--{name}" for name in names if getattr(args, name) is not None]
+    if (Path(args.model) / SETTINGS_FILE).is_file():
+        if chosen:
+            raise JudgeError(f"{args.model} has settings of its own in {SETTINGS_FILE}; drop {', '.join(chosen)}")
+        return None
+    if args.scale is None:
+        raise JudgeError(f"{args.model} has no {SETTINGS_FILE}: say how it scores, at least --scale 1-5")
+    return plain_settings(
+        args.model,
+        load_tokenizer(args.model),
+        scale=args.scale,
+        anchors=args.anchor or (DEFAULT_ANCHOR,),
+        apply_chat_template=_truth(args.apply_chat_template),
+        enable_thinking=_truth(args.enable_thinking),
+        input_template=args.input_template,
+    )
+
+
+def _truth(text: str | None) -> bool | None:
+    return None if text is None else text == "true"
+
+
+# -- score ---------------------------------------------------------------------------------------------
+
+
+def _score_args(words: Sequence[str]) -> argparse.Namespace:
+    parser = _parser("", "Scores responses: a row of the input comes out with a 'judgement' beside its columns.")
+    _add_model(parser)
+    add = parser.add_argument
+    add(
+        "--input",
+        required=True,
+        help="jsonl, json, csv or parquet file, folder, hub id, or - for JSONL on standard input",
+    )
+    add("--output", default=STANDARD, help="JSONL file, or - for standard output")
+    add("--overwrite", action="store_true", help="replace an output file that exists")
+    add("--skip_bad_rows", action="store_true", help="leave out, count and list rows that cannot be used")
+    add("--prompt_key", help="column with whole prompts in the form of the training data's, instead of the parts")
+    for part in ("instruction", "response", "rubric", "reference", "context"):
+        add(f"--{part}_key", default=part, help=f"column of the {part}")
+    add("--rubric", help="for rows without one: text, or a .json or .txt file; JSON may hold several dimensions")
+    add("--weights", help='JSON of dimension to weight, such as {"tone": 1, "facts": 2}; the plain mean when not given')
+    add("--template", default="paper", help="how the parts become a prompt: a template's name or a file")
+    add("--template_suffix", help="a second template behind it, such as base_suffix")
+    add("--n", type=int, default=1, help="responses per row, averaged")
+    add("--temperature", type=float, help="0 is greedy, which it is for --n 1 when not given")
+    add("--top_p", type=float, default=1.0)
+    add("--seed", type=int, default=0)
+    add("--no_force", action="store_true", help="do not continue a response without a score behind a forced anchor")
+    add("--calibrated", action="store_true", help="add the score as the stored calibration maps it")
+    add("--batch_size", type=int, default=256, help="rows that are judged at a time")
+    add("--server", help="address of an OpenAI-compatible server of this model, such as http://127.0.0.1:8000")
+    add("--server_model", help="the model's name there, if it serves several")
+    add("--api_key_env", help="environment variable with the server's key")
+    add("--concurrency", type=int, default=64, help="requests in flight")
+    return parser.parse_args(words)
+
+
+def _score(words: Sequence[str]) -> None:
+    args = _score_args(words)
+    if args.batch_size < 1:
+        raise JudgeError(f"--batch_size must be at least 1, got {args.batch_size}")
+    rubric, weights = _rubric(args.rubric), _weights(args.weights)
+    rows = _rows(args.input)
+    options: dict[str, Any] = {}
+    if args.server is not None:
+        options = {"model": args.server_model, "concurrency": args.concurrency, "api_key": _key(args.api_key_env)}
+    judge = Judge(
+        args.model,
+        server=args.server,
+        server_options=options,
+        settings=_settings(args),
+        template=args.template,
+        template_suffix=args.template_suffix,
+        n=args.n,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        max_new_tokens=args.max_new_tokens,
+        max_model_len=args.max_model_len,
+        force=not args.no_force,
+        calibrated=args.calibrated,
+        device=args.device,
+    )
+    with judge, _output(args.output, args.overwrite) as out:
+        good = list(_prepared(rows, judge, args, rubric, weights))
+        if not good:
+            raise DataError(f"{args.input}: no usable row is left")
+        with tqdm(total=len(good), desc="judged", unit="row", file=sys.stderr) as bar:
+            for start in range(0, len(good), args.batch_size):
+                batch = good[start : start + args.batch_size]
+                scores = judge.score_prepared([prepared for _, prepared in batch], weights=weights)
+                for (row, _), score in zip(batch, scores):
+                    line = {**row.values, RESULT: as_json(score)}
+                    out.write(json.dumps(line, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+                out.flush()
+                bar.update(len(batch))
+
+
+def _rows(source: str) -> list[Row | BadRow]:
+    if source != STANDARD:
+        return list(read_rows(source))
+    rows = list(read_json_lines(sys.stdin.buffer, "standard input"))
+    if not rows:
+        raise DataError("standard input is empty: one JSON object per line is expected")
+    return rows
+
+
+def _prepared(
+    rows: Iterable[Row | BadRow],
+    judge: Judge,
+    args: argparse.Namespace,
+    rubric: Any,
+    weights: Mapping[str, float] | None,
+) -> Iterator[tuple[Row, Prepared]]:
+    """Every usable row. The first bad one is an error, unless they are to be skipped."""
+    skipped: list[BadRow] = []
+    for row in rows:
+        made = row if isinstance(row, BadRow) else _prepare(row, judge, args, rubric, weights)
+        if not isinstance(made, BadRow):
+            assert isinstance(row, Row)
+            yield row, made
+        elif not args.skip_bad_rows:
+            raise DataError(f"{made}. Repair the row, or pass --skip_bad_rows to leave such rows out.")
+        else:
+            skipped.append(made)
+    if skipped:
+        shown = "\n".join(f"  {bad}" for bad in skipped[:_LISTED])
+        more = f"\n  and {len(skipped) - _LISTED} more" if len(skipped) > _LISTED else ""
+        logger.warning("skipped %d bad rows:\n%s%s", len(skipped), shown, more)
+
+
+def _prepare(
+    row: Row, judge: Judge, args: argparse.Namespace, rubric: Any, weights: Mapping[str, float] | None
+) -> Prepared | BadRow:
+    column: str | None = None
+    try:
+        if RESULT in row.values:
+            column = RESULT
+            raise PromptError("the output has a column of this name; rename it")
+        if args.prompt_key is not None:
+            column = args.prompt_key
+            return judge.prepare_prompt(lookup(row.values, column))
+        item: dict[str, Any] = {}
+        for part in ("instruction", "response"):
+            column = getattr(args, f"{part}_key")
+            item[part] = lookup(row.values, column)
+        for part in ("rubric", "reference", "context"):
+            try:
+                item[part] = lookup(row.values, getattr(args, f"{part}_key"))
+            except KeyError:
+                continue
+        if item.get("rubric") in (None, ""):
+            item["rubric"] = rubric
+        column = None
+        return judge.prepare(item, weights)
+    except KeyError as error:
+        return BadRow(place=row.place, column=column, reason=str(error.args[0]))
+    except (PromptError, JudgeError) as error:
+        return BadRow(place=row.place, column=column, reason=str(error))
+
+
+def as_json(score: Score) -> dict[str, Any]:
+    """A `Score` as an output row has it; null for what is not defined."""
+    plain: dict[str, Any] = {
+        name: getattr(score, name)
+        for name in (
+            "score",
+            "decoded",
+            "distribution",
+            "mass",
+            "entropy",
+            "feedback",
+            "reason",
+            "n_forced",
+            "n_invalid",
+        )
+    }
+    if score.calibrated is not None:
+        plain["calibrated"] = score.calibrated
+    if score.dimensions:
+        plain["dimensions"] = {name: as_json(one) for name, one in score.dimensions.items()}
+    if len(score.samples) > 1:
+        fields = ("expected", "decoded", "mass", "forced", "reason", "feedback")
+        plain["samples"] = [{name: getattr(sample, name) for name in fields} for sample in score.samples]
+    return plain
+
+
+@contextmanager
+def _output(target: str, overwrite: bool) -> Iterator[IO[str]]:
+    """Standard output, or a file that bears its name once it is whole."""
+    if target == STANDARD:
+        yield sys.stdout
+        return
+    path = Path(target)
+    if path.suffix != ".jsonl":
+        raise JudgeError(f"--output is a .jsonl file or -, got {target!r}")
+    if path.exists() and not overwrite:
+        raise JudgeError(f"--output {target} exists; pass --overwrite to replace it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        yield file
+    os.replace(partial, path)
+
+
+def _rubric(text: str | None) -> Any:
+    if text is None:
+        return None
+    path = Path(text)
+    if path.suffix not in (".json", ".txt"):
+        return text
+    try:
+        content = path.read_text(encoding="utf-8")
+        return json.loads(content) if path.suffix == ".json" else content
+    except (OSError, ValueError) as error:
+        raise JudgeError(f"--rubric {text}: {error}") from error
+
+
+def _weights(text: str | None) -> dict[str, float] | None:
+    if text is None:
+        return None
+    try:
+        weights = json.loads(text)
+    except ValueError as error:
+        raise JudgeError(f"--weights is not JSON: {error}") from error
+    if not isinstance(weights, dict):
+        raise JudgeError(f"--weights must be a JSON object of dimension to number, got {text}")
+    return weights
+
+
+def _key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable)
+    if not key:
+        raise JudgeError(f"--api_key_env names {variable}, which is not set")
+    return key
+
+
+# -- serve and calibration -----------------------------------------------------------------------------
+
+
+def _serve(words: Sequence[str]) -> None:
+    parser = _parser(" serve", "Becomes `vllm serve` with what a judge needs here. Flags behind -- go to vLLM.")
+    _add_model(parser)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--tensor_parallel_size", type=int, default=1)
+    parser.add_argument("extra", nargs="*", metavar="-- VLLM_FLAGS")
+    args = parser.parse_args(words)
+    settings = find_settings(args.model, load_tokenizer(args.model), _settings(args))
+    room = (args.max_new_tokens or settings.max_new_tokens) + 64  # and the forced anchor
+    command, env = serve_command(
+        args.model,
+        device=Device.resolve(args.device),
+        host=args.host,
+        port=args.port,
+        max_model_len=engine_length(args.model, room, args.max_model_len),
+        logprobs_mode=logprobs_mode_for(settings.temperature, 1.0),
+        tensor_parallel_size=args.tensor_parallel_size,
+        extra=args.extra,
+    )
+    serve(command, env)
+
+
+def _fit(words: Sequence[str]) -> None:
+    parser = _parser(" calibration fit", "Fits a monotone map from scores to held-out labels, stored beside the model.")
+    _add_model(parser, engine=False)
+    add = parser.add_argument
+    add("--data", required=True, help="rows with a score and a human label, such as this program's output")
+    add("--score_key", default=f"{RESULT}.score", help="column of E[score]")
+    add("--label_key", default="label", help="column of the label")
+    add("--method", default=METHODS[0], choices=METHODS)
+    args = parser.parse_args(words)
+    if not Path(args.model).is_dir():
+        raise JudgeError(f"--model {args.model} is not a folder that a calibration can be stored in")
+    settings = find_settings(args.model, load_tokenizer(args.model), _settings(args))
+    scores, labels, without = [], [], 0
+    for row in read_rows(args.data):
+        if isinstance(row, BadRow):
+            raise DataError(str(row))
+        column = args.score_key
+        try:
+            score = lookup(row.values, column)
+            if score is None:
+                without += 1  # a response without a readable score has nothing to be mapped
+                continue
+            column = args.label_key
+            labels.append(read_label(lookup(row.values, column), settings.scale))
+            scores.append(_number(score))
+        except KeyError as error:
+            raise DataError(f"{row.place}, column {column!r}: {error.args[0]}") from None
+        except ValueError as error:
+            raise DataError(f"{row.place}, column {column!r}: {error}") from None
+    made = Calibration.fit(scores, labels, scale=settings.scale, method=args.method, renormalise=settings.renormalise)
+    path = made.save(args.model)
+    left_out = f"; {without} rows without a score were left out" if without else ""
+    logger.info(
+        "%s: %s on %d rows%s, RMSE on these rows %.4f before and %.4f after",
+        path,
+        made.method,
+        made.n,
+        left_out,
+        made.rmse_before,
+        made.rmse_after,
+    )
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(f"{value!r} is not a score")
+    return float(value)

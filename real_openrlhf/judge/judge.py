@@ -1,0 +1,324 @@
+"""`Judge`: a model as something that scores a response to an instruction."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from real_openrlhf.actors.engine_spec import check_sampling, logprobs_mode_for
+from real_openrlhf.actors.protocols import Sampling
+from real_openrlhf.algo.score_position import ScoreReader
+from real_openrlhf.algo.score_scale import ScoreScale, bind_scale
+from real_openrlhf.data.judge_prompt import JudgeTemplate
+from real_openrlhf.data.prompt import Prompt
+from real_openrlhf.data.template import PromptError
+from real_openrlhf.data.tokenizer import load_tokenizer
+from real_openrlhf.judge.calibration import Calibration
+from real_openrlhf.judge.rubrics import SINGLE, AnyRubric, as_dimensions, check_weights, combine
+from real_openrlhf.judge.scoring import average, room_for_forcing, score_prompts
+from real_openrlhf.judge.settings import find_settings
+from real_openrlhf.judge.types import JudgeBackend, JudgeError, Score
+from real_openrlhf.judge_settings import JudgeSettings
+
+# Dimension -> prompt; the one dimension of a single rubric is "".
+Prepared = dict[str, Prompt]
+ITEM_KEYS = ("instruction", "response", "rubric", "reference", "context")
+# Room for the prompt in an engine of the judge's own.
+MAX_PROMPT_TOKENS = 3072
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Two responses by their scores.
+
+    winner      "a", "b" or "tie"; None when one of them has no score
+    difference  score of a minus score of b (calibrated ones where the judge calibrates); None likewise
+    """
+
+    winner: str | None
+    difference: float | None
+    a: Score
+    b: Score
+
+
+class Judge:
+    """Scores responses. Its engine is made at the first call, and ended by `close` or the `with` block.
+
+    model         an export of train_real, or any Hugging Face folder or hub id together with `settings`
+    server        address of an OpenAI-compatible server of this model ("http://host:8000"); weights are then not loaded
+    backend       a `JudgeBackend` of your own instead
+    settings      see `judge.settings.plain_settings`; None reads the export's
+    template      how instruction and response become a prompt: a name or path for `JudgeTemplate.load`, or one
+    template_suffix   a second template behind it, such as "base_suffix"
+    n             responses per prompt whose scores are averaged; sampled when n > 1
+    temperature   0 is greedy; None: greedy for n = 1, else the temperature of the settings. E[score] is read at the
+                  settings' temperature, so that another one than 0 or that is refused.
+    seed          of sampled responses: the same prompt gets the same responses, in whatever batch it comes
+    max_new_tokens, renormalise   None: the settings'
+    max_model_len engine in process: tokens of prompt and response together; longer prompts are refused
+    force         continue a response without a score once behind a forced anchor (`Score.n_forced` counts)
+    calibrated    fill `Score.calibrated` by the calibration stored beside the model
+    device        "auto", "cpu" or "cuda"
+    server_options   keywords of `ServerBackend`: api_key, concurrency, model, ...
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        server: str | None = None,
+        backend: JudgeBackend | None = None,
+        settings: JudgeSettings | None = None,
+        template: str | Path | JudgeTemplate = "paper",
+        template_suffix: str | Path | None = None,
+        n: int = 1,
+        temperature: float | None = None,
+        top_p: float = 1.0,
+        seed: int = 0,
+        max_new_tokens: int | None = None,
+        renormalise: bool | None = None,
+        max_model_len: int | None = None,
+        force: bool = True,
+        calibrated: bool = False,
+        device: str = "auto",
+        trust_remote_code: bool = False,
+        server_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if server is not None and backend is not None:
+            raise JudgeError("give a server or a backend, not both")
+        if server_options and server is None:
+            raise JudgeError("server_options are given, but no server")
+        self.model = str(model)
+        self.tokenizer = load_tokenizer(self.model, trust_remote_code=trust_remote_code)
+        found = find_settings(model, self.tokenizer, settings)
+        self.settings = replace(
+            found,
+            max_new_tokens=found.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            renormalise=found.renormalise if renormalise is None else renormalise,
+        )
+        self.scale = self.settings.scale
+        self.reader = ScoreReader.build(
+            bind_scale(self.scale, self.tokenizer, self.settings.anchors), self.tokenizer, self.settings.end_ids
+        )
+        self.settings.template.check(self.tokenizer)
+        self.template = _template(template, template_suffix)
+        self.sampling = self._sampling(n, temperature, top_p, seed)
+        self.force = force
+        self.calibration = None
+        if calibrated:
+            self.calibration = Calibration.load(self.model, scale=self.scale, renormalise=self.settings.renormalise)
+        self._room = self.settings.max_new_tokens + (room_for_forcing(self.reader) if force else 0)
+        self._server, self._server_options = server, dict(server_options or {})
+        self._device, self._trust, self._max_model_len = device, trust_remote_code, max_model_len
+        self._backend, self._owns_backend = backend, backend is None
+
+    # -- scoring -------------------------------------------------------------------------------------
+
+    def score(
+        self,
+        instruction: str,
+        response: str,
+        *,
+        rubric: AnyRubric = None,
+        reference: str | None = None,
+        context: str | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> Score:
+        """One response. See `score_batch`."""
+        item = {"instruction": instruction, "response": response, "rubric": rubric}
+        return self.score_batch([{**item, "reference": reference, "context": context}], weights=weights)[0]
+
+    def score_batch(
+        self, items: Sequence[Mapping[str, Any]], *, weights: Mapping[str, float] | None = None
+    ) -> list[Score]:
+        """Items with instruction, response and, as the template needs them, rubric, reference and context.
+
+        rubric: a text, a `Rubric`, a mapping of Prometheus's fields (criteria, score1_description, ...), or a mapping
+        of dimension -> rubric. Several dimensions are judged each by itself; the score is their mean, or the weighted
+        mean by `weights` (dimension -> positive number).
+
+        What the parts hold is text: chat tokens within a response do not end the prompt, and a score that it
+        pretends is never read, since scores are read from generated tokens alone.
+
+        Raises JudgeError or PromptError naming the item before anything is generated.
+        """
+        prepared = [_named(i, self.prepare, item, weights) for i, item in enumerate(items)]
+        return self.score_prepared(prepared, weights=weights)
+
+    def score_prompts(self, prompts: Sequence[Any]) -> list[Score]:
+        """Prompts in the form of the training data's (a text or chat messages): without the judge's template."""
+        return self.score_prepared([_named(i, self.prepare_prompt, raw) for i, raw in enumerate(prompts)])
+
+    def prepare(self, item: Mapping[str, Any], weights: Mapping[str, float] | None = None) -> Prepared:
+        """An item of `score_batch`, checked and tokenised. Raises JudgeError or PromptError."""
+        unknown = sorted(set(item) - set(ITEM_KEYS))
+        if unknown:
+            raise JudgeError(f"there is no part {unknown[0]!r}; an item has {', '.join(ITEM_KEYS)}")
+        if self.template.scale is not None and ScoreScale.parse(self.template.scale) != self.scale:
+            raise JudgeError(
+                f"the template {self.template.name} asks for scores on the scale {self.template.scale}, but the "
+                f"judge's is {self.scale}; give the template that it was trained with, or whole prompts"
+            )
+        dimensions = as_dimensions(item.get("rubric"))
+        check_weights(weights, set(dimensions))
+        found = {}
+        for name, rubric in dimensions.items():
+            messages = self.template.messages(**{**{key: item.get(key) for key in ITEM_KEYS}, "rubric": rubric})
+            # Without a system message a template around the prompt may still come.
+            raw: Any = messages if len(messages) > 1 else messages[0]["content"]
+            found[name] = self._prompt(raw, literally=True)
+        return found
+
+    def prepare_prompt(self, raw: Any) -> Prepared:
+        """A whole prompt, checked and tokenised. Raises JudgeError or PromptError."""
+        return {SINGLE: self._prompt(raw, literally=None)}
+
+    def score_prepared(
+        self, prepared: Sequence[Prepared], *, weights: Mapping[str, float] | None = None
+    ) -> list[Score]:
+        """What `prepare` or `prepare_prompt` gave, all in one batch."""
+        scores = iter(self._score([prompt for row in prepared for prompt in row.values()]))
+        return [combine({name: next(scores) for name in row}, weights) for row in prepared]
+
+    def compare(
+        self,
+        instruction: str,
+        a: str,
+        b: str,
+        *,
+        tie_margin: float = 0.0,
+        rubric: AnyRubric = None,
+        reference: str | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> Comparison:
+        """Which response is better, from a score of each by itself: no order of presentation can sway it.
+
+        tie_margin: scores that differ by no more are a tie.
+        """
+        if not tie_margin >= 0:
+            raise JudgeError(f"the tie margin must not be negative, got {tie_margin}")
+        common = {"instruction": instruction, "rubric": rubric, "reference": reference}
+        first, second = self.score_batch([{**common, "response": text} for text in (a, b)], weights=weights)
+        values = [s.score if s.calibrated is None else s.calibrated for s in (first, second)]
+        if values[0] is None or values[1] is None:
+            return Comparison(winner=None, difference=None, a=first, b=second)
+        difference = values[0] - values[1]
+        winner = "tie" if abs(difference) <= tie_margin else "a" if difference > 0 else "b"
+        return Comparison(winner=winner, difference=difference, a=first, b=second)
+
+    # -- the backend ---------------------------------------------------------------------------------
+
+    @property
+    def backend(self) -> JudgeBackend:
+        """Made when it is first needed."""
+        if self._backend is None:
+            self._backend = self._make_backend()
+        return self._backend
+
+    def close(self) -> None:
+        """End an engine or connections of the judge's own; a backend that was given is left alone."""
+        if self._owns_backend and self._backend is not None:
+            self._backend.close()  # type: ignore[attr-defined]
+            self._backend = None
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _make_backend(self) -> JudgeBackend:
+        mode = logprobs_mode_for(self.sampling.temperature, self.sampling.top_p)
+        if self._server is not None:
+            from real_openrlhf.judge.server import ServerBackend
+
+            options = {"logprobs_mode": mode, **self._server_options}
+            return ServerBackend(self._server, reader=self.reader, **options)
+        from real_openrlhf.judge.engine import VLLMBackend
+
+        return VLLMBackend(
+            self.model,
+            self.reader.bound,
+            max_model_len=engine_length(self.model, self._room, self._max_model_len, trust_remote_code=self._trust),
+            device=self._device,
+            logprobs_mode=mode,
+            trust_remote_code=self._trust,
+        )
+
+    # -- prompts -------------------------------------------------------------------------------------
+
+    def _prompt(self, raw: Any, *, literally: bool | None) -> Prompt:
+        text, ids = self.settings.template.render(self.tokenizer, raw, literally=literally)
+        limit = getattr(self.backend, "max_model_len", None)
+        if limit is not None and len(ids) + self._room > limit:
+            raise JudgeError(
+                f"the prompt has {len(ids)} tokens, but {limit - self._room} are left for it: {limit} in all, "
+                f"{self._room} of them for the response; lower max_new_tokens or raise the model length"
+            )
+        # A row made of the content: the seed of a prompt does not depend on where it stands.
+        digest = hashlib.blake2b(repr(ids).encode(), digest_size=8).digest()
+        return Prompt(token_ids=ids, label=float("nan"), row=int.from_bytes(digest, "big") >> 1, text=text)
+
+    def _score(self, prompts: Sequence[Prompt]) -> list[Score]:
+        judged = score_prompts(
+            self.backend,
+            prompts,
+            self.sampling,
+            reader=self.reader,
+            renormalise=self.settings.renormalise,
+            force=self.force,
+        )
+        scores = [average(row, self.scale) for row in judged]
+        if self.calibration is None:
+            return scores
+        return [s if s.score is None else replace(s, calibrated=self.calibration(s.score)) for s in scores]
+
+    def _sampling(self, n: int, temperature: float | None, top_p: float, seed: int) -> Sampling:
+        read_at = self.settings.temperature
+        if temperature is None:
+            temperature = 0.0 if n == 1 and read_at == 1 else read_at
+        if (temperature or 1.0) != read_at:
+            raise JudgeError(
+                f"this judge's distributions are read at temperature {read_at:g}, which sampling at {temperature:g} "
+                f"does not give; use temperature {read_at:g}"
+            )
+        sampling = Sampling(
+            n=n, temperature=temperature, top_p=top_p, max_new_tokens=self.settings.max_new_tokens, seed=seed
+        )
+        check_sampling(sampling, logprobs_mode_for(temperature, top_p))
+        return sampling
+
+
+def engine_length(model: str, room: int, wanted: int | None, *, trust_remote_code: bool = False) -> int:
+    """max_model_len of a judge's own engine: as wanted, else MAX_PROMPT_TOKENS and the room, at most the model's."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
+    most = getattr(config, "max_position_embeddings", None) or MAX_PROMPT_TOKENS + room
+    length = min(most, MAX_PROMPT_TOKENS + room) if wanted is None else wanted
+    if length > most:
+        raise JudgeError(f"max_model_len {length} is more than the {most} positions of {model}")
+    if length <= room:
+        raise JudgeError(f"{room} tokens for the response leave none of {length} for the prompt; lower max_new_tokens")
+    return length
+
+
+def _template(template: str | Path | JudgeTemplate, suffix: str | Path | None) -> JudgeTemplate:
+    if not isinstance(template, JudgeTemplate):
+        return JudgeTemplate.load(template, suffix=suffix)
+    if suffix is not None:
+        raise JudgeError("a suffix goes with a template's name or path, not with one that is loaded")
+    return template
+
+
+def _named(index: int, prepare: Callable[..., Prepared], *arguments: Any) -> Prepared:
+    try:
+        return prepare(*arguments)
+    except (JudgeError, PromptError) as error:
+        raise type(error)(f"item {index}: {error}") from error

@@ -1,0 +1,111 @@
+"""What users give as a rubric, and one score out of several dimensions."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+from real_openrlhf.data.judge_prompt import Rubric
+from real_openrlhf.judge.types import JudgeError, Score
+
+# One rubric: Prometheus's parts, free text, or the fields of its data sets.
+OneRubric = Rubric | str | Mapping[str, object]
+AnyRubric = OneRubric | Mapping[str, OneRubric] | None
+
+_DESCRIPTION = re.compile(r"(?:orig_)?score_?(\w+?)_description")
+SINGLE = ""
+
+
+def as_dimensions(rubric: AnyRubric) -> dict[str, Rubric | str | None]:
+    """Name -> rubric; the one name is "" when there is a single rubric (or none, None).
+
+    A mapping with a key "criteria" is one rubric by its fields: criteria and either descriptions (score -> text) or
+    score1_description, score2_description, ... (also with "orig_" before, as in Prometheus's data). Any other mapping
+    has a dimension per key.
+    """
+    if rubric is None or isinstance(rubric, (Rubric, str)):
+        return {SINGLE: rubric}
+    if not isinstance(rubric, Mapping):
+        raise JudgeError(f"a rubric is a text, a Rubric or a mapping, not {type(rubric).__name__}")
+    if _is_fields(rubric):
+        return {SINGLE: _from_fields(rubric)}
+    if not rubric:
+        raise JudgeError("the rubric has no dimension")
+    found: dict[str, Rubric | str | None] = {}
+    for name, one in rubric.items():
+        if not isinstance(name, str) or not name.strip():
+            raise JudgeError(f"a dimension of the rubric needs a name, got {name!r}")
+        if isinstance(one, Mapping) and _is_fields(one):
+            one = _from_fields(one)
+        if not isinstance(one, (Rubric, str)):
+            raise JudgeError(
+                f"the dimension {name!r} of the rubric must be a text, a Rubric or a mapping with 'criteria', not "
+                f"{type(one).__name__}; if this was meant as one rubric, its key 'criteria' is missing"
+            )
+        found[name] = one
+    return found
+
+
+def _is_fields(rubric: Mapping[str, object]) -> bool:
+    return "criteria" in rubric or "orig_criteria" in rubric
+
+
+def _from_fields(rubric: Mapping[str, object]) -> Rubric:
+    descriptions: dict[str, str] = {}
+    for key, value in rubric.items():
+        if key in ("criteria", "orig_criteria"):
+            continue
+        match = _DESCRIPTION.fullmatch(key)
+        if key == "descriptions" and isinstance(value, Mapping):
+            descriptions |= {str(score): text for score, text in value.items()}
+        elif match:
+            descriptions[match[1]] = value  # type: ignore[assignment]  # Rubric checks it
+        else:
+            raise JudgeError(
+                f"a rubric has no field {key!r}; it has criteria, and descriptions or score1_description ..."
+            )
+    return Rubric(criteria=rubric.get("criteria", rubric.get("orig_criteria")), descriptions=descriptions)  # type: ignore[arg-type]
+
+
+def check_weights(weights: Mapping[str, float] | None, names: set[str]) -> None:
+    """JudgeError unless weights name exactly these dimensions, with positive numbers."""
+    if weights is None:
+        return
+    if names == {SINGLE}:
+        raise JudgeError("weights are for a rubric of several dimensions, but there is one")
+    if set(weights) != names:
+        raise JudgeError(f"weights are given for {sorted(weights)}, but the dimensions are {sorted(names)}")
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+            raise JudgeError(f"the weight of {name!r} must be a positive number, got {weight!r}")
+
+
+def combine(scores: Mapping[str, Score], weights: Mapping[str, float] | None) -> Score:
+    """The weighted mean over the dimensions (plain without weights); None where a dimension has no score."""
+    if set(scores) == {SINGLE}:
+        return scores[SINGLE]
+    share = {name: 1.0 if weights is None else float(weights[name]) for name in scores}
+    total = sum(share.values())
+
+    def mean(field: str) -> float | None:
+        values = {name: getattr(score, field) for name, score in scores.items()}
+        if any(value is None for value in values.values()):
+            return None
+        return sum(share[name] * value for name, value in values.items()) / total
+
+    lost = [f"{name}: {score.reason}" for name, score in scores.items() if score.score is None]
+    return Score(
+        score=mean("score"),
+        decoded=mean("decoded"),
+        distribution=None,
+        mass=None,
+        entropy=None,
+        feedback="\n\n".join(f"{name}: {score.feedback}" for name, score in scores.items()),
+        reason="; ".join(lost) or None,
+        n_forced=sum(score.n_forced for score in scores.values()),
+        n_invalid=sum(score.n_invalid for score in scores.values()),
+        calibrated=mean("calibrated"),
+        dimensions={name: replace(score) for name, score in scores.items()},
+    )

@@ -1,0 +1,49 @@
+"""Starts `vllm serve` for a judge with what this package's engines need: `python -m real_openrlhf.judge serve`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+from real_openrlhf.actors.device import Device
+
+
+def serve_command(
+    model: str,
+    *,
+    device: Device,
+    host: str,
+    port: int,
+    max_model_len: int,
+    logprobs_mode: str = "raw_logprobs",
+    tensor_parallel_size: int = 1,
+    extra: Sequence[str] = (),
+) -> tuple[list[str], dict[str, str]]:
+    """The command and the environment variables that it needs."""
+    options = {
+        "host": host,
+        "port": port,
+        "dtype": device.vllm_dtype,
+        "max_model_len": max_model_len,
+        "tensor_parallel_size": tensor_parallel_size,
+        "logprobs_mode": logprobs_mode,
+        **({} if device.is_cuda else {"enforce_eager": True}),
+        **device.engine_options(max_model_len),
+    }
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            command.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            command += [f"--{flag}", str(value)]
+    return [*command, *extra], device.engine_env(tensor_parallel_size)
+
+
+def serve(command: Sequence[str], env: dict[str, str]) -> None:
+    """Become the server: this process's id is the server's. Does not return."""
+    sys.stderr.write(f"{' '.join(f'{k}={shlex.quote(v)}' for k, v in env.items())} {shlex.join(command)}\n")
+    sys.stderr.flush()
+    os.execvpe(command[0], list(command), {**os.environ, **env})
