@@ -10,7 +10,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--actor.model_name_or_path {path!r} has no tokenizer that loads: {error}") from error
+        raise ValueError(f"the model {path!r} has no tokenizer that loads: {error}") from error
 
 
 def end_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

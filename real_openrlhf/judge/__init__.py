@@ -7,3 +7,14 @@ judge.py     the `Judge` class; cli.py is `python -m real_openrlhf.judge`
 """
 
 from __future__ import annotations
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    # On demand: whoever needs the core alone need not load a tokenizer's libraries.
+    if name == "Judge":
+        from real_openrlhf.judge.judge import Judge
+
+        return Judge
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,99 +19,44 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from real_openrlhf.actors.device import Device
-from real_openrlhf.actors.engine_spec import logprobs_mode_for
-from real_openrlhf.algo.score_scale import DEFAULT_ANCHOR
-from real_openrlhf.data.dataset import read_label
 from real_openrlhf.data.sources import BadRow, DataError, Row, lookup, read_json_lines, read_rows
 from real_openrlhf.data.template import PromptError
-from real_openrlhf.data.tokenizer import load_tokenizer
 from real_openrlhf.errors import RunError
-from real_openrlhf.judge.calibration import METHODS, Calibration
-from real_openrlhf.judge.judge import MAX_PROMPT_TOKENS, Judge, Prepared, engine_length
-from real_openrlhf.judge.serve import serve, serve_command
-from real_openrlhf.judge.settings import find_settings, plain_settings
-from real_openrlhf.judge.types import JudgeError, Score
-from real_openrlhf.judge_settings import SETTINGS_FILE, JudgeSettings
+from real_openrlhf.judge.cli_model import add_model, chosen_settings, make_parser
+from real_openrlhf.judge.cli_tools import fit_args, serve_args
+from real_openrlhf.judge.judge import Judge, Prepared
+from real_openrlhf.judge.types import RESULT, JudgeError, Score
 
 logger = logging.getLogger(__name__)
 STANDARD = "-"
-RESULT = "judgement"
 _LISTED = 10
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 the engine or the server failed, 2 the input is wrong."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    words = list(sys.argv[1:] if argv is None else argv)
+    args = parse_args(sys.argv[1:] if argv is None else argv)
     try:
-        if words[:1] == ["serve"]:
-            _serve(words[1:])
-        elif words[:2] == ["calibration", "fit"]:
-            _fit(words[2:])
-        else:
-            _score(words)
-    except (ValueError, RunError) as error:
+        args.run(args)
+    except (ValueError, RunError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1 if isinstance(error, RunError) else 2
     return 0
 
 
-def _parser(prog: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"python -m real_openrlhf.judge{prog}",
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-
-
-def _add_model(parser: argparse.ArgumentParser, *, engine: bool = True) -> None:
-    add = parser.add_argument
-    add("--model", required=True, help="exported judge, or another Hugging Face folder or hub id")
-    if engine:
-        add("--device", default="auto", help="auto, cpu or cuda")
-        add("--max_new_tokens", type=int, help="longest response; the export's when not given")
-        add("--max_model_len", type=int, help=f"prompt and response; {MAX_PROMPT_TOKENS} for the prompt when not given")
-    plain = parser.add_argument_group(f"for a model without {SETTINGS_FILE}")
-    plain.add_argument("--scale", help="the score scale, such as 1-5; required for such a model")
-    plain.add_argument("--anchor", action="append", help=f"text before the score, {DEFAULT_ANCHOR!r} when not given")
-    plain.add_argument("--apply_chat_template", choices=("true", "false"), help="if there is one, when not given")
-    plain.add_argument("--enable_thinking", choices=("true", "false"), help="handed to the chat template when given")
-    plain.add_argument("--input_template", help="text with one {} for the prompt")
-
-
-def _settings(args: argparse.Namespace) -> JudgeSettings | None:
-    """None: the export's own."""
-    names = ("scale", "anchor", "apply_chat_template", "enable_thinking", "input_template")
-    chosen = [f"--{name}" for name in names if getattr(args, name) is not None]
-    if (Path(args.model) / SETTINGS_FILE).is_file():
-        if chosen:
-            raise JudgeError(f"{args.model} has settings of its own in {SETTINGS_FILE}; drop {', '.join(chosen)}")
-        return None
-    if args.scale is None:
-        raise JudgeError(f"{args.model} has no {SETTINGS_FILE}: say how it scores, at least --scale 1-5")
-    return plain_settings(
-        args.model,
-        load_tokenizer(args.model),
-        scale=args.scale,
-        anchors=args.anchor or (DEFAULT_ANCHOR,),
-        apply_chat_template=_truth(args.apply_chat_template),
-        enable_thinking=_truth(args.enable_thinking),
-        input_template=args.input_template,
-    )
-
-
-def _truth(text: str | None) -> bool | None:
-    return None if text is None else text == "true"
-
-
-# -- score ---------------------------------------------------------------------------------------------
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """`run` is the function that does what was asked for."""
+    words = list(argv)
+    if words[:1] == ["serve"]:
+        return serve_args(words[1:])
+    if words[:2] == ["calibration", "fit"]:
+        return fit_args(words[2:])
+    return _score_args(words)
 
 
 def _score_args(words: Sequence[str]) -> argparse.Namespace:
-    parser = _parser("", "Scores responses: a row of the input comes out with a 'judgement' beside its columns.")
-    _add_model(parser)
+    parser = make_parser("", "Scores responses: a row of the input comes out with a 'judgement' beside its columns.")
+    add_model(parser)
     add = parser.add_argument
     add(
         "--input",
@@ -139,11 +84,11 @@ def _score_args(words: Sequence[str]) -> argparse.Namespace:
     add("--server_model", help="the model's name there, if it serves several")
     add("--api_key_env", help="environment variable with the server's key")
     add("--concurrency", type=int, default=64, help="requests in flight")
+    parser.set_defaults(run=_score)
     return parser.parse_args(words)
 
 
-def _score(words: Sequence[str]) -> None:
-    args = _score_args(words)
+def _score(args: argparse.Namespace) -> None:
     if args.batch_size < 1:
         raise JudgeError(f"--batch_size must be at least 1, got {args.batch_size}")
     rubric, weights = _rubric(args.rubric), _weights(args.weights)
@@ -155,7 +100,7 @@ def _score(words: Sequence[str]) -> None:
         args.model,
         server=args.server,
         server_options=options,
-        settings=_settings(args),
+        settings=chosen_settings(args),
         template=args.template,
         template_suffix=args.template_suffix,
         n=args.n,
@@ -322,78 +267,3 @@ def _key(variable: str | None) -> str | None:
     if not key:
         raise JudgeError(f"--api_key_env names {variable}, which is not set")
     return key
-
-
-# -- serve and calibration -----------------------------------------------------------------------------
-
-
-def _serve(words: Sequence[str]) -> None:
-    parser = _parser(" serve", "Becomes `vllm serve` with what a judge needs here. Flags behind -- go to vLLM.")
-    _add_model(parser)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--tensor_parallel_size", type=int, default=1)
-    parser.add_argument("extra", nargs="*", metavar="-- VLLM_FLAGS")
-    args = parser.parse_args(words)
-    settings = find_settings(args.model, load_tokenizer(args.model), _settings(args))
-    room = (args.max_new_tokens or settings.max_new_tokens) + 64  # and the forced anchor
-    command, env = serve_command(
-        args.model,
-        device=Device.resolve(args.device),
-        host=args.host,
-        port=args.port,
-        max_model_len=engine_length(args.model, room, args.max_model_len),
-        logprobs_mode=logprobs_mode_for(settings.temperature, 1.0),
-        tensor_parallel_size=args.tensor_parallel_size,
-        extra=args.extra,
-    )
-    serve(command, env)
-
-
-def _fit(words: Sequence[str]) -> None:
-    parser = _parser(" calibration fit", "Fits a monotone map from scores to held-out labels, stored beside the model.")
-    _add_model(parser, engine=False)
-    add = parser.add_argument
-    add("--data", required=True, help="rows with a score and a human label, such as this program's output")
-    add("--score_key", default=f"{RESULT}.score", help="column of E[score]")
-    add("--label_key", default="label", help="column of the label")
-    add("--method", default=METHODS[0], choices=METHODS)
-    args = parser.parse_args(words)
-    if not Path(args.model).is_dir():
-        raise JudgeError(f"--model {args.model} is not a folder that a calibration can be stored in")
-    settings = find_settings(args.model, load_tokenizer(args.model), _settings(args))
-    scores, labels, without = [], [], 0
-    for row in read_rows(args.data):
-        if isinstance(row, BadRow):
-            raise DataError(str(row))
-        column = args.score_key
-        try:
-            score = lookup(row.values, column)
-            if score is None:
-                without += 1  # a response without a readable score has nothing to be mapped
-                continue
-            column = args.label_key
-            labels.append(read_label(lookup(row.values, column), settings.scale))
-            scores.append(_number(score))
-        except KeyError as error:
-            raise DataError(f"{row.place}, column {column!r}: {error.args[0]}") from None
-        except ValueError as error:
-            raise DataError(f"{row.place}, column {column!r}: {error}") from None
-    made = Calibration.fit(scores, labels, scale=settings.scale, method=args.method, renormalise=settings.renormalise)
-    path = made.save(args.model)
-    left_out = f"; {without} rows without a score were left out" if without else ""
-    logger.info(
-        "%s: %s on %d rows%s, RMSE on these rows %.4f before and %.4f after",
-        path,
-        made.method,
-        made.n,
-        left_out,
-        made.rmse_before,
-        made.rmse_after,
-    )
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError(f"{value!r} is not a score")
-    return float(value)

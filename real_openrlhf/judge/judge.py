@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from real_openrlhf.actors.engine_spec import check_sampling, logprobs_mode_for
 from real_openrlhf.actors.protocols import Sampling
-from real_openrlhf.algo.score_position import ScoreReader
-from real_openrlhf.algo.score_scale import ScoreScale, bind_scale
+from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.data.judge_prompt import JudgeTemplate
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.data.template import PromptError
@@ -20,7 +20,7 @@ from real_openrlhf.data.tokenizer import load_tokenizer
 from real_openrlhf.judge.calibration import Calibration
 from real_openrlhf.judge.rubrics import SINGLE, AnyRubric, as_dimensions, check_weights, combine
 from real_openrlhf.judge.scoring import average, room_for_forcing, score_prompts
-from real_openrlhf.judge.settings import find_settings
+from real_openrlhf.judge.settings import find_settings, make_reader
 from real_openrlhf.judge.types import JudgeBackend, JudgeError, Score
 from real_openrlhf.judge_settings import JudgeSettings
 
@@ -101,9 +101,7 @@ class Judge:
             renormalise=found.renormalise if renormalise is None else renormalise,
         )
         self.scale = self.settings.scale
-        self.reader = ScoreReader.build(
-            bind_scale(self.scale, self.tokenizer, self.settings.anchors), self.tokenizer, self.settings.end_ids
-        )
+        self.reader = make_reader(self.settings, self.tokenizer)
         self.settings.template.check(self.tokenizer)
         self.template = _template(template, template_suffix)
         self.sampling = self._sampling(n, temperature, top_p, seed)
@@ -219,6 +217,13 @@ class Judge:
             self._backend = self._make_backend()
         return self._backend
 
+    @cached_property
+    def _limit(self) -> int | None:
+        """Tokens of prompt and response; None: not known. Asked for without starting an engine."""
+        if self._backend is None and self._server is None:
+            return engine_length(self.model, self._room, self._max_model_len, trust_remote_code=self._trust)
+        return getattr(self.backend, "max_model_len", None)
+
     def close(self) -> None:
         """End an engine or connections of the judge's own; a backend that was given is left alone."""
         if self._owns_backend and self._backend is not None:
@@ -242,10 +247,11 @@ class Judge:
             return ServerBackend(self._server, reader=self.reader, **options)
         from real_openrlhf.judge.engine import VLLMBackend
 
+        assert self._limit is not None
         return VLLMBackend(
             self.model,
             self.reader.bound,
-            max_model_len=engine_length(self.model, self._room, self._max_model_len, trust_remote_code=self._trust),
+            max_model_len=self._limit,
             device=self._device,
             logprobs_mode=mode,
             trust_remote_code=self._trust,
@@ -255,7 +261,7 @@ class Judge:
 
     def _prompt(self, raw: Any, *, literally: bool | None) -> Prompt:
         text, ids = self.settings.template.render(self.tokenizer, raw, literally=literally)
-        limit = getattr(self.backend, "max_model_len", None)
+        limit = self._limit
         if limit is not None and len(ids) + self._room > limit:
             raise JudgeError(
                 f"the prompt has {len(ids)} tokens, but {limit - self._room} are left for it: {limit} in all, "
@@ -299,7 +305,10 @@ def engine_length(model: str, room: int, wanted: int | None, *, trust_remote_cod
     """max_model_len of a judge's own engine: as wanted, else MAX_PROMPT_TOKENS and the room, at most the model's."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
+    except (OSError, ValueError) as error:
+        raise JudgeError(f"{model} has no configuration that loads: {error}") from error
     most = getattr(config, "max_position_embeddings", None) or MAX_PROMPT_TOKENS + room
     length = min(most, MAX_PROMPT_TOKENS + room) if wanted is None else wanted
     if length > most:

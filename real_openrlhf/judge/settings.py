@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from real_openrlhf.algo.score_scale import DEFAULT_ANCHOR, ScoreScale
+from real_openrlhf.algo.score_position import ScoreReader
+from real_openrlhf.algo.score_scale import DEFAULT_ANCHOR, ScoreScale, bind_scale
 from real_openrlhf.data.template import PromptTemplate
 from real_openrlhf.data.tokenizer import end_token_ids
 from real_openrlhf.judge.types import JudgeError
@@ -25,6 +26,11 @@ def find_settings(model: str | Path, tokenizer: Any, given: JudgeSettings | None
             f"(its tokenizer is {chat} a chat template)"
         )
     return JudgeSettings.load(model)
+
+
+def make_reader(settings: JudgeSettings, tokenizer: Any) -> ScoreReader:
+    bound = bind_scale(settings.scale, tokenizer, settings.anchors)
+    return ScoreReader.build(bound, tokenizer, settings.end_ids)
 
 
 def plain_settings(

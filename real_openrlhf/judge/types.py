@@ -10,6 +10,9 @@ from real_openrlhf.actors.protocols import Sampling
 from real_openrlhf.algo.types import Group
 from real_openrlhf.data.prompt import Prompt
 
+# Key of a judgement in an output row.
+RESULT = "judgement"
+
 
 class JudgeError(ValueError):
     """The judge was asked for something that it cannot do; the message says what would work."""

@@ -1,0 +1,159 @@
+"""The judge's two backends on one model: vLLM in this process, and `vllm serve` over HTTP."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import psutil
+import pytest
+import torch
+
+from real_openrlhf.actors.protocols import Sampling
+from real_openrlhf.actors.weight_transfer import free_port
+from real_openrlhf.data.prompt import Prompt
+from real_openrlhf.data.tokenizer import load_tokenizer
+from real_openrlhf.judge.judge import Judge
+from real_openrlhf.judge.scoring import score_given, score_prompts
+from real_openrlhf.judge.settings import plain_settings
+from real_openrlhf.judge.types import Judgement
+from tests.helpers.tiny_judge import ANCHOR, make_rows
+
+pytestmark = pytest.mark.integration
+
+NEW_TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def stack(judges: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """local and remote: judges of one model. Whatever they started is ended by its id."""
+    environment, folder = dict(os.environ), judges / "tied"
+    port, log = free_port(), tmp_path_factory.mktemp("serve") / "log"
+    command = [sys.executable, "-m", "real_openrlhf.judge", "serve", "--model", str(folder), "--scale", "1-5"]
+    command += ["--anchor", ANCHOR, "--device", "cpu", "--port", str(port), "--max_model_len", "64"]
+    command += ["--max_new_tokens", str(NEW_TOKENS)]
+    with log.open("w") as out:
+        server = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+    family = [psutil.Process(server.pid)]
+    settings = plain_settings(
+        folder, load_tokenizer(str(folder)), scale="1-5", anchors=(ANCHOR,), max_new_tokens=NEW_TOKENS
+    )
+    try:
+        # While the server starts.
+        local = Judge(folder, settings=settings, device="cpu", max_model_len=64)
+        assert local.score_prompts(["fine sound clear judge"])[0].score is not None
+        url = f"http://127.0.0.1:{port}"
+        wait_for(url, server, log)
+        family += family[0].children(recursive=True)
+        with Judge(folder, settings=settings, server=url) as remote:
+            yield SimpleNamespace(local=local, remote=remote, model=load_model(folder))
+        local.close()
+    finally:
+        if server.poll() is None:
+            server.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs(family, timeout=20)
+        for process in alive:
+            process.kill()
+        os.environ.clear()
+        os.environ.update(environment)
+    assert not alive, log.read_text()[-2000:]
+
+
+def wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
+    for _ in range(600):
+        if server.poll() is not None:
+            break
+        try:
+            if httpx.get(f"{url}/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    raise AssertionError(log.read_text()[-4000:])
+
+
+def load_model(folder: Path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def make_prompts(judge: Judge, n: int) -> list[Prompt]:
+    made = []
+    for row, values in enumerate(make_rows(n, seed=11)):
+        text, ids = judge.settings.template.render(judge.tokenizer, values["prompt"])
+        made.append(Prompt(token_ids=ids, label=math.nan, row=row, text=text))
+    return made
+
+
+@torch.no_grad()
+def exact(stack: SimpleNamespace, prompt: Prompt, got: Judgement) -> torch.Tensor:
+    """[5] log-probs of "1" to "5" behind the prompt and all that stands before the score."""
+    logits = stack.model(torch.tensor([[*prompt.token_ids, *got.feedback_ids]])).logits[0, -1]
+    return logits.double().log_softmax(-1)[stack.local.tokenizer.convert_tokens_to_ids(list("12345"))]
+
+
+def greedy(new_tokens: int) -> Sampling:
+    return Sampling(n=1, temperature=0.0, top_p=1.0, max_new_tokens=new_tokens, seed=0)
+
+
+@pytest.mark.parametrize("new_tokens", [NEW_TOKENS, 2], ids=["free", "forced"])
+def test_both_backends_give_the_exact_distribution(stack: SimpleNamespace, new_tokens: int) -> None:
+    """Two tokens leave no room for a score: every one is forced."""
+    prompts = make_prompts(stack.local, 24)
+    sampling, reader = greedy(new_tokens), stack.local.reader
+    answers = {}
+    for name in ("local", "remote"):
+        answers[name] = score_prompts(getattr(stack, name).backend, prompts, sampling, reader=reader)
+        n_read = 0
+        for prompt, (got,) in zip(prompts, answers[name]):
+            if got.position is None:
+                continue
+            n_read += 1
+            want = exact(stack, prompt, got)
+            torch.testing.assert_close(torch.tensor(got.label_logprobs, dtype=torch.float64), want, atol=1e-4, rtol=0)
+            assert got.expected == pytest.approx(float(want.exp() @ torch.arange(1.0, 6.0).double()), abs=1e-3)
+            assert got.forced == (new_tokens == 2)
+        assert n_read >= 20
+    # On the feedback of the one, the other has the same score.
+    read = [(p, got) for p, (got,) in zip(prompts, answers["local"]) if got.position is not None]
+    again = score_given(
+        stack.remote.backend, [p for p, _ in read], [got.feedback_ids for _, got in read], sampling, reader=reader
+    )
+    for (_, one), two in zip(read, again):
+        assert two.feedback_ids == one.feedback_ids and two.expected == pytest.approx(one.expected, abs=1e-3)
+    # Greedy in fp32: the texts are the same too, but for a near tie.
+    same = [a[0].token_ids == b[0].token_ids for a, b in zip(answers["local"], answers["remote"])]
+    assert sum(same) >= 20
+
+
+def test_samples_are_seeded(stack: SimpleNamespace) -> None:
+    prompts, reader = make_prompts(stack.local, 6), stack.local.reader
+    drawn = {}
+    for seed in (0, 1):
+        sampling = Sampling(n=3, temperature=1.0, top_p=1.0, max_new_tokens=NEW_TOKENS, seed=seed)
+        for name in ("local", "remote"):
+            judged = score_prompts(getattr(stack, name).backend, prompts, sampling, reader=reader)
+            drawn[name, seed] = [got.token_ids for row in judged for got in row]
+            alone = score_prompts(getattr(stack, name).backend, prompts[4:5], sampling, reader=reader)
+            assert [got.token_ids for got in alone[0]] == drawn[name, seed][12:15]
+    assert drawn["local", 0] != drawn["local", 1] and drawn["remote", 0] != drawn["remote", 1]
+    assert len(set(drawn["local", 0])) > 10
+
+
+def test_the_judge_itself(stack: SimpleNamespace) -> None:
+    """Good words score above bad ones, from both backends alike."""
+    texts = ["fine sound clear fine sound judge", "vague wrong rude vague judge"]
+    local, remote = stack.local.score_prompts(texts), stack.remote.score_prompts(texts)
+    assert local[0].score > local[1].score + 1
+    for one, two in zip(local, remote):
+        assert one.feedback == two.feedback and two.score == pytest.approx(one.score, abs=1e-3)
+        assert list(one.distribution) == list("12345") and one.mass == pytest.approx(sum(one.distribution.values()))
