@@ -5,12 +5,14 @@ from __future__ import annotations
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 
-def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, or ValueError that says what is missing."""
+def load_tokenizer(
+    path: str, *, trust_remote_code: bool = False, name: str = "--actor.model_name_or_path"
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, or ValueError that says what is missing. name: of the setting, for the message."""
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ValueError(f"the model {path!r} has no tokenizer that loads: {error}") from error
+        raise ValueError(f"{name} {path!r} has no tokenizer that loads: {error}") from error
 
 
 def end_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -49,7 +49,7 @@ def chosen_settings(args: argparse.Namespace) -> JudgeSettings | None:
         raise JudgeError(f"{args.model} has no {SETTINGS_FILE}: say how it scores, at least --scale 1-5")
     return plain_settings(
         args.model,
-        load_tokenizer(args.model),
+        load_tokenizer(args.model, name="--model"),
         scale=args.scale,
         anchors=args.anchor or (DEFAULT_ANCHOR,),
         apply_chat_template=_truth(args.apply_chat_template),

@@ -36,7 +36,7 @@ def serve_args(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, name="--model")
     settings = find_settings(args.model, tokenizer, chosen_settings(args))
     room = (args.max_new_tokens or settings.max_new_tokens) + room_for_forcing(make_reader(settings, tokenizer))
     command, env = serve_command(
@@ -69,7 +69,7 @@ def fit_args(words: Sequence[str]) -> argparse.Namespace:
 def _fit(args: argparse.Namespace) -> None:
     if not Path(args.model).is_dir():
         raise JudgeError(f"--model {args.model} is not a folder that a calibration can be stored in")
-    settings = find_settings(args.model, load_tokenizer(args.model), chosen_settings(args))
+    settings = find_settings(args.model, load_tokenizer(args.model, name="--model"), chosen_settings(args))
     scores, labels, without = [], [], 0
     for row in read_rows(args.data):
         if isinstance(row, BadRow):

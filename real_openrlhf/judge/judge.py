@@ -93,7 +93,7 @@ class Judge:
         if server_options and server is None:
             raise JudgeError("server_options are given, but no server")
         self.model = str(model)
-        self.tokenizer = load_tokenizer(self.model, trust_remote_code=trust_remote_code)
+        self.tokenizer = load_tokenizer(self.model, trust_remote_code=trust_remote_code, name="the model")
         found = find_settings(model, self.tokenizer, settings)
         self.settings = replace(
             found,
