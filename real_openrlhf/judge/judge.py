@@ -109,7 +109,9 @@ class Judge:
         self.calibration = None
         if calibrated:
             self.calibration = Calibration.load(self.model, scale=self.scale, renormalise=self.settings.renormalise)
-        self._room = self.settings.max_new_tokens + (room_for_forcing(self.reader) if force else 0)
+        self._room = self.settings.max_new_tokens + (
+            room_for_forcing(self.reader) if force else self.reader.bound.extra_tokens
+        )
         self._server, self._server_options = server, dict(server_options or {})
         self._device, self._trust, self._max_model_len = device, trust_remote_code, max_model_len
         self._backend, self._owns_backend = backend, backend is None

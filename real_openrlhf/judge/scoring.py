@@ -140,7 +140,7 @@ def average(judgements: Sequence[Judgement], scale: ScoreScale) -> Score:
 
 def room_for_forcing(reader: ScoreReader) -> int:
     """Tokens that a forced anchor and the score behind it may take, on top of a response of full length."""
-    return max(len(ids) for ids in _anchor_ids(reader)) + _tail_length(reader)
+    return max(len(ids) for ids in _anchor_ids(reader)) + _tail_length(reader) + reader.bound.extra_tokens
 
 
 # -- the forced anchor -----------------------------------------------------------------------------------
@@ -217,8 +217,7 @@ def _without_begun_anchor(body: list[int], reader: ScoreReader) -> list[int]:
 
 
 def _tail_length(reader: ScoreReader) -> int:
-    longest = max(len(reader.tokenizer.encode(label, add_special_tokens=False)) for label in reader.bound.scale.labels)
-    return longest + _TAIL
+    return 1 + reader.bound.extra_tokens + _TAIL
 
 
 # -- small things ----------------------------------------------------------------------------------------

@@ -13,12 +13,13 @@ import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import torch
 
-from real_openrlhf.actors.engine_spec import check_sampling, make_rollout, request_seed
+from real_openrlhf.actors.engine_spec import check_sampling, forced_prefixes, make_rollout, request_seed, with_forced
 from real_openrlhf.actors.protocols import Sampling
 from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.algo.types import Group, Rollout
@@ -95,7 +96,7 @@ class ServerBackend:
         """One request per rollout, so that each has a seed of its own, as the engines do it."""
         check_sampling(sampling, self.logprobs_mode)
         for prompt in prompts:
-            self._check_length(prompt, sampling.max_new_tokens)
+            self._check_length(prompt, sampling.max_new_tokens + self.reader.bound.extra_tokens)
         jobs = [(prompt, k) for prompt in prompts for k in range(sampling.n)]
         pool = ThreadPoolExecutor(max_workers=self._concurrency, thread_name_prefix="judge-request")
         try:
@@ -121,7 +122,14 @@ class ServerBackend:
     def _respond(self, prompt: Prompt, sampling: Sampling, sample: int) -> Rollout:
         seed = None if sampling.seed is None else request_seed(sampling.seed, prompt.row, sample)
         ids, logprobs, finish_reason = self._draw((*prompt.token_ids, *prompt.given_ids), sampling, seed)
-        return make_rollout(self.reader, self._read_ids, ids, logprobs, finish_reason, prompt.given_ids)
+        rollout = make_rollout(self.reader, self._read_ids, ids, logprobs, finish_reason, prompt.given_ids)
+        prefixes = forced_prefixes(rollout)
+        if not prefixes:
+            return rollout
+        # Labels of several tokens: the rows that the response did not pass, by one token each.
+        one = replace(sampling, max_new_tokens=1)
+        rows = [self._draw((*prompt.token_ids, *prefix), one, None)[1] for prefix in prefixes]
+        return with_forced(rollout, self._read_ids, rows)
 
     def _draw(self, ids: Sequence[int], sampling: Sampling, seed: int | None) -> tuple[list[int], list[float], str]:
         """Tokens drawn behind ids; flat log-probs as `make_rollout` takes them; "stop" or "length"."""

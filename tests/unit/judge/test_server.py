@@ -91,6 +91,39 @@ def test_a_score_is_forced_over_the_server_too(served) -> None:
     assert got.forced and got.decoded == 2.0 and got.expected == pytest.approx(2.3, abs=1e-6)
 
 
+def test_labels_of_several_tokens_are_read_in_requests_of_one_token(served) -> None:
+    """p("good") = 0.5 (1 - 0.3) and p("good text") = 0.5 * 0.3, though the response wrote "bad"."""
+    behaviour, _ = served
+    bound = bind_scale(ScoreScale.parse("1=bad,2=good,3=good text"), TOKENIZER)
+    reader = ScoreReader.build(bound, TOKENIZER, [TOKENIZER.eos_token_id])
+    bad, good, text = ids("bad good text")
+
+    def model(prompt):
+        if prompt[-1] == good:
+            return ids("a"), {bad: 0.1, good: 0.1, text: 0.3}
+        return ids(f"a . {ANCHOR} bad <eos>"), {bad: 0.2, good: 0.5, text: 0.05}
+
+    behaviour.model = model
+    with completion_server(behaviour) as url:
+        backend = ServerBackend(url, reader=reader)
+        sampling = Sampling(n=1, temperature=0.0, top_p=1.0, max_new_tokens=20)
+        ((got,),) = score_prompts(backend, prompts(1), sampling, reader=reader)
+        backend.close()
+    assert [math.exp(p) for p in got.label_logprobs] == pytest.approx([0.2, 0.35, 0.15], abs=1e-6)
+    assert got.expected == pytest.approx(0.2 + 0.7 + 0.45, abs=1e-6) and got.decoded == 1.0
+    assert [r["max_tokens"] for r in behaviour.requests] == [20, 1]
+    # One that is left out makes the labels missing that need it.
+    behaviour.only_top = 2
+    with completion_server(behaviour) as url:
+        backend = ServerBackend(url, reader=reader)
+        behaviour.model = lambda prompt: (
+            model(prompt) if prompt[-1] != good else (ids("a"), {bad: 0.4, good: 0.4, text: 0.1})
+        )
+        ((got,),) = score_prompts(backend, prompts(1), sampling, reader=reader)
+        backend.close()
+    assert got.label_logprobs[0] == pytest.approx(math.log(0.2), abs=1e-6) and got.label_logprobs[1:] == (None, None)
+
+
 def test_labels_that_the_server_leaves_out_are_missing(served, caplog) -> None:
     behaviour, make = served
     behaviour.only_top = 2
