@@ -16,6 +16,7 @@ from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.judge.types import JudgeError
 
 T = TypeVar("T")
+_GRACE_S = 5.0  # for the engine's own tasks, once it has ended
 
 
 class VLLMBackend:
@@ -66,11 +67,19 @@ class VLLMBackend:
         """End the engine. A second call does nothing."""
         if self._loop.is_closed():
             return
-        self._call(self._engine.shutdown())
+        self._call(self._shutdown())
         self._loop.call_soon_threadsafe(self._loop.stop)
         while self._loop.is_running():
             threading.Event().wait(0.01)
         self._loop.close()
+
+    async def _shutdown(self) -> None:
+        await self._engine.shutdown()
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(left, timeout=_GRACE_S)
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         if self._loop.is_closed():

@@ -68,7 +68,7 @@ def stack(judges: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Si
 
 
 def wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
-    for _ in range(600):
+    for _ in range(2400):
         if server.poll() is not None:
             break
         try:
