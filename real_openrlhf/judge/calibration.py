@@ -124,7 +124,8 @@ class Calibration:
         if (content.pop("format", None), content.pop("version", None)) != (FORMAT, FORMAT_VERSION):
             raise CalibrationError(f"{path} is not a {FORMAT} file of version {FORMAT_VERSION}")
         try:
-            found = cls(**{k: tuple(v) if k in ("x", "y") else v for k, v in content.items()})
+            values: dict[str, Any] = {k: tuple(v) if k in ("x", "y") else v for k, v in content.items()}
+            found = cls(**values)
         except (TypeError, CalibrationError) as error:
             raise CalibrationError(f"{path}: {error}") from error
         if (found.scale, found.renormalise) != (str(scale), renormalise):
