@@ -37,7 +37,7 @@ def test_the_snippet_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(judge.Judge, "_make_backend", backend)
     (code,) = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
     assert "/runs/real-1/model" in code
-    exec(compile(code.replace("/runs/real-1/model", str(folder)), "README.md", "exec"), {})
+    exec(compile(code.replace("/runs/real-1/model", str(folder)), "README.md", "exec"), {"__name__": "__main__"})
     first, *others = capsys.readouterr().out.splitlines()
     assert float(first.split()[0]) == pytest.approx(0.1 + 0.2 + 0.3 + 2.0 + 0.5, abs=1e-6) and first.endswith("text .")
     assert "'facts'" in others[0] and others[-1] == "tie"
