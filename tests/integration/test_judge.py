@@ -146,7 +146,7 @@ def test_samples_are_seeded(stack: SimpleNamespace) -> None:
             alone = score_prompts(getattr(stack, name).backend, prompts[4:5], sampling, reader=reader)
             assert [got.token_ids for got in alone[0]] == drawn[name, seed][12:15]
     assert drawn["local", 0] != drawn["local", 1] and drawn["remote", 0] != drawn["remote", 1]
-    assert len(set(drawn["local", 0])) > 10
+    assert len(set(drawn["local", 0])) > 5
 
 
 def test_the_judge_itself(stack: SimpleNamespace) -> None:
