@@ -24,6 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
 
+from real_openrlhf.jsonl import JsonLines, JsonLinesError, keep_lines
+
 logger = logging.getLogger(__name__)
 
 Phase = Literal["train", "eval", "sync"]
@@ -150,8 +152,8 @@ class RunLog:
         secrets = [wandb.key or "", *(os.environ.get(name, "") for name in _SECRET_VARIABLES)]
         config = redact(config, secrets)
         _write_config(self.output_dir / CONFIG_FILE, config, keep_old=append)
-        self._metrics = _JsonLines(self.output_dir / METRICS_FILE, append=append, last_step=resume_step)
-        self._samples = _JsonLines(self.output_dir / SAMPLES_FILE, append=append, last_step=resume_step)
+        self._metrics = _records(self.output_dir / METRICS_FILE, append=append, last_step=resume_step)
+        self._samples = _records(self.output_dir / SAMPLES_FILE, append=append, last_step=resume_step)
         self._sinks: list[_TensorBoard | _Wandb] = []
         try:
             if tensorboard_dir:
@@ -179,7 +181,7 @@ class RunLog:
         if bad:
             line["not_finite"] = bad
             logger.warning("step %d, %s: not finite, recorded as null: %s", step, phase, ", ".join(bad))
-        self._metrics.write(line)
+        _write(self._metrics, line)
         shown = {_tag(phase, name): line[name] for name in metrics if line[name] is not None}
         for sink in list(self._sinks):
             try:
@@ -196,7 +198,7 @@ class RunLog:
             line = {"step": step, **_finite(dict(sample), "", bad)}
             if bad:
                 line["not_finite"] = bad
-            self._samples.write(line)
+            _write(self._samples, line)
 
     def close(self) -> None:
         """Flush and close everything; safe to call twice."""
@@ -258,59 +260,30 @@ def _write_config(path: Path, config: Any, *, keep_old: bool) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-class _JsonLines:
-    """A JSONL file in which every line is whole: a write that fails half way is taken back."""
+def _records(path: Path, *, append: bool, last_step: int | None) -> JsonLines:
+    """Open a record; what is there already is cut to the lines up to last_step."""
 
-    def __init__(self, path: Path, *, append: bool, last_step: int | None) -> None:
-        self.path = path
+    def counts(number: int, line: Any) -> bool:
         try:
-            if append and path.exists():
-                _keep_lines(path, last_step)
-            # Unbuffered: a line is in the file when write() returns, or not at all.
-            self._file = open(path, "ab" if append else "wb", buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise RunLogError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
+            return last_step is None or line["step"] <= last_step
+        except (KeyError, TypeError) as error:
+            raise JsonLinesError(f"{path}, line {number} is not a record of a run") from error
 
-    def write(self, line: Mapping[str, Any]) -> None:
-        if self._file.closed:
-            raise ValueError(f"{self.path.name} is closed")
-        data = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
-        start = self._file.seek(0, os.SEEK_END)
-        try:
-            if self._file.write(data) != len(data):
-                raise OSError("only a part of the line was written")
-        except OSError as error:
-            self._file.truncate(start)
-            logger.error("a line of %s is lost: %s", self.path, error)
-
-    def close(self) -> None:
-        self._file.close()
+    try:
+        if append and path.exists():
+            keep_lines(path, counts)
+        return JsonLines(path, append=append)
+    except JsonLinesError as error:
+        raise RunLogError(f"{error}; it cannot be continued") from error
+    except OSError as error:
+        raise RunLogError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
 
 
-def _keep_lines(path: Path, last_step: int | None) -> None:
-    """Drop a torn last line and, with last_step, every line of a later step. Atomic."""
-    partial = path.with_name(path.name + ".partial")
-    changed = False
-    with open(path, "rb") as source, open(partial, "wb") as kept:
-        for number, line in enumerate(source, start=1):
-            if not line.endswith(b"\n"):
-                logger.warning("%s: the last line was cut off and is dropped", path)
-                changed = True
-                continue
-            try:
-                step = json.loads(line)["step"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise RunLogError(f"{path}, line {number} is not a record of a run; it cannot be continued") from error
-            if last_step is not None and step > last_step:
-                changed = True
-                continue
-            kept.write(line)
-        kept.flush()
-        os.fsync(kept.fileno())
-    if changed:
-        os.replace(partial, path)
-    else:
-        partial.unlink()
+def _write(file: JsonLines, line: Mapping[str, Any]) -> None:
+    try:
+        file.write(line)
+    except OSError as error:
+        logger.error("a line of %s is lost: %s", file.path, error)
 
 
 class _TensorBoard:
