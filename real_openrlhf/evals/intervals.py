@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from real_openrlhf.evals.metrics import METRICS, Floats, Metric
+from real_openrlhf.evals.reliability import ece, share, weighted_ece, weighted_share
 
 # Resamples times rows held at once.
 CHUNK = 2_000_000
@@ -56,6 +57,21 @@ class Interval:
     confidence: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Resampled:
+    """A metric on one data set and on its resamples, for one column of predictions or several on the same draws.
+
+    estimates: per column, None where undefined. values: per column [n_resamples], NaN where undefined; empty without
+    rows. n: rows used; excluded: rows left out since a prediction is missing. clusters: how many could be drawn.
+    """
+
+    estimates: tuple[float | None, ...]
+    values: tuple[Floats, ...]
+    n: int
+    excluded: int
+    clusters: int
+
+
 def bootstrap(
     metric: str | Metric,
     predictions: Scores,
@@ -72,22 +88,8 @@ def bootstrap(
     missing, and its row left out. clusters: one key per row; whole clusters are drawn instead of rows.
     Raises ValueError for different lengths, labels that are not finite, and options out of range.
     """
-    (x,), y, groups, excluded = _prepare([predictions], labels, clusters)
-    estimate, values = _estimate(metric, x, y), np.empty(0)
-    if len(y):
-        values = _resampled(metric, [x], y, groups, n_resamples, seed)[0]
-    low, high, undefined = _bounds(values, groups, n_resamples, confidence)
-    if estimate is None:
-        low = high = None
-    return SingleInterval(
-        estimate=estimate,
-        low=low,
-        high=high,
-        n=len(y),
-        excluded=excluded,
-        undefined=undefined,
-        confidence=confidence,
-    )
+    part = resample(metric, [(predictions, labels)], seed=seed, n_resamples=n_resamples, clusters=clusters)
+    return single_interval([part], confidence=confidence)
 
 
 def paired_bootstrap(
@@ -106,13 +108,54 @@ def paired_bootstrap(
     Rows where either prediction is missing (None or NaN) are left out of both estimates and counted. Arguments and
     errors as in `bootstrap`.
     """
-    (x_a, x_b), y, groups, excluded = _prepare([a, b], labels, clusters)
-    estimate_a, estimate_b = _estimate(metric_fn, x_a, y), _estimate(metric_fn, x_b, y)
-    values = np.empty(0)
-    if len(y):
-        values_a, values_b = _resampled(metric_fn, [x_a, x_b], y, groups, n_resamples, seed)
-        values = values_b - values_a
-    low, high, undefined = _bounds(values, groups, n_resamples, confidence)
+    part = resample(metric_fn, [(a, labels), (b, labels)], seed=seed, n_resamples=n_resamples, clusters=clusters)
+    return paired_interval([part], confidence=confidence)
+
+
+def resample(
+    metric: str | Metric,
+    columns: Sequence[tuple[Scores, Sequence[float] | Floats]],
+    *,
+    seed: int,
+    n_resamples: int = 2000,
+    clusters: Sequence[Hashable] | None = None,
+) -> Resampled:
+    """The metric of every column (predictions, labels), all on the same draws; arguments as in `bootstrap`."""
+    if n_resamples < 1:
+        raise ValueError(f"n_resamples must be at least 1, got {n_resamples}")
+    pairs, groups, excluded = _prepare(columns, clusters)
+    values = _resampled(metric, pairs, groups, n_resamples, seed) if len(groups) else [np.empty(0)] * len(pairs)
+    return Resampled(
+        estimates=tuple(_estimate(metric, x, y) for x, y in pairs),
+        values=tuple(values),
+        n=len(groups),
+        excluded=excluded,
+        clusters=len(np.unique(groups)),
+    )
+
+
+def single_interval(parts: Sequence[Resampled], *, confidence: float = 0.95) -> SingleInterval:
+    """The interval of a metric's mean over data sets; each was resampled on its own, by a seed of its own."""
+    estimate, values = _average(parts, 0)
+    low, high, undefined = _bounds(values, parts, confidence)
+    if estimate is None:
+        low = high = None
+    return SingleInterval(
+        estimate=estimate,
+        low=low,
+        high=high,
+        n=sum(part.n for part in parts),
+        excluded=sum(part.excluded for part in parts),
+        undefined=undefined,
+        confidence=confidence,
+    )
+
+
+def paired_interval(parts: Sequence[Resampled], *, confidence: float = 0.95) -> Interval:
+    """The interval of a difference (column 1 less column 0) of means over data sets; as `single_interval`."""
+    estimate_a, values_a = _average(parts, 0)
+    estimate_b, values_b = _average(parts, 1)
+    low, high, undefined = _bounds(values_b - values_a, parts, confidence)
     difference = None
     if estimate_a is not None and estimate_b is not None:
         difference = estimate_b - estimate_a
@@ -124,33 +167,44 @@ def paired_bootstrap(
         difference=difference,
         low=low,
         high=high,
-        n=len(y),
-        excluded=excluded,
+        n=sum(part.n for part in parts),
+        excluded=sum(part.excluded for part in parts),
         undefined=undefined,
         confidence=confidence,
     )
 
 
+def _average(parts: Sequence[Resampled], column: int) -> tuple[float | None, Floats]:
+    """Mean estimate and mean of every resample over the parts; undefined as soon as one part is."""
+    estimates = [part.estimates[column] for part in parts]
+    values = [part.values[column] for part in parts]
+    if not all(len(v) for v in values):
+        return None, np.empty(0)
+    defined = [e for e in estimates if e is not None]
+    estimate = sum(defined) / len(defined) if len(defined) == len(estimates) else None
+    return estimate, np.mean(values, axis=0)
+
+
 def _prepare(
-    predictions: list[Scores], labels: Sequence[float] | Floats, clusters: Sequence[Hashable] | None
-) -> tuple[list[Floats], Floats, np.ndarray, int]:
-    """Complete rows only: predictions, labels [n], the cluster number of each row [n], and how many rows went."""
-    y = np.asarray(labels, dtype=np.float64)
-    columns = [np.asarray(column, dtype=np.float64) for column in predictions]  # None becomes NaN
-    lengths = [len(column) for column in columns] + [len(y)] + ([] if clusters is None else [len(clusters)])
+    columns: Sequence[tuple[Scores, Sequence[float] | Floats]], clusters: Sequence[Hashable] | None
+) -> tuple[list[tuple[Floats, Floats]], np.ndarray, int]:
+    """Rows that are complete in every column: its (predictions, labels), each row's cluster, how many rows went."""
+    pairs = [(np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)) for x, y in columns]  # None: NaN
+    lengths = [len(array) for pair in pairs for array in pair] + ([] if clusters is None else [len(clusters)])
     if len(set(lengths)) != 1:
         raise ValueError(f"predictions, labels (and clusters) must be equally long, got {lengths}")
-    if not np.isfinite(y).all():
-        raise ValueError(f"labels[{int(np.flatnonzero(~np.isfinite(y))[0])}] is not a finite number")
-    if any(np.isinf(column).any() for column in columns):
-        raise ValueError("a prediction is infinite")
-    keep = np.logical_and.reduce([~np.isnan(column) for column in columns])
+    for x, y in pairs:
+        if not np.isfinite(y).all():
+            raise ValueError(f"labels[{int(np.flatnonzero(~np.isfinite(y))[0])}] is not a finite number")
+        if np.isinf(x).any():
+            raise ValueError("a prediction is infinite")
+    keep = np.logical_and.reduce([~np.isnan(x) for x, _ in pairs])
     if clusters is None:
         groups = np.arange(int(keep.sum()))
     else:
         numbers: dict[Hashable, int] = {}
         groups = np.asarray([numbers.setdefault(key, len(numbers)) for key, k in zip(clusters, keep) if k], dtype=int)
-    return [column[keep] for column in columns], y[keep], groups, int((~keep).sum())
+    return [(x[keep], y[keep]) for x, y in pairs], groups, int((~keep).sum())
 
 
 def _function(metric: str | Metric) -> Metric:
@@ -168,7 +222,7 @@ def _estimate(metric: str | Metric, x: Floats, y: Floats) -> float | None:
 
 
 def _resampled(
-    metric: str | Metric, columns: list[Floats], y: Floats, groups: np.ndarray, n_resamples: int, seed: int
+    metric: str | Metric, columns: list[tuple[Floats, Floats]], groups: np.ndarray, n_resamples: int, seed: int
 ) -> list[Floats]:
     """The metric of every column on every resample, [n_resamples] each, NaN where undefined."""
     function = _function(metric)
@@ -176,11 +230,11 @@ def _resampled(
     results: list[list[Floats]] = [[] for _ in columns]
     for counts in _draws(groups, n_resamples, seed):
         if weighted is not None:
-            for result, x in zip(results, columns):
+            for result, (x, y) in zip(results, columns):
                 result.append(weighted(x, y, counts))
             continue
-        rows = [np.repeat(np.arange(len(y)), count) for count in counts]
-        for result, x in zip(results, columns):
+        rows = [np.repeat(np.arange(len(groups)), count) for count in counts]
+        for result, (x, y) in zip(results, columns):
             # A None becomes NaN here.
             result.append(np.asarray([function(x[r], y[r]) for r in rows], dtype=np.float64))
     return [np.concatenate(result) if result else np.empty(0) for result in results]
@@ -197,18 +251,14 @@ def _draws(groups: np.ndarray, n_resamples: int, seed: int) -> Iterator[np.ndarr
         yield np.bincount(drawn.ravel(), minlength=size * n_groups).reshape(size, n_groups)[:, groups]
 
 
-def _bounds(
-    values: Floats, groups: np.ndarray, n_resamples: int, confidence: float
-) -> tuple[float | None, float | None, int]:
+def _bounds(values: Floats, parts: Sequence[Resampled], confidence: float) -> tuple[float | None, float | None, int]:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
-    if n_resamples < 1:
-        raise ValueError(f"n_resamples must be at least 1, got {n_resamples}")
     defined = values[np.isfinite(values)]
     undefined = len(values) - len(defined)
     tail = (1 - confidence) / 2
     # One row or cluster has no spread to resample.
-    if len(np.unique(groups)) < 2 or len(defined) == 0 or undefined > tail * len(values):
+    if min(part.clusters for part in parts) < 2 or len(defined) == 0 or undefined > tail * len(values):
         return None, None, undefined
     low, high = np.quantile(defined, [tail, 1 - tail])
     return float(low), float(high), undefined
@@ -264,4 +314,6 @@ WEIGHTED: dict[Metric, Callable[[Floats, Floats, np.ndarray], Floats]] = {
     METRICS["spearman"]: _weighted_spearman,
     METRICS["rmse"]: _weighted_rmse,
     METRICS["mae"]: _weighted_mae,
+    ece: weighted_ece,
+    share: weighted_share,
 }
