@@ -1,0 +1,122 @@
+"""Named benchmarks: which files they are, and their rows as prompts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.data.dataset import JudgeDataset
+from real_openrlhf.data.prompt import Prompt
+from real_openrlhf.data.sources import Row, lookup, nearest, read_rows
+from real_openrlhf.data.template import ChatTokenizer, PromptTemplate
+from real_openrlhf.evals.predictions import EvaluationError
+from real_openrlhf.evals.results import AVERAGE, READINGS
+from real_openrlhf.evals.tables import PAPER_NAMES
+
+GROUP = "group"
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+# A comma inside a path stays: only one that a further name= follows separates.
+_COMMA = re.compile(r",(?=[A-Za-z0-9][\w.-]*=)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """prompts in the file's order; groups: per prompt, what rows share that are not independent. sha256: of the
+    prompts' ids and labels."""
+
+    name: str
+    source: str
+    prompts: tuple[Prompt, ...]
+    groups: tuple[str, ...]
+    sha256: str
+
+
+def parse_benchmarks(texts: Sequence[str], flag: str) -> dict[str, str]:
+    """Name -> source, from "name=path" (several after commas) or a path alone, named by its file.
+
+    Raises EvaluationError for names that occur twice or cannot be part of a metric's name.
+
+    >>> parse_benchmarks(["flask=/data/a.parquet,mt_bench=/data/b.parquet"], "--benchmark")
+    {'flask': '/data/a.parquet', 'mt_bench': '/data/b.parquet'}
+    """
+    found: dict[str, str] = {}
+    for item in (part for text in texts for part in _COMMA.split(text)):
+        name, equals, source = item.partition("=")
+        if not equals or not _NAME.fullmatch(name):
+            name, source = Path(item.split("@")[0]).name.split(".")[0], item
+        if not source.strip() or not _NAME.fullmatch(name):
+            raise EvaluationError(f"{flag}: {item!r} is not a benchmark; write NAME=PATH, or the path of a file")
+        if name in (AVERAGE, *READINGS):
+            raise EvaluationError(f"{flag}: a benchmark cannot be named {name!r}: results have that name already")
+        if name in found:
+            raise EvaluationError(f"{flag}: two benchmarks are named {name!r}; write NAME=PATH with different names")
+        if source == name and not Path(source).exists():
+            known = nearest(name, list(PAPER_NAMES))
+            raise EvaluationError(
+                f"{flag}: there is no file {name!r}{known}; build the benchmark (python -m real_openrlhf.data) and "
+                f"give it as {name}=PATH"
+            )
+        found[name] = source
+    return found
+
+
+def load_benchmark(
+    name: str,
+    source: str,
+    *,
+    input_key: str,
+    label_key: str,
+    group_key: str | None,
+    scale: ScoreScale,
+    tokenizer: ChatTokenizer,
+    template: PromptTemplate,
+    max_prompt_tokens: int,
+    max_samples: int | None = None,
+    skip_bad_rows: bool = False,
+) -> Benchmark:
+    """Read, check and tokenise; see `JudgeDataset.load`.
+
+    group_key: column of the groups; None: "group" if there is such a column, else every row is a group of its own.
+    Raises DataError, and EvaluationError for a column that is asked for and missing.
+    """
+    data = JudgeDataset.load(
+        source,
+        input_key=input_key,
+        label_key=label_key,
+        scale=scale,
+        tokenizer=tokenizer,
+        template=template,
+        max_prompt_tokens=max_prompt_tokens,
+        max_samples=max_samples,
+        skip_bad_rows=skip_bad_rows,
+    )
+    return Benchmark(
+        name=name,
+        source=source,
+        prompts=data.prompts,
+        groups=_groups(source, [prompt.row for prompt in data.prompts], group_key),
+        sha256=data.sha256,
+    )
+
+
+def _groups(source: str, rows: Sequence[int], key: str | None) -> tuple[str, ...]:
+    wanted, found = set(rows), {}
+    for index, row in enumerate(read_rows(source)):
+        if index not in wanted:
+            continue
+        assert isinstance(row, Row)  # it was read as a prompt
+        if key is None and GROUP not in row.values:
+            return tuple(str(number) for number in rows)
+        try:
+            value = lookup(row.values, key or GROUP)
+        except KeyError as error:
+            raise EvaluationError(f"{row.place}: --group_key: {error.args[0]}") from None
+        if isinstance(value, (list, dict)) or value is None or value == "":
+            raise EvaluationError(f"{row.place}, column {key or GROUP!r}: a group is text or a number, not {value!r}")
+        found[index] = str(value)
+        if len(found) == len(wanted):
+            break
+    return tuple(found[index] for index in rows)

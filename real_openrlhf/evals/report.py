@@ -1,0 +1,177 @@
+"""What an evaluation writes from its predictions, and what a comparison reads of it again.
+
+predictions.jsonl   every judgement (`predictions`)
+results.json        metrics with intervals; null and a note where undefined
+results.csv         the same, a line per number
+results.md          the paper's Table 2 for this judge, and all metrics with intervals
+plots/              `plots`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.evals.plots import write_plots
+from real_openrlhf.evals.predictions import EvaluationError, Prediction, read_predictions
+from real_openrlhf.evals.results import Results, Settings, compare, evaluate
+from real_openrlhf.evals.tables import (
+    NamedResults,
+    comparison_table,
+    csv_text,
+    details_table,
+    from_json,
+    paper_table,
+    to_json,
+)
+
+PREDICTIONS = "predictions.jsonl"
+RESULTS = "results.json"
+COMPARISON = "comparison"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished evaluation, read back. method, training: its first two cells in Table 2."""
+
+    folder: Path
+    method: str
+    training: str
+    identity: Mapping[str, Any]
+    predictions: tuple[Prediction, ...]
+    results: Results
+
+
+def write_report(
+    folder: Path,
+    identity: Mapping[str, Any],
+    predictions: Sequence[Prediction],
+    settings: Settings,
+    *,
+    method: str,
+    training: str,
+) -> Results:
+    """Everything but the predictions, which are there already."""
+    results = evaluate(predictions, settings)
+    content = {
+        "method": method,
+        "training": training,
+        "identity": dict(identity),
+        "interval": _interval_settings(settings),
+        **to_json(results),
+    }
+    _write(folder / RESULTS, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    _write(folder / "results.csv", csv_text(results))
+    table = paper_table([NamedResults(method=method, training=training, results=results)])
+    _write(
+        folder / "results.md",
+        f"# {method}\n\nCorrelations ×100 (r Pearson, ρ Spearman, τ Kendall's tau-b).\n\n{table}\n\n"  # noqa: RUF001
+        f"{_about(settings)}\n\n{details_table(results)}\n",
+    )
+    write_plots(folder / "plots", predictions, results, settings)
+    return results
+
+
+def load_run(folder: str | Path) -> Run:
+    """Raises EvaluationError for a folder that is not one of a finished evaluation."""
+    folder = Path(folder)
+    path = folder / RESULTS
+    if not path.is_file():
+        state = "it was interrupted: run the same command again" if (folder / PREDICTIONS).is_file() else "none ran"
+        raise EvaluationError(f"{folder}: there is no {RESULTS} of a finished evaluation ({state})")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        method, training = content["method"], content["training"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(f"{path} is not what an evaluation writes: {error}") from error
+    identity, predictions = read_predictions(folder / PREDICTIONS)
+    return Run(
+        folder=folder,
+        method=method,
+        training=training,
+        identity=identity,
+        predictions=tuple(predictions),
+        results=from_json(content),
+    )
+
+
+def compare_runs(runs: Sequence[Run], *, seed: int, n_resamples: int, confidence: float) -> tuple[str, dict[str, Any]]:
+    """All runs against the first, paired: Markdown, and the same for json.dumps.
+
+    Raises EvaluationError for runs of other rows, labels, scale or reading of the distribution.
+    """
+    first = runs[0]
+    settings = settings_of(first.identity, seed=seed, n_resamples=n_resamples, confidence=confidence)
+    table = paper_table([NamedResults(method=r.method, training=r.training, results=r.results) for r in runs])
+    parts = [f"# Comparison\n\nCorrelations ×100.\n\n{table}"]  # noqa: RUF001
+    content: dict[str, Any] = {"interval": _interval_settings(settings), "comparisons": []}
+    for run in runs[1:]:
+        for name in ("scale", "renormalise"):
+            if run.identity.get(name) != first.identity.get(name):
+                raise EvaluationError(
+                    f"{first.folder} and {run.folder} cannot be compared: {name} is {first.identity.get(name)} in the "
+                    f"first and {run.identity.get(name)} in the second"
+                )
+        compared = compare(first.predictions, run.predictions, settings)
+        a, b = (first.method, run.method) if first.method != run.method else (str(first.folder), str(run.folder))
+        parts.append(
+            f"## {b} less {a}\n\nPaired on the rows that both have read. {_about(settings)}\n\n"
+            f"{comparison_table(compared, a, b)}"
+        )
+        content["comparisons"].append(
+            {
+                "a": str(first.folder),
+                "b": str(run.folder),
+                "benchmarks": {
+                    name: {"/".join(filter(None, key)): asdict(interval) for key, interval in table.items()}
+                    for name, table in compared.items()
+                },
+            }
+        )
+    return "\n\n".join(parts) + "\n", content
+
+
+def write_comparison(folder: Path, text: str, content: Mapping[str, Any]) -> None:
+    """comparison.md and comparison.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / f"{COMPARISON}.md", text)
+    _write(folder / f"{COMPARISON}.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def settings_of(identity: Mapping[str, Any], *, seed: int, n_resamples: int, confidence: float) -> Settings:
+    """How to compute metrics of predictions with this header."""
+    return Settings(
+        scale=ScoreScale.parse(identity["scale"]),
+        renormalise=bool(identity["renormalise"]),
+        seed=seed,
+        n_resamples=n_resamples,
+        confidence=confidence,
+    )
+
+
+def _interval_settings(settings: Settings) -> dict[str, Any]:
+    return {
+        "confidence": settings.confidence,
+        "n_resamples": settings.n_resamples,
+        "seed": settings.seed,
+        "drawn": "groups of rows (question, pair) within each benchmark",
+    }
+
+
+def _about(settings: Settings) -> str:
+    return (
+        f"{100 * settings.confidence:g}% percentile intervals from {settings.n_resamples} resamples of the groups of "
+        "rows. ECE leans upward in resamples, which have fewer different rows."
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
