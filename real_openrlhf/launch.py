@@ -229,7 +229,7 @@ class _Actors:
             backend=device.sync_backend(colocated=colocated),
         )
         self.evaluator = None
-        if inputs.eval_set is not None:
+        if inputs.benchmarks:
             self.evaluator = RayEvaluator(evaluator_spec(inputs), engines[-1], env=env)
 
     def shutdown(self) -> None:
@@ -294,9 +294,9 @@ def _export(inputs: Inputs, steps: int, metrics: dict[str, float | None]) -> Non
 
 
 def split_metrics(metrics: dict[str, float | None]) -> dict[str, dict[str, float | None]]:
-    """ "expected/pearson" -> column "expected", row "pearson"."""
+    """ "flask/expected/pearson" -> column "flask/expected", row "pearson"."""
     columns: dict[str, dict[str, float | None]] = {}
     for name, value in metrics.items():
-        column, slash, row = name.partition("/")
+        column, slash, row = name.rpartition("/")
         columns.setdefault(column if slash else "all", {})[row if slash else name] = value
     return columns

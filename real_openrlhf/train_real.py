@@ -18,6 +18,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from real_openrlhf.actors.device import Device, DeviceError
+from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.algo.score_scale import BoundScale, bind_scale
 from real_openrlhf.checkpoint.errors import CheckpointError
 from real_openrlhf.checkpoint.signals import EXIT_RESUME
@@ -30,9 +31,13 @@ from real_openrlhf.config.validate import validate
 from real_openrlhf.controller.run_log import RunLogError
 from real_openrlhf.controller.trainer import Stopped
 from real_openrlhf.data.dataset import JudgeDataset
+from real_openrlhf.data.sources import nearest
 from real_openrlhf.data.template import PromptTemplate
 from real_openrlhf.data.tokenizer import end_token_ids, load_tokenizer
 from real_openrlhf.errors import RunError
+from real_openrlhf.evals.benchmarks import Benchmark, load_benchmark, parse_benchmarks
+from real_openrlhf.evals.results import metric_names
+from real_openrlhf.judge.scoring import room_for_forcing
 from real_openrlhf.ray_session import cluster_to_join
 from real_openrlhf.resume import check_folders, checkpoint_to_load
 
@@ -49,7 +54,7 @@ class Inputs:
     end_ids: frozenset[int]
     template: PromptTemplate
     train_set: JudgeDataset
-    eval_set: JudgeDataset | None
+    benchmarks: tuple[Benchmark, ...]
     warnings: tuple[str, ...]
 
 
@@ -69,20 +74,12 @@ def load_inputs(config: Config) -> Inputs:
         enable_thinking=config.data.enable_thinking,
     )
 
-    def load(source: str, max_samples: int | None) -> JudgeDataset:
-        return JudgeDataset.load(
-            source,
-            input_key=config.data.input_key,
-            label_key=config.data.label_key,
-            scale=config.real.score_scale,
-            tokenizer=tokenizer,
-            template=template,
-            max_prompt_tokens=config.data.max_len - config.rollout.max_new_tokens - bound.extra_tokens,
-            max_samples=max_samples,
-            skip_bad_rows=config.data.skip_bad_rows,
-        )
-
-    train_set = load(config.data.prompt_dataset, config.data.max_samples)
+    train_set = JudgeDataset.load(
+        config.data.prompt_dataset,
+        max_prompt_tokens=config.data.max_len - config.rollout.max_new_tokens - bound.extra_tokens,
+        max_samples=config.data.max_samples,
+        **_reading(config, tokenizer, template),
+    )
     batch_plan(config, len(train_set))  # raises when the prompts do not fill a step
     return Inputs(
         config=config,
@@ -91,7 +88,7 @@ def load_inputs(config: Config) -> Inputs:
         end_ids=end_token_ids(config.actor.model_name_or_path, tokenizer),
         template=template,
         train_set=train_set,
-        eval_set=load(config.eval.dataset, config.eval.max_samples) if config.eval.dataset else None,
+        benchmarks=load_benchmarks(config, tokenizer, bound, template),
         warnings=tuple(warnings),
     )
 
@@ -109,6 +106,48 @@ def check_lora(config: Config) -> None:
         check_adapters(config.actor.model_name_or_path, lora)
     except (LoraError, OSError) as error:
         raise ConfigError(f"--actor.model_name_or_path {config.actor.model_name_or_path}: {error}") from error
+
+
+def load_benchmarks(
+    config: Config, tokenizer: PreTrainedTokenizerBase, bound: BoundScale, template: PromptTemplate
+) -> tuple[Benchmark, ...]:
+    """The held-out benchmarks of --eval.dataset; none without it. Checks that the best checkpoint's metric exists."""
+    if config.eval.dataset is None:
+        return ()
+    room = config.rollout.max_new_tokens + bound.extra_tokens
+    if config.eval.force_anchor:
+        reader = ScoreReader.build(bound, tokenizer, end_token_ids(config.actor.model_name_or_path, tokenizer))
+        room += room_for_forcing(reader)
+    sources = parse_benchmarks([config.eval.dataset], "--eval.dataset")
+    metric, names = config.ckpt.best_metric, metric_names(list(sources))
+    if metric is not None and metric not in names:
+        raise ConfigError(
+            f"--ckpt.best_metric_key: there is no evaluation metric {metric!r}{nearest(metric, names)}; the benchmarks "
+            f"are {', '.join(sources)}, their metrics stand in README"
+        )
+    return tuple(
+        load_benchmark(
+            name,
+            source,
+            group_key=None,
+            max_prompt_tokens=config.data.max_len - room,
+            max_samples=config.eval.max_samples,
+            **_reading(config, tokenizer, template),
+        )
+        for name, source in sources.items()
+    )
+
+
+def _reading(config: Config, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate) -> dict[str, Any]:
+    """How training and evaluation data are read alike."""
+    return dict(
+        input_key=config.data.input_key,
+        label_key=config.data.label_key,
+        scale=config.real.score_scale,
+        tokenizer=tokenizer,
+        template=template,
+        skip_bad_rows=config.data.skip_bad_rows,
+    )
 
 
 def known_device(config: Config) -> Literal["cpu", "cuda"] | None:

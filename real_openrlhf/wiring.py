@@ -13,6 +13,7 @@ from real_openrlhf.actors.placement import Request
 from real_openrlhf.actors.protocols import Sampling
 from real_openrlhf.algo.loss import LossOptions
 from real_openrlhf.algo.objectives import Objective, RealObjective
+from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.config.plan import BatchPlan, resolve_ratio
 from real_openrlhf.config.schema import Config
@@ -112,6 +113,7 @@ def controller_settings(config: Config, plan: BatchPlan) -> ControllerSettings:
         logging_steps=config.logger.logging_steps,
         output_dir=str(model_folder(config)),
         one_ahead=config.train.async_enable,
+        eval_beside=config.eval.engine == "own",
     )
 
 
@@ -200,13 +202,15 @@ def evaluator_spec(inputs: Inputs) -> EvaluatorSpec:
     from real_openrlhf.actors.evaluator import EvaluatorSpec
 
     config = inputs.config
-    assert inputs.eval_set is not None
     return EvaluatorSpec(
-        prompts=inputs.eval_set.prompts,
-        scale=config.real.score_scale,
+        benchmarks=inputs.benchmarks,
+        reader=ScoreReader.build(inputs.bound, inputs.tokenizer, inputs.end_ids),
         sampling=evaluation_sampling(config),
         renormalise=config.real.renormalise,
         output_dir=config.ckpt.output_dir,
+        force=config.eval.force_anchor,
+        n_samples=config.logger.samples,
+        plots=config.logger.wandb.mode != "disabled",
     )
 
 

@@ -1,21 +1,25 @@
-"""The evaluator: judges the held-out set on whatever engines it is given, and computes the metrics."""
+"""The evaluator: judges held-out benchmarks on whatever engines it is given, by the scoring core of `evaluate`."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from real_openrlhf.actors.protocols import EvalReport, Sampling
-from real_openrlhf.algo.score_scale import ScoreScale
-from real_openrlhf.algo.score_stats import expected_score
-from real_openrlhf.algo.types import Group, Rollout
+from real_openrlhf.algo.score_position import ScoreReader
+from real_openrlhf.algo.score_scale import decode
+from real_openrlhf.algo.types import Group
 from real_openrlhf.data.prompt import Prompt
-from real_openrlhf.evals.metrics import judge_metrics
+from real_openrlhf.evals.benchmarks import Benchmark
+from real_openrlhf.evals.predictions import Prediction
+from real_openrlhf.evals.results import Settings, average_metrics, flat_metrics
+from real_openrlhf.judge.predict import predict
 
 logger = logging.getLogger(__name__)
 
@@ -26,18 +30,26 @@ class Generator(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatorSpec:
-    """output_dir: predictions go to <output_dir>/eval/step_<version>.jsonl."""
+    """
+    benchmarks   one or several; see `evaluate` for the names of their metrics
+    force        continue a response without a score once behind a forced anchor
+    output_dir   predictions go to <output_dir>/eval/step_<version>.jsonl
+    n_samples    judgements per benchmark that come back to be read
+    plots        draw `evals.plots` into <output_dir>/eval/step_<version>/
+    """
 
-    prompts: tuple[Prompt, ...]
-    scale: ScoreScale
+    benchmarks: tuple[Benchmark, ...]
+    reader: ScoreReader
     sampling: Sampling
     renormalise: bool
     output_dir: str
+    force: bool = False
     n_samples: int = 4
+    plots: bool = False
 
 
 class EvaluatorActor:
-    """Plain class; lives in its own Ray actor. With n > 1 samples, E[score] is averaged over the readable ones."""
+    """Plain class; lives in its own Ray actor. With n > 1 samples, scores are averaged over those that have one."""
 
     def __init__(self, spec: EvaluatorSpec, generator: Generator) -> None:
         self.spec = spec
@@ -45,48 +57,58 @@ class EvaluatorActor:
         self.history: dict[int, dict[str, float | None]] = {}
 
     def evaluate(self, version: int) -> EvalReport:
-        """Judge every prompt; results are stamped with the weight version that was asked for."""
-        groups = self.generator.generate(self.spec.prompts, self.spec.sampling)
-        if [group.row for group in groups] != [prompt.row for prompt in self.spec.prompts]:
-            raise RuntimeError(
-                f"{len(self.spec.prompts)} prompts were sent, {len(groups)} groups came back, or in another order"
+        """Judge every prompt; results are stamped with the weight version that was asked for.
+
+        One benchmark: the metrics of `evals.results.flat_metrics`. Several: the same, averaged over the benchmarks
+        (counts are summed), and each benchmark's own behind "<name>/".
+        """
+        start = time.perf_counter()
+        spec, settings = self.spec, Settings(scale=self.spec.reader.bound.scale, renormalise=self.spec.renormalise)
+        engines = _OfVersion(self.generator, version)
+        judged = {
+            b.name: predict(
+                engines,
+                b.name,
+                b.prompts,
+                b.groups,
+                spec.sampling,
+                reader=spec.reader,
+                renormalise=spec.renormalise,
+                force=spec.force,
             )
-        stale = {group.weight_version for group in groups} - {version}
-        if stale:
-            raise RuntimeError(f"evaluation of weight version {version} was answered with versions {sorted(stale)}")
-        rows = [self._judge(prompt, group) for prompt, group in zip(self.spec.prompts, groups)]
-        metrics = judge_metrics(
-            [row["expected"] for row in rows], [row["decoded"] for row in rows], [row["label"] for row in rows]
-        )
-        readable = [row["mass"] for row in rows if row["mass"] is not None]
-        metrics["mass"] = sum(readable) / len(readable) if readable else None
+            for b in spec.benchmarks
+        }
+        tables = {name: flat_metrics(rows, settings) for name, rows in judged.items()}
+        metrics = average_metrics(list(tables.values()))
+        if len(tables) > 1:
+            metrics |= {f"{name}/{key}": value for name, table in tables.items() for key, value in table.items()}
+        rows = [self._row(prediction) for predictions in judged.values() for prediction in predictions]
         self._write(version, rows)
         self.history[version] = metrics
-        return EvalReport(version=version, metrics=metrics, samples=rows[: self.spec.n_samples])
+        return EvalReport(
+            version=version,
+            metrics=metrics,
+            samples=[self._row(p) for predictions in judged.values() for p in predictions[: spec.n_samples]],
+            plots=self._plot(version, judged, settings) if spec.plots else {},
+            seconds=time.perf_counter() - start,
+        )
 
-    def _judge(self, prompt: Prompt, group: Group) -> dict[str, Any]:
-        """One row: the means over the group's readable rollouts; None where there is none, never a guess."""
-        scored = [self._score(r) for r in group.rollouts if r.reading.readable]
-        decoded = [
-            self.spec.scale.values[r.reading.label_index] for r in group.rollouts if r.reading.label_index is not None
-        ]
-        first = group.rollouts[0]
+    def _row(self, prediction: Prediction) -> dict[str, Any]:
+        """A prediction as it is written: means over its samples; text is that of the first."""
+        first = prediction.samples[0]
         return {
-            "row": prompt.row,
-            "label": prompt.label,
-            "expected": _mean([s["expected"] for s in scored]),
-            "decoded": _mean(decoded),
-            "mass": _mean([s["mass"] for s in scored]),
-            "distribution": self._score(first)["distribution"] if first.reading.readable else None,
-            "reason": first.reading.reason,
-            "text": first.text,
+            "benchmark": prediction.benchmark,
+            "row": prediction.row,
+            "group": prediction.group,
+            "label": prediction.label,
+            "expected": prediction.expected,
+            "decoded": prediction.decoded,
+            "mass": prediction.mass,
+            "distribution": None if prediction.distribution is None else list(prediction.distribution),
+            "forced": prediction.forced_share,
+            "reason": first.reason,
+            "text": decode(self.spec.reader.tokenizer, first.token_ids),
         }
-
-    def _score(self, rollout: Rollout) -> dict[str, Any]:
-        logprobs = rollout.score_rows.label_logprobs(rollout.score_logprobs)[0].double()
-        expected = expected_score(logprobs, self.spec.scale.tensor(), renormalise=self.spec.renormalise)
-        probs = logprobs.exp()
-        return {"expected": float(expected), "mass": float(probs.sum()), "distribution": probs.tolist()}
 
     def _write(self, version: int, rows: list[dict[str, Any]]) -> None:
         folder = Path(self.spec.output_dir) / "eval"
@@ -96,6 +118,18 @@ class EvaluatorActor:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         os.replace(temporary, path)
 
+    def _plot(self, version: int, judged: dict[str, list[Prediction]], settings: Settings) -> dict[str, str]:
+        from real_openrlhf.evals.plots import write_benchmark_plots
+
+        folder = Path(self.spec.output_dir) / "eval" / f"step_{version}"
+        try:
+            paths = write_benchmark_plots(folder, [p for rows in judged.values() for p in rows], settings)
+        except Exception:
+            # A picture is not worth a run.
+            logger.exception("the plots of evaluation %d could not be drawn", version)
+            return {}
+        return {path.stem: str(path) for path in paths}
+
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history}
 
@@ -104,5 +138,17 @@ class EvaluatorActor:
         self.history = {int(version): dict(metrics) for version, metrics in state["history"].items()}
 
 
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+class _OfVersion:
+    """The engines, as long as they answer with this version of the weights."""
+
+    def __init__(self, generator: Generator, version: int) -> None:
+        self.generator, self.version = generator, version
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        groups = self.generator.generate(prompts, sampling)
+        stale = {group.weight_version for group in groups} - {self.version}
+        if stale:
+            raise RuntimeError(
+                f"evaluation of weight version {self.version} was answered with versions {sorted(stale)}"
+            )
+        return groups

@@ -37,11 +37,19 @@ class SyncReport:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalReport:
-    """One evaluation: metrics by flat name ("expected/pearson"), and a few judgements for the log."""
+    """One evaluation of the weights of this version.
+
+    metrics  by flat name ("expected/pearson")
+    samples  a few judgements to read
+    plots    name -> path of a PNG
+    seconds  that it took, from its start to its last metric
+    """
 
     version: int
     metrics: dict[str, float | None]
     samples: list[dict[str, Any]] = field(default_factory=list)
+    plots: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 class RolloutGroup(Protocol):
@@ -97,9 +105,15 @@ class WeightSync(Protocol):
 
 
 class Evaluator(Protocol):
-    """Runs the held-out set on some engines and computes metrics."""
+    """Judges the held-out benchmarks on some engines and computes metrics."""
 
-    def evaluate(self, version: int) -> EvalReport: ...
+    def start(self, version: int) -> None:
+        """Begin with an evaluation of the engines' weights, which have this version; one at a time."""
+        ...
+
+    def result(self) -> EvalReport:
+        """Of the evaluation that was begun, once it is done."""
+        ...
 
     def state_dict(self) -> dict[str, Any]: ...
 

@@ -281,8 +281,13 @@ class RayEvaluator:
         options = dict(num_cpus=0, runtime_env={"env_vars": env}, max_restarts=0)
         self.actor = ray.remote(EvaluatorActor).options(**options).remote(spec, EngineHandles(engines.engines))
 
-    def evaluate(self, version: int) -> EvalReport:
-        return ray.get(self.actor.evaluate.remote(version))
+        self._running: Any = None
+
+    def start(self, version: int) -> None:
+        self._running = self.actor.evaluate.remote(version)
+
+    def result(self) -> EvalReport:
+        return ray.get(self._running)
 
     def state_dict(self) -> dict[str, Any]:
         return ray.get(self.actor.state_dict.remote())

@@ -169,13 +169,18 @@ class DataConfig(Section):
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(Section):
     prefix: ClassVar[str] = "eval"
-    dataset: str | None = flag(None, "held-out prompts, in the form of --data.prompt_dataset; none: no evaluation")
+    dataset: str | None = flag(
+        None, "held-out prompts: a source as in --data.prompt_dataset, or NAME=SOURCE,NAME=SOURCE; none: no evaluation"
+    )
     steps: int = flag(10, "evaluate every so many steps, besides before and after training; -1: never in between")
     temperature: float = flag(1.0, "sampling temperature of evaluation; 0: greedy", ge=0)
     top_p: float = flag(1.0, "nucleus sampling of evaluation", gt=0, le=1)
     n_samples_per_prompt: int = flag(1, "generations per held-out prompt", ge=1)
     max_samples: int | None = flag(None, "use the first so many held-out rows", ge=1)
-    engine: Literal["shared", "own"] = flag("shared", "borrow the rollout engines between steps, or start an own one")
+    engine: Literal["shared", "own"] = flag(
+        "shared", "borrow the rollout engines between steps, or start an own one that judges beside the next step"
+    )
+    force_anchor: bool = flag(False, "evaluation: continue a response without a score once behind the answer anchor")
     seed: int = flag(42, "seed of evaluation", ge=0)
 
     def __post_init__(self) -> None:

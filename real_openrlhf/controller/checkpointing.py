@@ -21,6 +21,8 @@ from real_openrlhf.checkpoint.store import Checkpoint, CheckpointStore
 
 logger = logging.getLogger(__name__)
 
+LOWER_IS_BETTER = ("rmse", "mae", "ece", "_rate")
+
 
 class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
@@ -48,6 +50,11 @@ class Checkpointer:
     parts: dict[str, Stateful]
     every: int
     metric: str | None
+
+    @property
+    def uses_evaluations(self) -> bool:
+        """Checkpoints are saved, and one of them is the best by an evaluation."""
+        return self.every > 0 and self.metric is not None
 
     def is_due(self, step: int, evaluation: dict[str, float | None] | None) -> bool:
         """evaluation: of this very step, None without one. A new best is saved whatever the step."""
@@ -114,5 +121,5 @@ def make_store(root: str | Path, *, keep: int, metric: str | None) -> Checkpoint
         keep=keep,
         keep_best=metric is not None,
         metric_name=metric or "none",
-        higher_is_better=metric is None or not metric.endswith(("rmse", "mae")),
+        higher_is_better=metric is None or not metric.endswith(LOWER_IS_BETTER),
     )

@@ -18,7 +18,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -184,12 +184,15 @@ class RunLog:
         _write(self._metrics, line)
         shown = {_tag(phase, name): line[name] for name in metrics if line[name] is not None}
         for sink in list(self._sinks):
-            try:
-                sink.log(step, shown)
-            except Exception as error:
-                # Training goes on: metrics.jsonl has everything, and the cause rarely mends itself.
-                self._sinks.remove(sink)
-                logger.warning("%s stopped recording at step %d: %s", sink.name, step, error)
+            self._to(sink, step, lambda sink=sink: sink.log(step, shown))
+
+    def _to(self, sink: _TensorBoard | _Wandb, step: int, record: Callable[[], None]) -> None:
+        try:
+            record()
+        except Exception as error:
+            # Training goes on: metrics.jsonl has everything, and the cause rarely mends itself.
+            self._sinks.remove(sink)
+            logger.warning("%s stopped recording at step %d: %s", sink.name, step, error)
 
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """One line per judgement."""
@@ -199,6 +202,12 @@ class RunLog:
             if bad:
                 line["not_finite"] = bad
             _write(self._samples, line)
+
+    def log_evaluation(self, step: int, samples: Sequence[Mapping[str, Any]], plots: Mapping[str, str]) -> None:
+        """Judgements to read and plots (name -> path of a PNG) of an evaluation, where a record takes such things."""
+        for sink in list(self._sinks):
+            if isinstance(sink, _Wandb):
+                self._to(sink, step, lambda sink=sink: sink.log_evaluation(step, samples, plots))
 
     def close(self) -> None:
         """Flush and close everything; safe to call twice."""
@@ -286,6 +295,11 @@ def _write(file: JsonLines, line: Mapping[str, Any]) -> None:
         logger.error("a line of %s is lost: %s", file.path, error)
 
 
+def _cell(value: Any) -> Any:
+    """A value of a table: lists as text, since W&B wants one type per column."""
+    return json.dumps(value) if isinstance(value, (list, tuple, dict)) else value
+
+
 class _TensorBoard:
     name = "TensorBoard"
 
@@ -357,6 +371,18 @@ class _Wandb:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({**values, "global_step": step})
+
+    def log_evaluation(self, step: int, samples: Sequence[Mapping[str, Any]], plots: Mapping[str, str]) -> None:
+        """A table of judgements and the plots as images, under eval/."""
+        import wandb
+
+        media: dict[str, Any] = {f"eval/plots/{name}": wandb.Image(path) for name, path in plots.items()}
+        if samples:
+            columns = list(samples[0])
+            rows = [[_cell(sample[name]) for name in columns] for sample in samples]
+            media["eval/judgements"] = wandb.Table(columns=columns, data=rows)
+        if media:
+            self._run.log({**media, "global_step": step})
 
     def close(self) -> None:
         self._run.finish()

@@ -52,9 +52,14 @@ class Log(Protocol):
 
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None: ...
 
+    def log_evaluation(self, step: int, samples: Sequence[Mapping[str, Any]], plots: Mapping[str, str]) -> None: ...
+
 
 class Saver(Protocol):
-    """Writes checkpoints; `controller.checkpointing.Checkpointer`."""
+    """Writes checkpoints; `controller.checkpointing.Checkpointer`. uses_evaluations: what is saved depends on them."""
+
+    @property
+    def uses_evaluations(self) -> bool: ...
 
     def is_due(self, step: int, evaluation: dict[str, float | None] | None) -> bool: ...
 
@@ -75,6 +80,7 @@ class ControllerSettings:
     share_by           batches are multiples of it, so that all policy and reference ranks get as many groups
     sampling           of the rollouts; seeds are set per step when `seeded`
     eval_steps         evaluate every n steps; -1: only before and after
+    eval_beside        the evaluator has engines of its own: go on while it judges, until the next weight sync
     min_mass, min_readable   the first rollouts must reach both
     dead_steps         stop after n steps in a row without advantage; 0 never
     one_ahead          sample the next batch while training: it is one version of the weights late
@@ -98,6 +104,7 @@ class ControllerSettings:
     logging_steps: int
     output_dir: str
     one_ahead: bool = False
+    eval_beside: bool = False
 
 
 class Controller:
@@ -139,6 +146,8 @@ class Controller:
         self.dead_steps = 0
         self.last_eval: dict[str, float | None] = {}
         self._evaluated_at = -1
+        # Step of an evaluation that is under way.
+        self._evaluating: int | None = None
         self._resumed = False
 
     def fit(self) -> dict[str, float | None]:
@@ -165,6 +174,7 @@ class Controller:
                 logger.info("the prompts of all episodes are used up after %d steps", self.step_number)
                 break
         self._evaluate()
+        self._finish_evaluation()
         self.policy.save_model(self.settings.output_dir)
         return self.last_eval
 
@@ -207,8 +217,11 @@ class Controller:
         self._save()
 
     def _save(self) -> None:
+        signal, saver, step = self.stop_requested(), self.saver, self.step_number
+        if signal is not None or (saver is not None and (saver.uses_evaluations or saver.is_due(step, None))):
+            # It may decide the best, and no checkpoint holds an evaluation that is under way.
+            self._finish_evaluation()
         evaluation = self.last_eval if self._evaluated_at == self.step_number else None
-        signal = self.stop_requested()
         saved = False
         if self.saver is not None and (signal is not None or self.saver.is_due(self.step_number, evaluation)):
             saved = self.saver.save(self.step_number, evaluation)
@@ -277,6 +290,8 @@ class Controller:
         logger.info("%s", report)
 
     def _sync(self) -> dict[str, float]:
+        # Weights must not change under an evaluation.
+        self._finish_evaluation()
         with self.timer.phase("sync"):
             report = self.weight_sync.sync(self.step_number)
         return {
@@ -290,14 +305,27 @@ class Controller:
         if self.evaluator is None or self._evaluated_at == self.step_number:
             return
         with self.timer.phase("evaluate"):
-            report = self.evaluator.evaluate(self.step_number)
-        self._evaluated_at = self.step_number
+            self.evaluator.start(self.step_number)
+        self._evaluated_at = self._evaluating = self.step_number
+        if not self.settings.eval_beside:
+            self._finish_evaluation()
+            # Not part of the next step.
+            self.timer.pop()
+
+    def _finish_evaluation(self) -> None:
+        """Wait for the evaluation that is under way, if any, and log it at the step that it began at."""
+        if self.evaluator is None or self._evaluating is None:
+            return
+        with self.timer.phase("evaluate"):
+            report = self.evaluator.result()
+        step, self._evaluating = self._evaluating, None
         self.last_eval = report.metrics
         metrics: dict[str, Any] = {f"eval/{name}": value for name, value in report.metrics.items()}
         metrics["weight_version"] = report.version
-        metrics.update(self.timer.pop())
-        self.log.log(self.step_number, "eval", metrics)
-        self.progress.evaluated(self.step_number, report.metrics)
+        metrics["seconds/evaluate"] = report.seconds
+        self.log.log(step, "eval", metrics)
+        self.log.log_evaluation(step, report.samples, report.plots)
+        self.progress.evaluated(step, report.metrics)
 
     def _sampling_stats(self, collected: Collected) -> dict[str, float]:
         return {

@@ -23,20 +23,26 @@ MANY = 3
 def write_plots(
     folder: str | Path, predictions: Sequence[Prediction], results: Results, settings: Settings
 ) -> list[Path]:
-    """<benchmark>_{scatter,reliability,confusion}.png for each, and error_by_benchmark.png. Returns their paths."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Those of `write_benchmark_plots`, and error_by_benchmark.png. Returns their paths."""
+    paths = write_benchmark_plots(folder, predictions, settings)
+    return [*paths, _save(folder, "error_by_benchmark", error_by_benchmark(results, settings))]
+
+
+def write_benchmark_plots(folder: str | Path, predictions: Sequence[Prediction], settings: Settings) -> list[Path]:
+    """<benchmark>_{scatter,reliability,confusion}.png for each benchmark. Returns their paths."""
     figures: dict[str, Any] = {}
     for name, rows in by_benchmark(predictions).items():
         figures[f"{name}_scatter"] = scatter(name, rows, settings.scale)
         figures[f"{name}_reliability"] = reliability(name, rows, settings)
         figures[f"{name}_confusion"] = confusion(name, rows, settings.scale)
-    figures["error_by_benchmark"] = error_by_benchmark(results, settings)
-    paths = []
-    for name, figure in figures.items():
-        paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=DPI)
-    return paths
+    return [_save(folder, name, figure) for name, figure in figures.items()]
+
+
+def _save(folder: str | Path, name: str, figure: Any) -> Path:
+    path = Path(folder) / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)
+    return path
 
 
 def scatter(name: str, rows: Sequence[Prediction], scale: ScoreScale) -> Any:

@@ -165,6 +165,14 @@ def average_metrics(tables: Sequence[dict[str, float | None]]) -> dict[str, floa
     return result
 
 
+def metric_names(benchmarks: Sequence[str]) -> list[str]:
+    """Names of a training run's evaluation metrics: those of `flat_metrics`, and with several benchmarks also each
+    one's own behind "<benchmark>/"."""
+    names = [*(f"{reading}/{metric}" for reading in READINGS for metric in (*SCORE_METRICS, "n")), *RATES, "mass", "n"]
+    prefixes = [f"{benchmark}/" for benchmark in benchmarks] if len(benchmarks) > 1 else []
+    return [prefix + name for prefix in ["", *prefixes] for name in names]
+
+
 def by_benchmark(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]:
     """In the order in which benchmarks first occur. Raises EvaluationError without predictions."""
     if not predictions:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from real_openrlhf.data.sources import BadRow, DataError, Row, lookup, read_json_lines, read_rows
 from real_openrlhf.data.template import PromptError
 from real_openrlhf.errors import RunError
-from real_openrlhf.judge.cli_model import add_model, chosen_settings, make_parser
+from real_openrlhf.judge.cli_model import add_model, chosen_settings, make_parser, read_key
 from real_openrlhf.judge.cli_tools import fit_args, serve_args
 from real_openrlhf.judge.judge import Judge, Prepared
 from real_openrlhf.judge.types import RESULT, JudgeError, Score
@@ -95,7 +95,7 @@ def _score(args: argparse.Namespace) -> None:
     rows = _rows(args.input)
     options: dict[str, Any] = {}
     if args.server is not None:
-        options = {"model": args.server_model, "concurrency": args.concurrency, "api_key": _key(args.api_key_env)}
+        options = {"model": args.server_model, "concurrency": args.concurrency, "api_key": read_key(args.api_key_env)}
     judge = Judge(
         args.model,
         server=args.server,
@@ -258,12 +258,3 @@ def _weights(text: str | None) -> dict[str, float] | None:
     if not isinstance(weights, dict):
         raise JudgeError(f"--weights must be a JSON object of dimension to number, got {text}")
     return weights
-
-
-def _key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    key = os.environ.get(variable)
-    if not key:
-        raise JudgeError(f"--api_key_env names {variable}, which is not set")
-    return key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from real_openrlhf.algo.score_scale import DEFAULT_ANCHOR
@@ -22,9 +23,9 @@ def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
     )
 
 
-def add_model(parser: argparse.ArgumentParser, *, engine: bool = True) -> None:
+def add_model(parser: argparse.ArgumentParser, *, engine: bool = True, required: bool = True) -> None:
     add = parser.add_argument
-    add("--model", required=True, help="exported judge, or another Hugging Face folder or hub id")
+    add("--model", required=required, help="exported judge, or another Hugging Face folder or hub id")
     if engine:
         add("--device", default="auto", help="auto, cpu or cuda")
         add("--max_new_tokens", type=int, help="longest response; the export's when not given")
@@ -56,6 +57,16 @@ def chosen_settings(args: argparse.Namespace) -> JudgeSettings | None:
         enable_thinking=_truth(args.enable_thinking),
         input_template=args.input_template,
     )
+
+
+def read_key(variable: str | None) -> str | None:
+    """The server's key, from the environment variable that --api_key_env names."""
+    if variable is None:
+        return None
+    key = os.environ.get(variable)
+    if not key:
+        raise JudgeError(f"--api_key_env names {variable}, which is not set")
+    return key
 
 
 def _truth(text: str | None) -> bool | None:

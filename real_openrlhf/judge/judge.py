@@ -226,6 +226,11 @@ class Judge:
             return engine_length(self.model, self._room, self._max_model_len, trust_remote_code=self._trust)
         return getattr(self.backend, "max_model_len", None)
 
+    @property
+    def max_prompt_tokens(self) -> int | None:
+        """Room for a prompt beside the response and a forced anchor; None where the backend names no limit."""
+        return None if self._limit is None else self._limit - self._room
+
     def close(self) -> None:
         """End an engine or connections of the judge's own; a backend that was given is left alone."""
         if self._owns_backend and self._backend is not None:

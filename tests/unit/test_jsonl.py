@@ -17,7 +17,7 @@ def test_lines_are_in_the_file_at_once_and_come_back(tmp_path: Path) -> None:
     file.write({"a": 1, "text": "zwei\nZeilen \ud800"})
     assert [number for number, _ in read_lines(path)] == [1]
     file.close()
-    with pytest.raises(ValueError, match="a.jsonl is closed"):
+    with pytest.raises(ValueError, match=r"a\.jsonl is closed"):
         file.write({})
     more = JsonLines(path, append=True)
     more.write({"a": 2})

@@ -77,7 +77,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
 def test_good_input_is_run(flags: Flags, started: list[train_real.Inputs]) -> None:
     assert main(argv(flags)) == 0
     (inputs,) = started
-    assert len(inputs.train_set) == 24 and inputs.eval_set is not None and len(inputs.eval_set) == 6
+    assert len(inputs.train_set) == 24 and [len(b.prompts) for b in inputs.benchmarks] == [6]
     assert inputs.end_ids == {make_tokenizer().eos_token_id}
     assert [inputs.tokenizer.decode([i]) for i in inputs.bound.anchors[0].token_ids] == list("12345")
     assert Path(flags["ckpt.output_dir"]).is_dir()
@@ -402,3 +402,23 @@ def test_auto_begins_again_what_ended_before_its_first_checkpoint(
     (out / "model").mkdir()
     assert "is not empty" in refused(capsys, again)
     assert len(started) == 3
+
+
+def test_several_named_benchmarks(flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(tmp_path / "more.jsonl", [{**row, "group": f"q{i // 2}"} for i, row in enumerate(make_rows(4, seed=2))])
+    flags["eval.dataset"] = f"flask={tmp_path / 'test.jsonl'},mt_bench={tmp_path / 'more.jsonl'}"
+    inputs = load_inputs(parse_args(argv(flags, "--ckpt.best_metric_key", "mt_bench/expected/spearman")))
+    assert [(b.name, len(b.prompts)) for b in inputs.benchmarks] == [("flask", 6), ("mt_bench", 4)]
+    assert inputs.benchmarks[1].groups == ("q0", "q0", "q1", "q1")
+    assert main(argv(flags, "--ckpt.best_metric_key", "mtbench/expected/spearman")) == 2
+    error = capsys.readouterr().err
+    assert "--ckpt.best_metric_key" in error and "did you mean 'mt_bench/expected/spearman'?" in error
+    flags["eval.dataset"] = "flask=missing.jsonl"
+    assert main(argv(flags)) == 2 and "missing.jsonl" in capsys.readouterr().err
+
+
+def test_a_forced_anchor_needs_room_in_evaluation_prompts(flags: Flags) -> None:
+    flags["data.max_len"] = "17"  # 9 for prompts of up to 9 tokens; the anchor and its tail need some of them
+    load_inputs(parse_args(argv(flags)))
+    with pytest.raises(ValueError, match="left for it"):
+        load_inputs(parse_args(argv(flags, "--eval.force_anchor")))

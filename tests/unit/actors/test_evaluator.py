@@ -14,23 +14,27 @@ import torch
 
 from real_openrlhf.actors.evaluator import EvaluatorActor, EvaluatorSpec
 from real_openrlhf.actors.protocols import Sampling
-from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.algo.types import Group, Rollout
 from real_openrlhf.data.prompt import Prompt
+from real_openrlhf.evals.benchmarks import Benchmark
 from real_openrlhf.evals.metrics import judge_metrics
-from tests.helpers.algo_factory import make_rollout
+from real_openrlhf.evals.results import metric_names
+from tests.helpers.algo_factory import make_rollout, merged_tokenizer, reader_of
+from tests.helpers.tokenizers import word_tokenizer
 
-SCALE = ScoreScale.parse("1-3")
+TOKENIZER = merged_tokenizer()
+READER = reader_of(TOKENIZER, "1-3")
 SAMPLING = Sampling(n=2, temperature=1.0, top_p=1.0, max_new_tokens=4, seed=3)
 
 
-def scored(probs: Sequence[float], label: int | None, text: str = "") -> Rollout:
+def scored(probs: Sequence[float], label: int | None, letter: str) -> Rollout:
     scores = torch.tensor([list(probs)]).log()
-    return replace(make_rollout([9, 1], position=1, label=label, score_logprobs=scores), text=text)
+    return make_rollout([TOKENIZER.id(letter), TOKENIZER.id("1")], position=1, label=label, score_logprobs=scores)
 
 
-def unscored(text: str = "") -> Rollout:
-    return replace(make_rollout([9, 9], reason="truncated"), text=text)
+def unscored(letter: str = "x") -> Rollout:
+    return make_rollout([TOKENIZER.id(letter)] * 2, reason="truncated")
 
 
 ROLLOUTS: list[list[Rollout]] = [
@@ -65,11 +69,21 @@ class Generator:
 
 
 def actor(folder: Path, generator: Generator | None = None, **changes: Any) -> EvaluatorActor:
-    prompts = tuple(Prompt(token_ids=(1, 2), label=y, row=10 + i, text="") for i, y in enumerate(LABELS))
     spec = EvaluatorSpec(
-        prompts=prompts, scale=SCALE, sampling=SAMPLING, renormalise=False, output_dir=str(folder), n_samples=2
+        benchmarks=(benchmark("flask"),),
+        reader=READER,
+        sampling=SAMPLING,
+        renormalise=False,
+        output_dir=str(folder),
+        n_samples=2,
     )
     return EvaluatorActor(replace(spec, **changes), generator or Generator())
+
+
+def benchmark(name: str, labels: Sequence[float] = LABELS) -> Benchmark:
+    prompts = tuple(Prompt(token_ids=(1, 2), label=y, row=10 + i, text="") for i, y in enumerate(labels))
+    groups = tuple("abcd"[: len(labels)])
+    return Benchmark(name=name, source="x", prompts=prompts, groups=groups, sha256="")
 
 
 def written(folder: Path, version: int = 4) -> list[dict[str, Any]]:
@@ -83,28 +97,34 @@ def test_rows_are_means_over_readable_rollouts_and_none_without_any(tmp_path: Pa
     assert [row["expected"] for row in rows] == [None if e is None else pytest.approx(e) for e in EXPECTED]
     assert [row["decoded"] for row in rows] == DECODED
     assert [row["mass"] for row in rows] == [pytest.approx(1.0), pytest.approx(0.75), None, pytest.approx(0.75)]
-    # Text, reason and distribution are those of the first rollout.
-    assert [row["text"] for row in rows] == ["a", "c", "e", "g"]
+    assert rows[0]["distribution"] == pytest.approx([0.25, 0.25, 0.5]) and rows[2]["distribution"] is None
+    assert rows[1]["distribution"] == pytest.approx([0.25, 0.25, 0.25])
+    # Text and reason are those of the first rollout.
+    assert [row["text"] for row in rows] == ["a1", "cc", "ee", "g1"]
     assert [row["reason"] for row in rows] == [None, "truncated", "truncated", "off_scale"]
-    assert rows[0]["distribution"] == pytest.approx([0.5, 0.25, 0.25]) and rows[1]["distribution"] is None
+    assert [row["group"] for row in rows] == ["a", "b", "c", "d"] and {row["benchmark"] for row in rows} == {"flask"}
 
 
 def test_metrics_are_those_of_the_rows(tmp_path: Path) -> None:
     evaluator = actor(tmp_path)
     report = evaluator.evaluate(4)
     want = judge_metrics(EXPECTED, DECODED, LABELS)
-    assert {k: v for k, v in report.metrics.items() if k != "mass"} == {
+    del want["invalid_rate"]
+    assert {k: report.metrics[k] for k in want} == {
         k: None if v is None else pytest.approx(v, rel=1e-6) for k, v in want.items()
     }
+    assert list(report.metrics) == metric_names(["flask"])
     assert report.metrics["mass"] == pytest.approx(2.5 / 3)
-    assert report.metrics["invalid_rate"] == 0.25 and report.metrics["expected/n"] == 3
+    # Of the generations, not of the rows.
+    assert report.metrics["invalid_rate"] == 3 / 8 and report.metrics["forced_rate"] == 0
+    assert report.metrics["expected/n"] == 3
     assert report.metrics["expected/mae"] == pytest.approx((0.25 + 0.5 + 0.5) / 3)
     assert report.version == 4 and report.samples == written(tmp_path)[:2]
     assert evaluator.history == {4: report.metrics}
 
 
 def test_nothing_readable_gives_none_and_no_guess(tmp_path: Path) -> None:
-    metrics = actor(tmp_path, Generator([[unscored()]] * 4)).evaluate(4).metrics
+    metrics = actor(tmp_path, Generator([[unscored(), unscored()]] * 4)).evaluate(4).metrics
     assert metrics["mass"] is None and metrics["expected/pearson"] is None and metrics["expected/mae"] is None
     assert metrics["invalid_rate"] == 1.0 and metrics["n"] == 4 and metrics["expected/n"] == 0
     assert all(row["expected"] is None and row["decoded"] is None for row in written(tmp_path))
@@ -122,7 +142,7 @@ def test_prompts_and_sampling_are_passed_on(tmp_path: Path) -> None:
     generator = Generator()
     evaluator = actor(tmp_path, generator)
     evaluator.evaluate(4)
-    assert generator.asked == [(evaluator.spec.prompts, SAMPLING)]
+    assert generator.asked == [(evaluator.spec.benchmarks[0].prompts, SAMPLING)]
 
 
 @pytest.mark.parametrize("version", [3, 5])
@@ -135,7 +155,7 @@ def test_answers_of_other_weights_are_refused(tmp_path: Path, version: int) -> N
 
 @pytest.mark.parametrize("generator", [Generator(ROLLOUTS[:3]), Generator(order=-1)])
 def test_lost_or_reordered_groups_are_refused(tmp_path: Path, generator: Generator) -> None:
-    with pytest.raises(RuntimeError, match="4 prompts were sent"):
+    with pytest.raises(RuntimeError, match="4 prompts of 2 samples were sent"):
         actor(tmp_path, generator).evaluate(4)
 
 
@@ -168,3 +188,54 @@ def test_state_round_trip(tmp_path: Path) -> None:
     assert second.history == first.history
     second.history[9] = {}
     assert 9 not in first.history
+
+
+def test_several_benchmarks_have_their_own_metrics_and_their_average(tmp_path: Path) -> None:
+    class ByBenchmark(Generator):
+        def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+            self.rollouts = ROLLOUTS if len(prompts) == 4 else ROLLOUTS[:2]
+            return super().generate(prompts, sampling)
+
+    both = (benchmark("flask"), benchmark("mt_bench", [1.0, 3.0]))
+    report = actor(tmp_path, ByBenchmark(), benchmarks=both, n_samples=1).evaluate(4)
+    metrics = report.metrics
+    assert sorted(metrics) == sorted(metric_names(["flask", "mt_bench"]))
+    assert metrics["flask/expected/mae"] == pytest.approx((0.25 + 0.5 + 0.5) / 3)
+    assert metrics["mt_bench/expected/mae"] == pytest.approx((1.25 + 1.5) / 2)
+    assert metrics["expected/mae"] == pytest.approx((1.25 / 3 + 2.75 / 2) / 2)
+    assert (metrics["n"], metrics["flask/n"], metrics["mt_bench/n"]) == (6, 4, 2)
+    rows = written(tmp_path)
+    assert [(row["benchmark"], row["row"]) for row in rows][3:] == [("flask", 13), ("mt_bench", 10), ("mt_bench", 11)]
+    assert [(row["benchmark"], row["row"]) for row in report.samples] == [("flask", 10), ("mt_bench", 10)]
+
+
+def test_a_forced_anchor_is_a_second_request_of_the_same_version(tmp_path: Path) -> None:
+    class Forced(Generator):
+        def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+            if prompts[0].given_ids:
+                self.rollouts = [[scored([0.0, 0.0, 1.0], 2, "z")]] * len(prompts)
+            return super().generate(prompts, sampling)
+
+    generator = Forced()
+    metrics = actor(tmp_path, generator, force=True).evaluate(4).metrics
+    given = [prompt.given_ids for prompts, _ in generator.asked[1:] for prompt in prompts]
+    assert len(given) == 3 and all(TOKENIZER.decode(ids).endswith("So the overall score is") for ids in given)
+    assert metrics["invalid_rate"] == 0 and metrics["forced_rate"] == 3 / 8 and metrics["expected/n"] == 4
+
+
+def test_plots_are_drawn_on_request_and_never_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = actor(tmp_path, plots=True).evaluate(4)
+    assert set(report.plots) == {"flask_scatter", "flask_reliability", "flask_confusion"}
+    assert all(
+        Path(path).parent == tmp_path / "eval" / "step_4" and Path(path).is_file() for path in report.plots.values()
+    )
+    monkeypatch.setattr("real_openrlhf.evals.plots.scatter", lambda *_: 1 / 0)
+    assert actor(tmp_path, plots=True).evaluate(4).plots == {}
+
+
+def test_the_spec_travels_to_another_process(tmp_path: Path) -> None:
+    from ray import cloudpickle
+
+    spec = replace(actor(tmp_path).spec, reader=ScoreReader.build(READER.bound, word_tokenizer(), {0}))
+    again = cloudpickle.loads(cloudpickle.dumps(spec))
+    assert again.benchmarks == spec.benchmarks and again.reader.bound == spec.reader.bound

@@ -74,6 +74,10 @@ class World:
     shown: list[tuple[Any, ...]] = field(default_factory=list)
     version: int = -1
     asleep: bool = False
+    evaluating: int | None = None
+    # Version, and the last event before its result was asked for.
+    results: list[tuple[int, str]] = field(default_factory=list)
+    evaluations: list[tuple[int, list[Mapping[str, Any]], Mapping[str, str]]] = field(default_factory=list)
 
     # rollouts
     def generate(self, wanted: Sequence[Prompt], sampling: Sampling) -> list[Group]:
@@ -124,6 +128,7 @@ class World:
 
     # sync
     def sync(self, version: int) -> SyncReport:
+        assert self.evaluating is None
         self.events.append(("sync", version))
         self.version = version
         self.asleep = False
@@ -132,10 +137,17 @@ class World:
         )
 
     # evaluator
-    def evaluate(self, version: int) -> EvalReport:
-        assert not self.asleep
+    def start(self, version: int) -> None:
+        assert self.evaluating is None and version == self.version and not self.asleep
         self.events.append(("evaluate", version))
-        return EvalReport(version=version, metrics={"expected/pearson": 0.1 * version, "decoded/pearson": None})
+        self.evaluating = version
+
+    def result(self) -> EvalReport:
+        assert self.evaluating is not None
+        version, self.evaluating = self.evaluating, None
+        self.results.append((version, self.events[-1][0]))
+        metrics = {"expected/pearson": 0.1 * version, "decoded/pearson": None}
+        return EvalReport(version=version, metrics=metrics, samples=[{"row": 7}], plots={"a": "a.png"}, seconds=2.5)
 
     # log
     def log(self, step: int, phase: str, metrics: Mapping[str, Any]) -> None:
@@ -143,6 +155,9 @@ class World:
 
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         self.samples.append((step, list(samples)))
+
+    def log_evaluation(self, step: int, samples: Sequence[Mapping[str, Any]], plots: Mapping[str, str]) -> None:
+        self.evaluations.append((step, list(samples), plots))
 
     # progress
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -221,6 +236,55 @@ def test_evaluation_every_so_often_and_never_twice_at_a_step(every: int, at: lis
     assert [event[1] for event in world.shown if event[0] == "evaluated"] == at
 
 
+def test_an_evaluator_with_its_own_engine_judges_beside_the_next_step() -> None:
+    world = World()
+    metrics = controller(world, eval_steps=1, eval_beside=True).fit()
+    # The result of step v is asked for after step v + 1 was trained, before its weights are sent; the last one at once.
+    assert world.results == [(0, "train"), (1, "train"), (2, "train"), (3, "evaluate")]
+    assert [e for e in world.events if e[0] in ("train", "sync", "evaluate")] == [
+        *(("sync", 0), ("evaluate", 0)),
+        *(event for n in (1, 2, 3) for event in (("train", 4), ("sync", n), ("evaluate", n))),
+    ]
+    # It is logged at the step whose weights it judged, in the order of the steps.
+    evaluations = [(step, m["weight_version"]) for step, phase, m in world.logs if phase == "eval"]
+    assert evaluations == [(n, n) for n in range(4)]
+    assert [step for step, _, _ in world.logs] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [step for step, _, _ in world.evaluations] == [0, 1, 2, 3]
+    assert metrics["expected/pearson"] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(("uses", "every", "waited"), [(True, 9, [0, 1, 2, 3]), (False, 2, [0, 2, 3]), (False, 9, [3])])
+def test_a_checkpoint_waits_for_its_evaluation(uses: bool, every: int, waited: list[int]) -> None:
+    world, saved = World(), []
+
+    class Saver:
+        uses_evaluations = uses
+
+        def is_due(self, step: int, evaluation: Any) -> bool:
+            return step % every == 0
+
+        def save(self, step: int, evaluation: Any = None) -> bool:
+            assert world.evaluating is None
+            saved.append((step, evaluation))
+            return True
+
+    run = controller(world, eval_steps=1, eval_beside=True)
+    run.saver = Saver()
+    run.fit()
+    assert [v for v, event in world.results if event == "evaluate"] == [w for w in waited if w > 0]
+    assert [step for step, _ in saved] == [step for step in (1, 2, 3) if step % every == 0]
+    assert all(evaluation["expected/pearson"] == pytest.approx(0.1 * step) for step, evaluation in saved)
+
+
+def test_a_signal_waits_for_the_evaluation() -> None:
+    world = World()
+    run = controller(world, eval_steps=1, eval_beside=True)
+    run.stop_requested = lambda: "SIGTERM" if run.step_number == 2 else None
+    with pytest.raises(Stopped):
+        run.fit()
+    assert world.evaluating is None and run.last_eval["expected/pearson"] == pytest.approx(0.2)
+
+
 def test_total_steps_0_evaluates_and_saves_only() -> None:
     world = World()
     controller(world, total_steps=0).fit()
@@ -293,6 +357,7 @@ def test_metrics_have_the_names_that_users_see() -> None:
     assert start["sync/logprob_mean"] == 1e-5 and start["sync/logprob_max"] == 1e-4 and "seconds/sync" in start
     assert first["eval/expected/pearson"] == 0.0 and first["eval/decoded/pearson"] is None
     assert first["weight_version"] == 0 and last["weight_version"] == 1
+    assert first["seconds/evaluate"] == 2.5 and world.evaluations[0] == (0, [{"row": 7}], {"a": "a.png"})
     assert set(first) == {"eval/expected/pearson", "eval/decoded/pearson", "weight_version", "seconds/evaluate"}
     expected = [sum(v * p for v, p in zip((1, 2, 3), row)) for row in ROWS]
     rewards = [-((e - 2) ** 2) + torch.tensor(row[1]).log().item() for e, row in zip(expected, ROWS)]

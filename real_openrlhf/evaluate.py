@@ -1,0 +1,295 @@
+"""Evaluate a judge on benchmarks with human labels, by RAIL (E[score]) and by standard decoding.
+
+    python -m real_openrlhf.evaluate --model JUDGE --benchmark flask=FILE mt_bench=FILE \\
+        --output_dir runs/eval/judge
+    python -m real_openrlhf.evaluate --compare runs/eval/base runs/eval/judge
+
+Interrupted, the same command goes on where it stopped. What is written: `evals.report`; what the numbers mean:
+`evals.results`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import AutoConfig
+
+from real_openrlhf.algo.score_position import ScoreReader
+from real_openrlhf.checkpoint.compat import model_config_sha256, tokenizer_sha256
+from real_openrlhf.errors import RunError
+from real_openrlhf.evals.benchmarks import Benchmark, load_benchmark, parse_benchmarks
+from real_openrlhf.evals.predictions import EvaluationError, PredictionStore
+from real_openrlhf.evals.report import (
+    PREDICTIONS,
+    compare_runs,
+    load_run,
+    settings_of,
+    write_comparison,
+    write_report,
+)
+from real_openrlhf.evals.tables import NamedResults, paper_table
+from real_openrlhf.judge.cli_model import add_model, chosen_settings, read_key
+from real_openrlhf.judge.judge import Judge
+from real_openrlhf.judge.predict import predict
+from real_openrlhf.judge.types import JudgeBackend
+
+logger = logging.getLogger(__name__)
+
+# What the data set's own messages call these flags.
+_FLAG_NAMES = {
+    "--data.max_len": "--max_model_len",
+    "--rollout.max_new_tokens": "--max_new_tokens",
+    "--data.": "--",
+}
+_NO_LIMIT = 1 << 31
+# Of a weight file, at each end: enough to tell trained weights apart, and read in no time.
+_FINGERPRINT_BYTES = 1 << 20
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m real_openrlhf.evaluate",
+        description="Judge benchmarks with human labels; or compare evaluations that are done.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_model(parser, required=False)
+    add = parser.add_argument
+    add("--benchmark", nargs="+", action="extend", metavar="NAME=PATH", help="files of judged prompts")
+    add("--output_dir", type=Path, help="folder of this evaluation; with --compare, of the comparison")
+    add("--compare", nargs="+", type=Path, metavar="RUN", help="output folders: all others against the first, paired")
+    add("--method", help="first cell of the table; the model's name when not given")
+    add("--training", default="", help="second cell of the table, such as SFT or RL")
+    data = parser.add_argument_group("data")
+    data.add_argument("--input_key", default="prompt", help="column of the prompt")
+    data.add_argument("--label_key", default="label", help="column of the human score")
+    data.add_argument("--group_key", help="column of what rows share (question, pair); 'group' where there is one")
+    data.add_argument("--max_samples", type=int, help="use the first so many rows of each benchmark")
+    data.add_argument("--skip_bad_rows", action="store_true", help="count and list bad rows and go on without them")
+    judging = parser.add_argument_group("judging")
+    judging.add_argument("--n", type=int, default=1, help="generations per prompt, averaged")
+    judging.add_argument("--temperature", type=float, help="0: greedy, as for --n 1 when not given")
+    judging.add_argument("--top_p", type=float, default=1.0, help="nucleus sampling")
+    judging.add_argument("--seed", type=int, default=0, help="of sampled generations, and of the intervals")
+    judging.add_argument("--no_force", action="store_true", help="leave generations without a score as they are")
+    judging.add_argument("--renormalise", action="store_true", default=None, help="E[score] of the scale alone")
+    judging.add_argument("--batch_size", type=int, default=64, help="prompts that are judged and written at a time")
+    server = parser.add_argument_group("server")
+    server.add_argument("--server", help="address of an OpenAI-compatible server of --model, whose tokenizer is used")
+    server.add_argument("--server_model", help="its name on the server")
+    server.add_argument("--api_key_env", help="environment variable that holds the server's key")
+    server.add_argument("--concurrency", type=int, default=64, help="requests in flight")
+    intervals = parser.add_argument_group("intervals")
+    intervals.add_argument("--n_resamples", type=int, default=2000, help="bootstrap resamples")
+    intervals.add_argument("--confidence", type=float, default=0.95, help="of the intervals")
+    return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> None:
+    """EvaluationError for flags that are missing, impossible or contradict each other."""
+    for name, least in (("n", 1), ("batch_size", 1), ("n_resamples", 1), ("concurrency", 1), ("max_samples", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise EvaluationError(f"--{name} must be at least {least}, got {value}")
+    if not 0 < args.confidence < 1:
+        raise EvaluationError(f"--confidence must lie between 0 and 1, got {args.confidence}")
+    if args.compare is not None:
+        if args.benchmark or args.model:
+            raise EvaluationError("--compare reads evaluations that are done; drop --model and --benchmark")
+        if len(args.compare) < 2:
+            raise EvaluationError("--compare needs two output folders or more")
+        return
+    for name in ("model", "benchmark", "output_dir"):
+        if not getattr(args, name):
+            raise EvaluationError(f"--{name} is required, unless finished evaluations are compared by --compare")
+
+
+def make_judge(args: argparse.Namespace, backend: JudgeBackend | None = None) -> Judge:
+    """The judge that the flags name; its engine does not run yet. backend: instead of that engine."""
+    options: dict[str, Any] = {}
+    if args.server:
+        options = {
+            "model": args.server_model,
+            "concurrency": args.concurrency,
+            "api_key": read_key(args.api_key_env),
+        }
+    return Judge(
+        args.model,
+        server=args.server,
+        server_options=options,
+        backend=backend,
+        settings=chosen_settings(args),
+        n=args.n,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        max_new_tokens=args.max_new_tokens,
+        renormalise=args.renormalise,
+        max_model_len=args.max_model_len,
+        force=not args.no_force,
+        device=args.device,
+    )
+
+
+def load_benchmarks(args: argparse.Namespace, judge: Judge) -> list[Benchmark]:
+    """All benchmarks, checked and tokenised for this judge."""
+    limit = judge.max_prompt_tokens
+    try:
+        return [
+            load_benchmark(
+                name,
+                source,
+                input_key=args.input_key,
+                label_key=args.label_key,
+                group_key=args.group_key,
+                scale=judge.scale,
+                tokenizer=judge.tokenizer,
+                template=judge.settings.template,
+                max_prompt_tokens=_NO_LIMIT if limit is None else limit,
+                max_samples=args.max_samples,
+                skip_bad_rows=args.skip_bad_rows,
+            )
+            for name, source in parse_benchmarks(args.benchmark, "--benchmark").items()
+        ]
+    except ValueError as error:
+        message = str(error)
+        for ours, here in _FLAG_NAMES.items():
+            message = message.replace(ours, here)
+        raise EvaluationError(message) from error
+
+
+def identity_of(model: str, judge: Judge, benchmarks: Sequence[Benchmark], *, server: bool) -> dict[str, Any]:
+    """What must be the same to go on with an evaluation, and what `evals.report.settings_of` reads."""
+    settings, sampling = judge.settings, judge.sampling
+    return {
+        "model": model,
+        "model_sha256": model_config_sha256(AutoConfig.from_pretrained(model).to_dict()),
+        "weights_sha256": weights_sha256(model),
+        "tokenizer_sha256": tokenizer_sha256(judge.tokenizer),
+        "backend": "server" if server else "in process",
+        "scale": str(settings.scale),
+        "anchors": list(settings.anchors),
+        "template_sha256": settings.template.sha256,
+        "renormalise": settings.renormalise,
+        "force": judge.force,
+        "sampling": {
+            "n": sampling.n,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_new_tokens": sampling.max_new_tokens,
+            "seed": sampling.seed,
+        },
+        "benchmarks": {b.name: {"rows": len(b.prompts), "sha256": b.sha256} for b in benchmarks},
+    }
+
+
+def weights_sha256(model: str) -> str | None:
+    """Of every weight file's name, size, first and last MiB; None for a model that is not a local folder."""
+    folder = Path(model)
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]) if folder.is_dir() else []
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(_FINGERPRINT_BYTES)
+            file.seek(max(0, size - _FINGERPRINT_BYTES))
+            digest.update(f"{path.name}/{size}/".encode() + head + file.read())
+    return digest.hexdigest()
+
+
+def judge_all(
+    judge: Judge, benchmarks: Sequence[Benchmark], path: Path, identity: Mapping[str, Any], *, batch_size: int
+) -> PredictionStore:
+    """Judge what is not in the file yet; every batch is in it once it is judged."""
+    store = PredictionStore(path, identity)
+    total = sum(len(b.prompts) for b in benchmarks)
+    reader: ScoreReader = judge.reader
+    if store.done:
+        logger.info("%s holds %d of %d judgements; going on", path, len(store.done), total)
+    with tqdm(total=total, initial=len(store.done), desc="judged", unit="judgement", file=sys.stderr) as bar:
+        for benchmark in benchmarks:
+            left = [
+                (prompt, group)
+                for prompt, group in zip(benchmark.prompts, benchmark.groups)
+                if (benchmark.name, prompt.row) not in store.done
+            ]
+            bar.set_postfix_str(benchmark.name)
+            for start in range(0, len(left), batch_size):
+                prompts, groups = zip(*left[start : start + batch_size])
+                store.append(
+                    predict(
+                        judge.backend,
+                        benchmark.name,
+                        prompts,
+                        groups,
+                        judge.sampling,
+                        reader=reader,
+                        renormalise=judge.settings.renormalise,
+                        force=judge.force,
+                    )
+                )
+                bar.update(len(prompts))
+    store.close()
+    return store
+
+
+def run(args: argparse.Namespace, backend: JudgeBackend | None = None) -> str:
+    """Evaluate; returns the table. backend: see `make_judge`."""
+    with make_judge(args, backend) as judge:
+        benchmarks = load_benchmarks(args, judge)
+        identity = identity_of(args.model, judge, benchmarks, server=bool(args.server))
+        try:
+            args.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EvaluationError(f"--output_dir {args.output_dir} cannot be made: {error.strerror}") from error
+        try:
+            store = judge_all(judge, benchmarks, args.output_dir / PREDICTIONS, identity, batch_size=args.batch_size)
+        except OSError as error:
+            raise RunError(f"{args.output_dir} cannot be written: {error}; the same command goes on") from error
+    predictions = [store.done[b.name, prompt.row] for b in benchmarks for prompt in b.prompts]
+    method = args.method or Path(args.model).name
+    settings = settings_of(identity, seed=args.seed, n_resamples=args.n_resamples, confidence=args.confidence)
+    results = write_report(args.output_dir, identity, predictions, settings, method=method, training=args.training)
+    return paper_table([NamedResults(method=method, training=args.training, results=results)])
+
+
+def compare(args: argparse.Namespace) -> str:
+    """Compare finished evaluations; returns the Markdown that is also written to --output_dir, if one is given."""
+    text, content = compare_runs(
+        [load_run(folder) for folder in args.compare],
+        seed=args.seed,
+        n_resamples=args.n_resamples,
+        confidence=args.confidence,
+    )
+    if args.output_dir is not None:
+        write_comparison(args.output_dir, text, content)
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 the engine, the server or the disk failed, 2 the input is wrong, 130 interrupted."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
+    args = parse_args(argv)
+    try:
+        check(args)
+        print(run(args) if args.compare is None else compare(args))
+    except (ValueError, RunError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1 if isinstance(error, RunError) else 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on where it stopped\n")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

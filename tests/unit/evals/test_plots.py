@@ -1,0 +1,61 @@
+"""Plots: a figure for everything, also where nothing can be shown, and the numbers that stand in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.evals import plots
+from real_openrlhf.evals.results import Settings, evaluate
+from tests.helpers.predictions import make_prediction, make_predictions
+
+SETTINGS = Settings(scale=ScoreScale.parse("1-5"), n_resamples=10)
+NOTHING = [make_prediction(i, 4.0, None, None) for i in range(3)]
+
+
+@pytest.mark.parametrize("rows", [make_predictions(30), NOTHING, [make_prediction(0)]])
+def test_every_plot_is_written(tmp_path: Path, rows) -> None:
+    paths = plots.write_plots(tmp_path / "plots", rows, evaluate(rows, SETTINGS), SETTINGS)
+    kinds = ("flask_scatter", "flask_reliability", "flask_confusion", "error_by_benchmark")
+    assert [path.stem for path in paths] == list(kinds)
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def texts(axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+def test_confusion_counts_decisions_by_label() -> None:
+    rows = [
+        make_prediction(0, 3.0, [0, 0, 1, 0, 0], 3.0),
+        make_prediction(1, 3.0, [0, 0, 0, 1, 0], 3.0),
+        make_prediction(2, 10 / 3, [0, 0, 1, 0, 0], None),
+    ]
+    figure = plots.confusion("flask", rows, SETTINGS.scale)
+    rail, standard = figure.axes[:2]
+    assert [t.get_text() for t in rail.get_xticklabels()] == ["1", "2", "3", "3.33", "4", "5"]
+    at = {tuple(int(v) for v in text.get_position()): text.get_text() for text in rail.texts}
+    assert at == {(2, 2): "1", (2, 3): "1", (3, 2): "1"}
+    assert {tuple(int(v) for v in t.get_position()): t.get_text() for t in standard.texts} == {(2, 2): "2"}
+    assert rail.images[0].get_array()[3, 2] == 0.5
+
+
+def test_many_fractional_labels_are_rounded_to_the_scale() -> None:
+    rng = np.random.default_rng(0)
+    rows = [make_prediction(i, float(rng.uniform(1, 5))) for i in range(40)]
+    axes = plots.confusion("stsb", rows, SETTINGS.scale).axes[0]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "2", "3", "4", "5"]
+    assert "nearest on the scale" in axes.get_xlabel() and sum(int(t) for t in texts(axes)) == 40
+
+
+def test_what_cannot_be_shown_is_said() -> None:
+    assert texts(plots.scatter("x", NOTHING, SETTINGS.scale).axes[0]) == ["no row has a readable score"]
+    assert texts(plots.reliability("x", NOTHING, SETTINGS).axes[0]) == [
+        "no row has a score with its whole distribution"
+    ]
+    assert texts(plots.confusion("x", NOTHING, SETTINGS.scale).axes[0]) == ["no row has a score"]
+    title = plots.scatter("x", make_predictions(20), SETTINGS.scale)._suptitle.get_text()
+    assert title == "x: 18 rows, 2 without a score are not shown"

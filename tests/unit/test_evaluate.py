@@ -1,0 +1,239 @@
+"""The evaluate command from end to end, against a scripted server: files, resuming, comparison, bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy import stats
+from transformers import LlamaConfig
+
+from real_openrlhf import evaluate
+from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.data.template import PromptTemplate
+from real_openrlhf.judge_settings import JudgeSettings
+from tests.helpers.completion_server import Behaviour, completion_server
+from tests.helpers.tokenizers import CHAT_TEMPLATE, word_tokenizer
+
+TOKENIZER = word_tokenizer(["<e", "os>"], chat_template=CHAT_TEMPLATE)
+PROBS = {"good": (0.1, 0.2, 0.6), "text": (0.2, 0.5, 0.2), "bad": (0.7, 0.2, 0.1)}
+ROWS = [
+    {"prompt": f"rate : {word}", "label": label, "group": f"q{i // 2}"}
+    for i, (word, label) in enumerate([("good", 3), ("bad", 1), ("text", 2.5), ("good", 2), ("bad", 1.5), ("text", 3)])
+]
+
+
+def says(prompt: list[int]) -> tuple[list[int], dict[int, float]]:
+    word = next(w for w in PROBS if TOKENIZER.convert_tokens_to_ids(w) in prompt)
+    label = str(1 + max(range(3), key=PROBS[word].__getitem__))
+    row = {TOKENIZER.convert_tokens_to_ids(digit): p for digit, p in zip("123", PROBS[word])}
+    return TOKENIZER.encode(f"a . So the overall score is {label} <eos>", add_special_tokens=False), row
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "judge"
+    path.mkdir()
+    TOKENIZER.save_pretrained(path)
+    LlamaConfig(vocab_size=len(TOKENIZER)).save_pretrained(path)
+    (path / "model.safetensors").write_bytes(b"weights")
+    JudgeSettings(
+        scale=ScoreScale.parse("1-3"),
+        anchors=("So the overall score is ",),
+        end_ids=(TOKENIZER.eos_token_id,),
+        template=PromptTemplate(apply_chat_template=True),
+        max_new_tokens=20,
+    ).save(path)
+    return path
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def run(model: Path, tmp_path: Path):
+    """run(*flags): judges two benchmarks into <tmp_path>/out; `run.server` counts the requests."""
+    write(tmp_path / "a.jsonl", ROWS)
+    write(tmp_path / "b.jsonl", list(reversed(ROWS)))
+    behaviour = Behaviour(model=says)
+    with completion_server(behaviour) as url:
+
+        def call(*flags: str, out: str = "out") -> int:
+            names = [] if "--benchmark" in flags else ["--benchmark", f"flask={tmp_path / 'a.jsonl'}",
+                                                       f"mt_bench={tmp_path / 'b.jsonl'}"]  # fmt: skip
+            base = ["--model", str(model), "--server", url, "--output_dir", str(tmp_path / out)]
+            return evaluate.main([*base, *names, "--n_resamples", "40", *flags])
+
+        call.server = behaviour  # type: ignore[attr-defined]
+        yield call
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_everything_is_written(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--method", "Tiny", "--training", "SFT") == 0
+    out = tmp_path / "out"
+    header, *rows = lines(out / "predictions.jsonl")
+    assert set(header["identity"]["benchmarks"]) == {"flask", "mt_bench"} and header["identity"]["scale"] == "1,2,3"
+    assert [(r["benchmark"], r["row"], r["label"], r["group"]) for r in rows[:6]] == [
+        ("flask", i, row["label"], row["group"]) for i, row in enumerate(ROWS)
+    ]
+    first = rows[0]
+    assert first["expected"] == pytest.approx(0.1 + 0.4 + 1.8) and first["decoded"] == 3.0
+    assert first["distribution"] == pytest.approx([0.1, 0.2, 0.6]) and first["mass"] == pytest.approx(0.9)
+    (sample,) = first["samples"]
+    assert sample["feedback"] == "a ." and not sample["forced"]
+    assert TOKENIZER.decode(sample["token_ids"][: sample["position"]]).endswith("score is")
+
+    results = json.loads((out / "results.json").read_text())
+    want = stats.pearsonr([r["expected"] for r in rows[:6]], [r["label"] for r in ROWS]).statistic
+    found = results["benchmarks"]["flask"]["scores"]["expected"]["pearson"]
+    assert found["estimate"] == pytest.approx(want) and found["low"] <= want <= found["high"]
+    assert results["benchmarks"]["flask"]["n_groups"] == 3
+    table = {(r["benchmark"], r["reading"], r["metric"]): r for r in csv.DictReader((out / "results.csv").open())}
+    assert float(table["flask", "expected", "pearson"]["estimate"]) == pytest.approx(want)
+    markdown = (out / "results.md").read_text()
+    assert "| Tiny | SFT | RAIL |" in markdown and "| FLASK r | ρ | τ | MT Bench r |" in markdown  # noqa: RUF001
+    assert f"| {100 * want:.1f} |" in markdown and "Average r" in markdown
+    plots = {f"{b}_{kind}.png" for b in ("flask", "mt_bench") for kind in ("scatter", "reliability", "confusion")}
+    assert {p.name for p in (out / "plots").iterdir()} == plots | {"error_by_benchmark.png"}
+    shown = capsys.readouterr()
+    assert "| Tiny | SFT | Standard |" in shown.out and "12/12" in shown.err
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(run, tmp_path: Path) -> None:
+    assert run("--batch_size", "2") == 0
+    path = tmp_path / "out" / "predictions.jsonl"
+    whole = path.read_bytes()
+    wanted = (tmp_path / "out" / "results.json").read_text()
+    # Killed in the middle of writing the sixth judgement.
+    kept = whole.splitlines(keepends=True)
+    path.write_bytes(b"".join(kept[:6]) + kept[6][:40])
+    before = len(run.server.requests)
+    assert run("--batch_size", "5") == 0
+    assert len(run.server.requests) - before == 7
+    assert path.read_bytes() == whole and (tmp_path / "out" / "results.json").read_text() == wanted
+    # Finished: nothing is judged again.
+    assert run() == 0 and len(run.server.requests) - before == 7
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--seed", "3"), "sampling"),
+        (("--max_samples", "2"), "benchmarks"),
+        (("--no_force",), "force"),
+        (("--renormalise",), "renormalise"),
+    ],
+)
+def test_other_settings_do_not_continue_a_file(run, capsys, flags: tuple[str, ...], message: str) -> None:
+    assert run() == 0
+    assert run(*flags) == 2
+    assert f"holds another evaluation and cannot be continued: {message}" in capsys.readouterr().err
+
+
+def test_other_weights_do_not_continue_a_file(run, model: Path, capsys) -> None:
+    assert run() == 0
+    (model / "model.safetensors").write_bytes(b"other!!")
+    assert run() == 2
+    assert "weights_sha256" in capsys.readouterr().err
+
+
+def test_a_file_that_is_none_of_ours_is_left_alone(run, tmp_path: Path, capsys) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "predictions.jsonl").write_text('{"a": 1}\n')
+    assert run() == 2
+    assert "its first line is not their header" in capsys.readouterr().err
+    assert (tmp_path / "out" / "predictions.jsonl").read_text() == '{"a": 1}\n'
+
+
+def test_two_runs_are_compared_in_pairs(run, tmp_path: Path, capsys) -> None:
+    assert run(out="one") == 0 and run("--renormalise", "--method", "other", out="two") == 0
+    PROBS_WERE = dict(PROBS)
+    try:
+        PROBS["text"] = (0.05, 0.4, 0.5)
+        assert run("--seed", "1", "--method", "better", out="three") == 0
+    finally:
+        PROBS.update(PROBS_WERE)
+    capsys.readouterr()
+    folders = [str(tmp_path / name) for name in ("one", "three")]
+    assert evaluate.main(["--compare", *folders, "--output_dir", str(tmp_path / "c"), "--n_resamples", "40"]) == 0
+    text = capsys.readouterr().out
+    assert text.rstrip() == (tmp_path / "c" / "comparison.md").read_text().rstrip()
+    assert "## better less judge" in text
+    content = json.loads((tmp_path / "c" / "comparison.json").read_text())
+    found = content["comparisons"][0]["benchmarks"]["flask"]["expected/mae"]
+    one, three = (
+        json.loads((tmp_path / name / "results.json").read_text())["benchmarks"]["flask"]["scores"]["expected"]["mae"]
+        for name in ("one", "three")
+    )
+    assert found["difference"] == pytest.approx(three["estimate"] - one["estimate"]) and found["low"] <= found["high"]
+    assert evaluate.main(["--compare", *[str(tmp_path / n) for n in ("one", "two")]]) == 2
+    assert "renormalise is False in the first and True in the second" in capsys.readouterr().err
+    assert evaluate.main(["--compare", str(tmp_path / "one"), str(tmp_path)]) == 2
+    assert "there is no results.json of a finished evaluation (none ran)" in capsys.readouterr().err
+
+
+def test_constant_labels_are_said_in_words(run, tmp_path: Path, capsys) -> None:
+    write(tmp_path / "a.jsonl", [{**row, "label": 2} for row in ROWS])
+    assert run("--benchmark", f"flask={tmp_path / 'a.jsonl'}") == 0
+    shown = capsys.readouterr().out
+    assert "(1) undefined: all labels are 2" in shown and "nan" not in shown.lower()
+    text = (tmp_path / "out" / "results.json").read_text()
+    found = json.loads(text)["benchmarks"]["flask"]["scores"]["expected"]["pearson"]
+    assert found["estimate"] is None and found["note"] == "undefined: all labels are 2"
+    assert "NaN" not in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--benchmark", "flsk"), r"there is no file 'flsk' (did you mean 'flask'?)"),
+        (("--benchmark", "flask=nowhere.parquet"), "nowhere.parquet: there is no such file"),
+        (("--benchmark", "flask=x", "flask=y"), "two benchmarks are named 'flask'"),
+        (("--benchmark", "average=x"), "cannot be named 'average'"),
+        (("--label_key", "score"), "column 'score': no such column"),
+        (("--group_key", "question"), "--group_key: no such column"),
+        (("--n", "0"), "--n must be at least 1"),
+        (("--max_new_tokens", "4090"), "--max_"),
+        (("--scale", "1-5"), "drop --scale"),
+        (("--confidence", "1"), "--confidence must lie between 0 and 1"),
+        (("--compare", "x", "y"), "drop --model and --benchmark"),
+    ],
+)
+def test_wrong_flags_are_named(run, capsys, flags: tuple[str, ...], message: str) -> None:
+    assert run(*flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and "--data." not in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "rate : good", "label": 4}], "line 1, column 'label': 4.0 is off the scale [1, 3]"),
+        ([{"prompt": "rate : good"}], "no such column"),
+        ([], "the file is empty"),
+        ([{"prompt": "rate : good", "label": "high"}], "'high' is not a number"),
+    ],
+)
+def test_wrong_files_are_named(run, tmp_path: Path, capsys, rows: list[dict[str, Any]], message: str) -> None:
+    path = write(tmp_path / "wrong.jsonl", rows)
+    assert run("--benchmark", f"x={path}") == 2
+    error = capsys.readouterr().err
+    assert "wrong.jsonl" in error and message in error
+
+
+def test_what_is_missing_is_named(capsys) -> None:
+    given = ["--model", "m", "--benchmark", "x=y"]
+    for flags, name in ((given[:0], "model"), (given[:2], "benchmark"), (given, "output_dir")):
+        assert evaluate.main(flags) == 2
+        assert f"--{name} is required" in capsys.readouterr().err
+    assert evaluate.main(["--compare", "one"]) == 2
+    assert "two output folders or more" in capsys.readouterr().err
