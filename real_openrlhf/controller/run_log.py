@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
@@ -184,7 +185,7 @@ class RunLog:
         _write(self._metrics, line)
         shown = {_tag(phase, name): line[name] for name in metrics if line[name] is not None}
         for sink in list(self._sinks):
-            self._to(sink, step, lambda sink=sink: sink.log(step, shown))
+            self._to(sink, step, partial(sink.log, step, shown))
 
     def _to(self, sink: _TensorBoard | _Wandb, step: int, record: Callable[[], None]) -> None:
         try:
@@ -207,7 +208,7 @@ class RunLog:
         """Judgements to read and plots (name -> path of a PNG) of an evaluation, where a record takes such things."""
         for sink in list(self._sinks):
             if isinstance(sink, _Wandb):
-                self._to(sink, step, lambda sink=sink: sink.log_evaluation(step, samples, plots))
+                self._to(sink, step, partial(sink.log_evaluation, step, samples, plots))
 
     def close(self) -> None:
         """Flush and close everything; safe to call twice."""

@@ -179,7 +179,9 @@ def test_controller_settings_follow_their_flags() -> None:
     assert got == {"total_steps": 2, "seeded": True, "keep": "all", "refill": False, "max_refills": 4}
     assert (settings.min_mass, settings.min_readable, settings.dead_steps) == (0.5, 0.25, 0)
     assert (settings.eval_steps, settings.n_samples, settings.logging_steps) == (-1, 9, 3)
-    assert settings.renormalise
+    assert settings.renormalise and not settings.eval_beside
+    own = config_of("--eval.dataset", "e", "--eval.engine", "own")
+    assert controller_settings(own, batch_plan(own, 1000)).eval_beside
 
 
 @pytest.mark.parametrize(
@@ -234,7 +236,11 @@ def test_the_evaluator_uses_its_own_flags(flags: list[str]) -> None:
     inputs = inputs_of(flags, "--eval.n_samples_per_prompt", "3", "--eval.seed", "9", "--eval.top_p", "0.8")
     spec = evaluator_spec(inputs)
     assert spec.sampling == Sampling(n=3, temperature=1.0, top_p=0.8, max_new_tokens=8, seed=9)
-    assert len(spec.prompts) == 6 and str(spec.scale) == "1,2,3,4,5"
+    (benchmark,) = spec.benchmarks
+    assert len(benchmark.prompts) == 6 and str(spec.reader.bound.scale) == "1,2,3,4,5"
+    assert not spec.force and not spec.plots
+    asked = evaluator_spec(inputs_of(flags, "--eval.force_anchor", "--logger.wandb.mode", "offline"))
+    assert asked.force and asked.plots
 
 
 def test_probes_are_the_ends_of_the_first_prompts(flags: list[str]) -> None:

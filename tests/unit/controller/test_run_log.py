@@ -7,10 +7,12 @@ import json
 import logging
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from real_openrlhf.controller.run_log import REDACTED, RunLog, RunLogError, WandbSettings, redact
 
@@ -73,6 +75,12 @@ def test_samples(tmp_path):
     assert first["not_finite"] == ["distribution.1"]
     assert first["text"].startswith("gut ") and first["text"].endswith("ä")
     assert second == {"step": 2, "text": "b"}
+
+
+def test_an_evaluation_needs_no_record_that_shows_pictures(tmp_path):
+    with run_log(tmp_path) as log:
+        log.log_evaluation(1, [{"row": 1}], {"scatter": "missing.png"})
+    assert lines(tmp_path / "metrics.jsonl") == []
 
 
 def test_redact():
@@ -272,7 +280,18 @@ def test_wandb_offline_keeps_no_key(tmp_path, monkeypatch, caplog):
     except RunLogError as error:
         pytest.skip(f"the wandb service cannot start here: {error}")
     log.log(1, "train", {"reward/mean": 0.5})
+    Image.new("RGB", (2, 2)).save(tmp_path / "plot.png")
+    samples = [{"row": 3, "text": "fine", "distribution": [0.5, 0.5]}, {"row": 4, "text": "", "distribution": None}]
+    log.log_evaluation(1, samples, {"flask_scatter": str(tmp_path / "plot.png")})
     log.close()
+    assert "stopped recording" not in caplog.text
+    media = [p.relative_to(tmp_path).as_posix() for p in (tmp_path / "out" / "wandb").rglob("media/**/*.*")]
+    assert [p.suffix for p in map(Path, media) if "eval/plots/flask_scatter" in str(p)] == [".png"]
+    (table,) = (p for p in media if p.endswith(".table.json"))
+    assert json.loads((tmp_path / table).read_text()) == {
+        "columns": ["row", "text", "distribution"],
+        "data": [[3, "fine", "[0.5, 0.5]"], [4, "", None]],
+    }
     (record,) = (tmp_path / "out" / "wandb").glob("offline-run-*/run-*.wandb")
     # The service of wandb writes its last block a moment after finish() has returned.
     deadline = time.monotonic() + 60
