@@ -114,10 +114,10 @@ def load_benchmarks(
     """The held-out benchmarks of --eval.dataset; none without it. Checks that the best checkpoint's metric exists."""
     if config.eval.dataset is None:
         return ()
-    room = config.rollout.max_new_tokens + bound.extra_tokens
+    room = bound.extra_tokens
     if config.eval.force_anchor:
         reader = ScoreReader.build(bound, tokenizer, end_token_ids(config.actor.model_name_or_path, tokenizer))
-        room += room_for_forcing(reader)
+        room = room_for_forcing(reader)
     sources = parse_benchmarks([config.eval.dataset], "--eval.dataset")
     metric, names = config.ckpt.best_metric, metric_names(list(sources))
     if metric is not None and metric not in names:
@@ -130,7 +130,7 @@ def load_benchmarks(
             name,
             source,
             group_key=None,
-            max_prompt_tokens=config.data.max_len - room,
+            max_prompt_tokens=config.data.max_len - config.rollout.max_new_tokens - room,
             max_samples=config.eval.max_samples,
             **_reading(config, tokenizer, template),
         )
