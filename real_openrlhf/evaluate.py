@@ -169,7 +169,7 @@ def identity_of(model: str, judge: Judge, benchmarks: Sequence[Benchmark], *, se
     """What must be the same to go on with an evaluation, and what `evals.report.settings_of` reads."""
     settings, sampling = judge.settings, judge.sampling
     return {
-        "model": model,
+        "model": name_of(model),
         "model_sha256": model_config_sha256(AutoConfig.from_pretrained(model).to_dict()),
         "weights_sha256": weights_sha256(model),
         "tokenizer_sha256": tokenizer_sha256(judge.tokenizer),
@@ -188,6 +188,15 @@ def identity_of(model: str, judge: Judge, benchmarks: Sequence[Benchmark], *, se
         },
         "benchmarks": {b.name: {"rows": len(b.prompts), "sha256": b.sha256} for b in benchmarks},
     }
+
+
+def name_of(model: str) -> str:
+    """A hub id as it is; a folder's name, or its parent's for the "model" of a training run."""
+    path = Path(model)
+    if not path.is_dir():
+        return model
+    path = path.resolve()
+    return path.parent.name if path.name == "model" else path.name
 
 
 def weights_sha256(model: str) -> str | None:
@@ -256,7 +265,7 @@ def run(args: argparse.Namespace, backend: JudgeBackend | None = None) -> str:
         except OSError as error:
             raise RunError(f"{args.output_dir} cannot be written: {error}; the same command goes on") from error
     predictions = [store.done[b.name, prompt.row] for b in benchmarks for prompt in b.prompts]
-    method = args.method or Path(args.model).name
+    method = args.method or name_of(args.model)
     settings = settings_of(identity, seed=args.seed, n_resamples=args.n_resamples, confidence=args.confidence)
     results = write_report(args.output_dir, identity, predictions, settings, method=method, training=args.training)
     return paper_table([NamedResults(method=method, training=args.training, results=results)])
