@@ -224,7 +224,7 @@ def judge_all(
     reader: ScoreReader = judge.reader
     if store.done:
         logger.info("%s holds %d of %d judgements; going on", path, len(store.done), total)
-    with tqdm(total=total, initial=len(store.done), desc="judged", unit="judgement", file=sys.stderr) as bar:
+    with tqdm(total=total, initial=len(store.done), desc="judged", unit=" judgements", file=sys.stderr) as bar:
         for benchmark in benchmarks:
             left = [
                 (prompt, group)

@@ -145,8 +145,8 @@ def flat_metrics(predictions: Sequence[Prediction], settings: Settings) -> dict[
         values = np.asarray(known, dtype=np.float64).reshape(-1, 2)
         value = _function(name)(values[:, 0], values[:, 1]) if len(known) else None
         metrics[f"{reading}/{name}" if reading else name] = value
-        if reading:
-            metrics[f"{reading}/n"] = len(known)
+    for reading in READINGS:
+        metrics[f"{reading}/n"] = sum(getattr(p, reading) is not None for p in predictions)
     masses = [p.mass for p in predictions if p.mass is not None]
     metrics["mass"] = sum(masses) / len(masses) if masses else None
     metrics["n"] = len(predictions)

@@ -237,3 +237,10 @@ def test_what_is_missing_is_named(capsys) -> None:
         assert f"--{name} is required" in capsys.readouterr().err
     assert evaluate.main(["--compare", "one"]) == 2
     assert "two output folders or more" in capsys.readouterr().err
+
+
+def test_names_of_models(tmp_path: Path) -> None:
+    (tmp_path / "real-1" / "model").mkdir(parents=True)
+    assert evaluate.name_of(str(tmp_path / "real-1" / "model")) == "real-1"
+    assert evaluate.name_of(str(tmp_path / "real-1") + "/") == "real-1"
+    assert evaluate.name_of("owner/model") == "owner/model"
