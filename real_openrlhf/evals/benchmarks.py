@@ -103,7 +103,8 @@ def load_benchmark(
 
 
 def _groups(source: str, rows: Sequence[int], key: str | None) -> tuple[str, ...]:
-    wanted, found = set(rows), {}
+    wanted = set(rows)
+    found: dict[int, str] = {}
     for index, row in enumerate(read_rows(source)):
         if index not in wanted:
             continue

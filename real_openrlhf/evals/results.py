@@ -86,9 +86,10 @@ class Results:
 
 def evaluate(predictions: Sequence[Prediction], settings: Settings) -> Results:
     """All metrics of all benchmarks that occur in the predictions. Raises EvaluationError without any."""
-    parts = {name: _resample_all([rows], settings, name) for name, rows in by_benchmark(predictions).items()}
+    grouped = by_benchmark(predictions)
+    parts = {name: _resample_all([rows], settings, name) for name, rows in grouped.items()}
     benchmarks = []
-    for name, rows in by_benchmark(predictions).items():
+    for name, rows in grouped.items():
         estimates = {
             key: _estimate(single_interval([part], confidence=settings.confidence), why_undefined(rows, key, settings))
             for key, part in parts[name].items()

@@ -249,3 +249,18 @@ def test_find_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "step_2" / "policy" / "rows.txt").unlink()
     with pytest.raises(CheckpointError):
         find_checkpoint(tmp_path, "latest", now, metric=METRIC, force=False)
+
+
+@pytest.mark.parametrize(
+    ("metric", "higher"),
+    [
+        ("expected/pearson", True),
+        ("flask/expected/accuracy", True),
+        ("mass", True),
+        ("flask/decoded/rmse", False),
+        ("expected/ece", False),
+        ("invalid_rate", False),
+    ],
+)
+def test_whether_more_is_better(tmp_path: Path, metric: str, higher: bool) -> None:
+    assert make_store(tmp_path, keep=1, metric=metric).higher_is_better is higher
