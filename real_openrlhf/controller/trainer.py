@@ -221,7 +221,7 @@ class Controller:
         if signal is not None or (saver is not None and (saver.uses_evaluations or saver.is_due(step, None))):
             # It may decide the best, and no checkpoint holds an evaluation that is under way.
             self._finish_evaluation()
-        evaluation = self.last_eval if self._evaluated_at == self.step_number else None
+        evaluation = self.last_eval if self._evaluated_at == step and self._evaluating is None else None
         saved = False
         if self.saver is not None and (signal is not None or self.saver.is_due(self.step_number, evaluation)):
             saved = self.saver.save(self.step_number, evaluation)
