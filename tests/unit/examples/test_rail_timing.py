@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tests.helpers.tokenizers import word_tokenizer
 _SPEC = importlib.util.spec_from_file_location("rail_timing", Path(__file__).parents[3] / "examples" / "rail_timing.py")
 assert _SPEC and _SPEC.loader
 rail_timing = importlib.util.module_from_spec(_SPEC)
+sys.modules[_SPEC.name] = rail_timing  # dataclasses look their module up
 _SPEC.loader.exec_module(rail_timing)
 
 TOKENIZER = word_tokenizer()
