@@ -25,7 +25,7 @@ from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.checkpoint.compat import model_config_sha256, tokenizer_sha256
 from real_openrlhf.errors import RunError
 from real_openrlhf.evals.benchmarks import Benchmark, load_benchmark, parse_benchmarks
-from real_openrlhf.evals.predictions import EvaluationError, PredictionStore
+from real_openrlhf.evals.predictions import EvaluationError, Prediction, PredictionStore
 from real_openrlhf.evals.report import (
     PREDICTIONS,
     compare_runs,
@@ -37,7 +37,7 @@ from real_openrlhf.evals.report import (
 from real_openrlhf.evals.tables import NamedResults, paper_table
 from real_openrlhf.judge.cli_model import add_model, chosen_settings, read_key
 from real_openrlhf.judge.judge import Judge
-from real_openrlhf.judge.predict import predict
+from real_openrlhf.judge.predict import predict, predict_given
 from real_openrlhf.judge.types import JudgeBackend
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     judging.add_argument("--seed", type=int, default=0, help="of sampled generations, and of the intervals")
     judging.add_argument("--no_force", action="store_true", help="leave generations without a score as they are")
     judging.add_argument("--renormalise", action="store_true", default=None, help="E[score] of the scale alone")
+    judging.add_argument("--feedback_of", type=Path, metavar="RUN", help="read the scores of that run's feedback anew")
     judging.add_argument("--batch_size", type=int, default=64, help="prompts that are judged and written at a time")
     server = parser.add_argument_group("server")
     server.add_argument("--server", help="address of an OpenAI-compatible server of --model, whose tokenizer is used")
@@ -165,7 +166,9 @@ def load_benchmarks(args: argparse.Namespace, judge: Judge) -> list[Benchmark]:
         raise EvaluationError(message) from error
 
 
-def identity_of(model: str, judge: Judge, benchmarks: Sequence[Benchmark], *, server: bool) -> dict[str, Any]:
+def identity_of(
+    model: str, judge: Judge, benchmarks: Sequence[Benchmark], *, server: bool, feedback_of: Path | None = None
+) -> dict[str, Any]:
     """What must be the same to go on with an evaluation, and what `evals.report.settings_of` reads."""
     settings, sampling = judge.settings, judge.sampling
     return {
@@ -186,6 +189,7 @@ def identity_of(model: str, judge: Judge, benchmarks: Sequence[Benchmark], *, se
             "max_new_tokens": sampling.max_new_tokens,
             "seed": sampling.seed,
         },
+        "feedback_sha256": None if feedback_of is None else _sha256(feedback_of / PREDICTIONS),
         "benchmarks": {b.name: {"rows": len(b.prompts), "sha256": b.sha256} for b in benchmarks},
     }
 
@@ -215,10 +219,41 @@ def weights_sha256(model: str) -> str | None:
     return digest.hexdigest()
 
 
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def earlier_predictions(folder: Path, benchmarks: Sequence[Benchmark]) -> dict[tuple[str, int], Prediction]:
+    """Those of --feedback_of. EvaluationError unless every row of the benchmarks is there, with its label."""
+    found = {p.key: p for p in load_run(folder).predictions}
+    for benchmark in benchmarks:
+        for prompt in benchmark.prompts:
+            prediction = found.get((benchmark.name, prompt.row))
+            if prediction is None or prediction.label != prompt.label:
+                raise EvaluationError(
+                    f"--feedback_of {folder}: row {prompt.row} of {benchmark.name} is missing there, or has another "
+                    "label; give the same benchmarks"
+                )
+    return found
+
+
+def largest_difference(store: PredictionStore, earlier: Mapping[tuple[str, int], Prediction]) -> str:
+    """How far the scores of the same feedback lie apart, as a sentence."""
+    pairs = [(p.expected, earlier[key].expected) for key, p in store.done.items()]
+    gaps = [abs(a - b) for a, b in pairs if a is not None and b is not None]
+    return f"E[score] of the same feedback differs by at most {max(gaps, default=0.0):.2e} over {len(gaps)} rows"
+
+
 def judge_all(
-    judge: Judge, benchmarks: Sequence[Benchmark], path: Path, identity: Mapping[str, Any], *, batch_size: int
+    judge: Judge,
+    benchmarks: Sequence[Benchmark],
+    path: Path,
+    identity: Mapping[str, Any],
+    *,
+    batch_size: int,
+    earlier: Mapping[tuple[str, int], Prediction] | None = None,
 ) -> PredictionStore:
-    """Judge what is not in the file yet; every batch is in it once it is judged."""
+    """Judge what is not in the file yet; every batch is in it once it is judged. earlier: see `predict_given`."""
     store = PredictionStore(path, identity)
     total = sum(len(b.prompts) for b in benchmarks)
     reader: ScoreReader = judge.reader
@@ -234,18 +269,13 @@ def judge_all(
             bar.set_postfix_str(benchmark.name)
             for start in range(0, len(left), batch_size):
                 prompts, groups = zip(*left[start : start + batch_size])
-                store.append(
-                    predict(
-                        judge.backend,
-                        benchmark.name,
-                        prompts,
-                        groups,
-                        judge.sampling,
-                        reader=reader,
-                        renormalise=judge.settings.renormalise,
-                        force=judge.force,
-                    )
-                )
+                options: dict[str, Any] = dict(reader=reader, renormalise=judge.settings.renormalise)
+                if earlier is None:
+                    named = (judge.backend, benchmark.name, prompts, groups, judge.sampling)
+                    store.append(predict(*named, force=judge.force, **options))
+                else:
+                    given = [earlier[benchmark.name, prompt.row] for prompt in prompts]
+                    store.append(predict_given(judge.backend, given, prompts, judge.sampling, **options))
                 bar.update(len(prompts))
     store.close()
     return store
@@ -255,15 +285,20 @@ def run(args: argparse.Namespace, backend: JudgeBackend | None = None) -> str:
     """Evaluate; returns the table. backend: see `make_judge`."""
     with make_judge(args, backend) as judge:
         benchmarks = load_benchmarks(args, judge)
-        identity = identity_of(args.model, judge, benchmarks, server=bool(args.server))
+        earlier = None if args.feedback_of is None else earlier_predictions(args.feedback_of, benchmarks)
+        identity = identity_of(args.model, judge, benchmarks, server=bool(args.server), feedback_of=args.feedback_of)
         try:
             args.output_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise EvaluationError(f"--output_dir {args.output_dir} cannot be made: {error.strerror}") from error
         try:
-            store = judge_all(judge, benchmarks, args.output_dir / PREDICTIONS, identity, batch_size=args.batch_size)
+            store = judge_all(
+                judge, benchmarks, args.output_dir / PREDICTIONS, identity, batch_size=args.batch_size, earlier=earlier
+            )
         except OSError as error:
             raise RunError(f"{args.output_dir} cannot be written: {error}; the same command goes on") from error
+    if earlier is not None:
+        logger.info("%s", largest_difference(store, earlier))
     predictions = [store.done[b.name, prompt.row] for b in benchmarks for prompt in b.prompts]
     method = args.method or name_of(args.model)
     settings = settings_of(identity, seed=args.seed, n_resamples=args.n_resamples, confidence=args.confidence)

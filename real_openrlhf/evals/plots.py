@@ -202,13 +202,14 @@ def _limits(scale: ScoreScale, scores: np.ndarray) -> tuple[float, float]:
 
 def _mean_line(axes: Any, labels: np.ndarray, scores: np.ndarray, scale: ScoreScale) -> None:
     """Mean E[score] per label, labels rounded to the scale where they are too many."""
-    keys = labels
+    keys, name = labels, "mean per label"
     if len(np.unique(labels)) > MANY * len(scale):
+        name += ", rounded"
         keys = np.asarray([scale.values[decide(value, scale)] for value in labels])
     points = [(key, scores[keys == key].mean()) for key in np.unique(keys)]
     if points:
         x, y = zip(*points)
-        axes.plot(x, y, color="#b3261e", marker="D", markersize=5, linewidth=1.2, zorder=3, label="mean per label")
+        axes.plot(x, y, color="#b3261e", marker="D", markersize=5, linewidth=1.2, zorder=3, label=name)
 
 
 def _columns(rows: Sequence[Prediction], scale: ScoreScale) -> tuple[list[float], list[int], bool]:

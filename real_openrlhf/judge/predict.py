@@ -10,7 +10,7 @@ from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.evals.predictions import Prediction, SampledFeedback
-from real_openrlhf.judge.scoring import average, score_prompts
+from real_openrlhf.judge.scoring import average, score_given, score_prompts
 from real_openrlhf.judge.types import JudgeBackend, Judgement
 
 
@@ -31,6 +31,38 @@ def predict(
     return [
         prediction(benchmark, prompt, group, judgements, scale)
         for prompt, group, judgements in zip(prompts, groups, judged, strict=True)
+    ]
+
+
+def predict_given(
+    backend: JudgeBackend,
+    earlier: Sequence[Prediction],
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    reader: ScoreReader,
+    renormalise: bool,
+) -> list[Prediction]:
+    """The same feedback, its scores read anew by this backend; earlier: of the prompts, in their order.
+
+    A generation without a score has nothing to be read behind and is left out; a prediction without any stays.
+    """
+    jobs = [
+        (i, sample.token_ids[: sample.position])
+        for i, prediction in enumerate(earlier)
+        for sample in prediction.samples
+        if sample.position is not None
+    ]
+    feedback = [ids for _, ids in jobs]
+    read = score_given(
+        backend, [prompts[i] for i, _ in jobs], feedback, sampling, reader=reader, renormalise=renormalise
+    )
+    found: dict[int, list[Judgement]] = {}
+    for (i, _), judged in zip(jobs, read):
+        found.setdefault(i, []).append(judged)
+    return [
+        prediction(p.benchmark, prompts[i], p.group, found[i], reader.bound.scale) if i in found else p
+        for i, p in enumerate(earlier)
     ]
 
 

@@ -30,7 +30,8 @@ def says(prompt: list[int]) -> tuple[list[int], dict[int, float]]:
     word = next(w for w in PROBS if TOKENIZER.convert_tokens_to_ids(w) in prompt)
     label = str(1 + max(range(3), key=PROBS[word].__getitem__))
     row = {TOKENIZER.convert_tokens_to_ids(digit): p for digit, p in zip("123", PROBS[word])}
-    return TOKENIZER.encode(f"a . So the overall score is {label} <eos>", add_special_tokens=False), row
+    said = "" if prompt[-1] == TOKENIZER.convert_tokens_to_ids("is") else "a . So the overall score is "
+    return TOKENIZER.encode(f"{said}{label} <eos>", add_special_tokens=False), row
 
 
 @pytest.fixture
@@ -179,6 +180,30 @@ def test_two_runs_are_compared_in_pairs(run, tmp_path: Path, capsys) -> None:
     assert "renormalise is False in the first and True in the second" in capsys.readouterr().err
     assert evaluate.main(["--compare", str(tmp_path / "one"), str(tmp_path)]) == 2
     assert "there is no results.json of a finished evaluation (none ran)" in capsys.readouterr().err
+
+
+def test_the_feedback_of_another_run_is_read_anew(run, tmp_path: Path, caplog, capsys) -> None:
+    caplog.set_level("INFO")
+    assert run(out="one") == 0
+    before = len(run.server.requests)
+    probs = dict(PROBS)
+    try:
+        PROBS["text"] = (0.2, 0.2, 0.5)  # E 2.1 instead of 1.8
+        assert run("--feedback_of", str(tmp_path / "one"), out="again") == 0
+    finally:
+        PROBS.update(probs)
+    assert "differs by at most 3.00e-01 over 12 rows" in caplog.text
+    _, *first = lines(tmp_path / "one" / "predictions.jsonl")
+    _, *again = lines(tmp_path / "again" / "predictions.jsonl")
+    asked = [request["prompt"] for request in run.server.requests[before:]]
+    for a, b in zip(first, again):
+        (old,), (new,) = a["samples"], b["samples"]
+        ids = old["token_ids"][: old["position"]]
+        assert new["token_ids"][: new["position"]] == ids and any(prompt[-len(ids) :] == ids for prompt in asked)
+        assert (a["row"], a["group"], a["label"]) == (b["row"], b["group"], b["label"])
+    assert run("--feedback_of", str(tmp_path / "one"), "--max_samples", "3", out="less") == 0
+    assert run("--feedback_of", str(tmp_path / "less"), out="more") == 2
+    assert "row 3 of flask is missing there" in capsys.readouterr().err
 
 
 def test_constant_labels_are_said_in_words(run, tmp_path: Path, capsys) -> None:
