@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 from real_openrlhf import evaluate
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.data.template import PromptTemplate
+from real_openrlhf.judge.benchmarking import name_of
 from real_openrlhf.judge_settings import JudgeSettings
 from tests.helpers.completion_server import Behaviour, completion_server
 from tests.helpers.tokenizers import CHAT_TEMPLATE, word_tokenizer
@@ -266,6 +267,6 @@ def test_what_is_missing_is_named(capsys) -> None:
 
 def test_names_of_models(tmp_path: Path) -> None:
     (tmp_path / "real-1" / "model").mkdir(parents=True)
-    assert evaluate.name_of(str(tmp_path / "real-1" / "model")) == "real-1"
-    assert evaluate.name_of(str(tmp_path / "real-1") + "/") == "real-1"
-    assert evaluate.name_of("owner/model") == "owner/model"
+    assert name_of(str(tmp_path / "real-1" / "model")) == "real-1"
+    assert name_of(str(tmp_path / "real-1") + "/") == "real-1"
+    assert name_of("owner/model") == "owner/model"
