@@ -77,7 +77,7 @@ def receive(actor: Any) -> dict[str, Tensor]:
         port = free_port()
         thread = threading.Thread(target=engine, args=(port,))
         thread.start()
-        actor.join_sync_group("127.0.0.1", port, 2, 60)
+        actor.join_sync_group("127.0.0.1", port, 2, "gloo", 60)
     actor.send_weights(plan)
     if actor._rank == 0:
         thread.join()

@@ -224,10 +224,11 @@ def test_colocated_engines_and_policy_take_turns(cluster: Cluster) -> None:
     sync = weight_sync(policy, [rollouts, own])
 
     class Evaluates(World):
-        def evaluate(self, version: int) -> Any:
+        def start(self, version: int) -> None:
             cluster.calls.append(("evaluate",))
             assert all(engine.awake == {"weights", "kv_cache"} for engine in cluster.engines)
-            return super().evaluate(version)
+            self.version = version  # the engines' sync is the cluster's, not this world's
+            super().start(version)
 
     policy.save_model = lambda path: None  # type: ignore[method-assign]
     run = Controller(

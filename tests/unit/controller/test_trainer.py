@@ -575,6 +575,8 @@ def test_a_batch_that_cannot_be_filled_ahead_costs_no_finished_step() -> None:
 
 def test_stopped_one_step_ahead_and_resumed_trains_on_every_prompt_once() -> None:
     class Saves:
+        uses_evaluations = False
+
         def __init__(self, run: Controller) -> None:
             self.run, self.states = run, {}
 
