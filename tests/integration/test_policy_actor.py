@@ -88,9 +88,9 @@ def reference(
         loss = policy_loss(inputs, options=LossOptions(), denominators=denominators).loss
         start = tokens.detach() if start is None else start
         k1 = tokens.detach() - start
-        k3 = (-k1.double()).exp() - 1 + k1.double()
+        k3 = ((-k1.double()).exp() - 1 + k1.double()).clamp(max=10)
         divergences.append(float(k3.sum() / batch.response_mask.sum()))
-        # Value k3, gradient k1 * grad log pi, summed over tokens.
+        # Value k3, at most 10 per token as in OpenRLHF; gradient k1 * grad log pi, summed over tokens.
         loss = loss + kl * (k3 + k1 * (tokens - tokens.detach())).sum() / len(rows)
         optimizer.zero_grad()
         loss.backward()
