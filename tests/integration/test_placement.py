@@ -13,17 +13,11 @@ from ray.cluster_utils import Cluster
 from real_openrlhf.actors.device import Device
 from real_openrlhf.actors.placement import COLOCATED_SHARE, Request, reserve
 from real_openrlhf.actors.remote import _remote
+from tests.helpers.placement_probe import Probe
 
 pytestmark = pytest.mark.integration
 CUDA = Device(name="cuda", dtype_name="bf16")
 GPU = {"GPU": 1.0, "CPU": 1.0}
-
-
-class Probe:
-    """Stands in a policy rank's, an engine's or one of its workers' place."""
-
-    def where(self) -> tuple[str, tuple[int, ...]]:
-        return ray.get_runtime_context().get_node_id(), tuple(int(i) for i in ray.get_gpu_ids())
 
 
 @pytest.fixture(scope="module")
