@@ -1,4 +1,4 @@
-"""Starts `vllm serve` for a judge with what this package's engines need: `python -m real_openrlhf.judge serve`."""
+"""Starts vLLM's server for a judge with what this package's engines need: `python -m real_openrlhf.judge serve`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def serve_command(
         **({} if device.is_cuda else {"enforce_eager": True}),
         **device.engine_options(max_model_len),
     }
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
+    # What `vllm serve` runs. The command itself asks for a distribution named vllm, which vLLM's CPU build is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     for name, value in options.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
