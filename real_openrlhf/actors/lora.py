@@ -46,7 +46,7 @@ def add_adapters(network: nn.Module, lora: Lora) -> None:
     """Freeze the network and put an adapter beside each linear layer that the targets name, as OpenRLHF does.
 
     The start depends on the seed alone, and is the same on all ranks. Raises LoraError for targets that the
-    network does not have, or that are not linear layers with a weight of their own.
+    network does not have, that are not linear layers, and for the output layer.
     """
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -59,21 +59,21 @@ def add_adapters(network: nn.Module, lora: Lora) -> None:
     shown = lora.targets if isinstance(lora.targets, str) else " ".join(lora.targets)
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of tied targets, which are refused below
+            warnings.simplefilter("ignore")  # of a tied head, which is refused below
             torch.manual_seed(lora.seed)
             inject_adapter_in_model(config, network, adapter_name=ADAPTER)  # type: ignore[arg-type]
     except ValueError as error:
         # peft prints the whole module it dislikes.
         raise LoraError(f"--ds.lora.target_modules {shown}: {str(error).splitlines()[0]}") from error
-    weights = [p for name, p in network.named_parameters(remove_duplicate=False) if name.endswith("weight")]
+    head = network.get_output_embeddings()  # type: ignore[operator]
     for name, layer in lora_layers(network).items():
+        if layer is head:
+            raise LoraError(
+                f"--ds.lora.target_modules {shown}: {name} is the output layer, which is computed in chunks from its "
+                "own weight (and may share it with the embedding); leave it out, or use all-linear"
+            )
         if type(layer) is not Linear:
             raise LoraError(f"--ds.lora.target_modules {shown}: {name} is not a linear layer")
-        if sum(p is layer.get_base_layer().weight for p in weights) > 1:
-            raise LoraError(
-                f"--ds.lora.target_modules {shown}: {name} shares its weight with another layer (a tied head), so an "
-                "adapter beside it alone cannot be merged; leave it out, or use all-linear"
-            )
     # With frozen embeddings, checkpointed activations would have no gradient path.
     network.enable_input_require_grads()  # type: ignore[operator]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 from real_openrlhf.config.convert import flags_by_name, get_value
@@ -10,12 +9,7 @@ from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.config.plan import resolve_ratio
 from real_openrlhf.config.schema import Config, LoraConfig
 
-__all__ = ["NOT_YET", "ConfigError", "validate"]
-
-# Features whose flags exist but whose code does not: flag -> (is it asked for, what to do instead).
-NOT_YET: dict[str, tuple[Callable[[Config], bool], str]] = {
-    "ds.packing_samples": (lambda c: c.ds.packing_samples, "leave it off; micro-batches hold no padding anyway"),
-}
+__all__ = ["ConfigError", "validate"]
 
 
 def validate(config: Config, *, device: Literal["cpu", "cuda"] | None = None) -> list[str]:
@@ -29,9 +23,6 @@ def validate(config: Config, *, device: Literal["cpu", "cuda"] | None = None) ->
             raise ConfigError(f"--{name} is required: {item.help}")
     if not config.ckpt.output_dir and not config.dry_run:
         raise ConfigError("--ckpt.output_dir is required: the folder of the trained model and logs")
-    for name, (asked_for, instead) in NOT_YET.items():
-        if asked_for(config):
-            raise ConfigError(f"--{name} is not supported yet: {instead}")
     if device is None and config.real.device != "auto":
         device = config.real.device
     warnings: list[str] = []
