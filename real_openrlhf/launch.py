@@ -33,7 +33,6 @@ from real_openrlhf.wiring import (
     engine_workers,
     evaluator_spec,
     make_objective,
-    model_folder,
     placement_requests,
     policy_spec,
     probe_sequences,
@@ -112,8 +111,8 @@ def launch(inputs: Inputs, checkpoint: Checkpoint | None = None) -> dict[str, An
             controller.saver = saver
             if checkpoint is not None:
                 saver.load(checkpoint)
+            actors.policy.complete_export = lambda folder: _complete_export(inputs, controller, folder)
             metrics = controller.fit()
-        _export(inputs, controller.step_number, metrics)
         actors.shutdown()
     return metrics
 
@@ -248,10 +247,9 @@ def _wandb(config: Config) -> WandbSettings:
     return WandbSettings(mode=w.mode, project=w.project, run_name=w.run_name, group=w.group, org=w.org, key=w.key)
 
 
-def _export(inputs: Inputs, steps: int, metrics: dict[str, float | None]) -> None:
+def _complete_export(inputs: Inputs, controller: Controller, folder: Path) -> None:
     """Model card and judge settings beside the weights, then a check of the whole folder."""
-    config = inputs.config
-    folder = model_folder(config)
+    config, metrics = inputs.config, controller.last_eval
     settings = JudgeSettings(
         scale=config.real.score_scale,
         anchors=config.real.anchor,
@@ -276,7 +274,7 @@ def _export(inputs: Inputs, steps: int, metrics: dict[str, float | None]) -> Non
             "answer reward": config.real.answer_reward,
             "Term 1 aggregation": config.real.aggregation,
         },
-        steps=steps,
+        steps=controller.step_number,
         training={
             "learning rate": config.actor.adam.lr,
             "rollouts per prompt": config.rollout.n_samples_per_prompt,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -157,6 +157,8 @@ class RayPolicyGroup(_Ranks):
     """The policy. With LoRA it is its own reference too."""
 
     actor = RealPolicyActor
+    # Adds to an exported folder what is not the policy's own, before the folder takes its place.
+    complete_export: Callable[[Path], None] = staticmethod(lambda folder: None)
 
     def train(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
         with self._states_at_hand():
@@ -176,6 +178,7 @@ class RayPolicyGroup(_Ranks):
         """The folder appears whole or not at all; an older one stays until then."""
         with atomic_folder(path) as folder:
             ray.get(self.call("save_model", str(folder), self.spec.path))
+            self.complete_export(folder)
 
     def save_checkpoint(self, path: str) -> None:
         """OSError when a rank wrote, but into a folder that this process does not see."""

@@ -114,6 +114,9 @@ class Rank:
     def join_sync_group(self, *args: Any) -> None:
         self.joined = args
 
+    def save_model(self, path: str, tokenizer_path: str) -> None:
+        (Path(path) / "weights").write_text(tokenizer_path)
+
     def reload_states(self) -> None:
         self.cluster.calls.append(("reload_states",))
         self.at_hand = True
@@ -257,6 +260,22 @@ def test_colocated_engines_and_policy_take_turns(cluster: Cluster) -> None:
     assert [call for call in got if call != ("receive_weights",)] == [c for c in want if c != ("receive_weights",)]
     # The evaluator's engine never slept.
     assert cluster.calls.count(("sleep",)) == 2 * 3 and cluster.calls.count(("wake_up", "weights")) == 2 * 3
+
+
+def test_an_export_takes_its_place_only_when_it_is_complete(cluster: Cluster, tmp_path: Path) -> None:
+    policy, model = policy_group(1), tmp_path / "model"
+    policy.complete_export = lambda folder: (folder / "README.md").write_text("card")
+    policy.save_model(str(model))
+    assert {path.name: path.read_text() for path in model.iterdir()} == {"weights": "model", "README.md": "card"}
+
+    def fails(folder: Path) -> None:
+        assert (folder / "weights").exists() and not (folder / "README.md").exists()
+        raise OSError("disk full")
+
+    policy.complete_export = fails
+    with pytest.raises(OSError, match="disk full"):
+        policy.save_model(str(model))
+    assert (model / "README.md").read_text() == "card" and [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_without_sleep_nothing_wakes_or_moves(cluster: Cluster) -> None:
