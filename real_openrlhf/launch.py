@@ -179,6 +179,7 @@ class _Actors:
             RayReferenceGroup,
             RayRolloutGroup,
             RayWeightSync,
+            on_one_host,
         )
 
         config = inputs.config
@@ -219,13 +220,17 @@ class _Actors:
         self.facts = {name: value for name, value in built[0].items() if isinstance(value, int | float)}
         logger.info("policy: %s; engines: %d", built[0], sum(len(group.engines) for group in engines))
         self._engines = engines
+        backend = device.sync_backend(
+            config.sync.backend, colocated=colocated, one_host=on_one_host(self.policy, engines)
+        )
+        logger.info("weights travel by %s", backend)
         self.weight_sync = RayWeightSync(
             self.policy,
             engines,
             probes=probe_sequences(inputs),
             deadline_s=config.sync.deadline,
             max_mean_difference=config.sync.max_mean_difference or device.sync_tolerance,
-            backend=device.sync_backend(colocated=colocated),
+            backend=backend,
         )
         self.evaluator = None
         if inputs.benchmarks:

@@ -19,6 +19,7 @@ from real_openrlhf.actors.policy_model import PolicyModel
 from real_openrlhf.actors.policy_strategy import PolicyStrategy
 from real_openrlhf.actors.policy_trainer import RealTrainer
 from real_openrlhf.actors.reference_actor import response_logprobs
+from real_openrlhf.actors.shared_memory import host_id
 from real_openrlhf.actors.weight_transfer import Bucket, SyncGroup, make_plan, send_bucket
 from real_openrlhf.algo.loss import LossOptions
 from real_openrlhf.algo.types import TrainGroup
@@ -173,10 +174,18 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
         named = [(w.name, _full_shape(w.parameter), self.spec.device.vllm_dtype) for w in self._weights()]
         return make_plan(named, self.spec.bucket_bytes)
 
-    def join_sync_group(self, address: str, port: int, world_size: int, backend: str, timeout_s: float) -> None:
+    def sync_host(self) -> str:
+        """`shared_memory.host_id` of this rank."""
+        return host_id()
+
+    def join_sync_group(
+        self, address: str, port: int, world_size: int, backend: str, timeout_s: float, buffer_bytes: int = 0
+    ) -> None:
         """Rank 0 becomes rank 0 of the group that spans the policy and all engine workers."""
         if self._rank == 0:
-            self._sync_group = SyncGroup.create(address, port, 0, world_size, backend, timeout_s)
+            self._sync_group = SyncGroup.create(
+                address, port, 0, world_size, backend, timeout_s, buffer_bytes=buffer_bytes
+            )
 
     def send_weights(self, plan: Sequence[Bucket]) -> int:
         """Broadcast every bucket; returns the version that was sent."""

@@ -50,6 +50,8 @@ class RayRolloutGroup:
     share: of each bundle, for engines that live beside policy ranks (`placement.COLOCATED_SHARE`).
     """
 
+    actor: type = RolloutEngine
+
     def __init__(
         self,
         spec: EngineSpec,
@@ -66,7 +68,7 @@ class RayRolloutGroup:
         def start(i: int) -> Any:
             # The workers of one engine lie on one node where that is possible; Ray numbers bundles as it likes.
             bundles = get_bundle_indices(group, i, width) if width > 1 else None
-            actor = _remote(RolloutEngine, group, bundles[0] if bundles else i, device, env, None if bundles else share)
+            actor = _remote(self.actor, group, bundles[0] if bundles else i, device, env, None if bundles else share)
             return actor.remote(replace(spec, seed=spec.seed + i), bundle_indices=bundles, num_gpus=share)
 
         self.engines = [start(i) for i in range(n_engines)]
@@ -204,6 +206,13 @@ class RayPolicyGroup(_Ranks):
         ray.get([rank.load_state_dict.remote(s) for rank, s in zip(self.ranks, state["ranks"])])
 
 
+def on_one_host(policy: RayPolicyGroup, groups: Sequence[RayRolloutGroup]) -> bool:
+    """Whether policy rank 0 and all engine workers can map each other's memory."""
+    workers = [engine.sync_hosts.remote() for group in groups for engine in group.engines]
+    sender, *found = ray.get([policy.ranks[0].sync_host.remote(), *workers])
+    return {host for hosts in found for host in hosts} <= {sender}
+
+
 class RayWeightSync:
     """Policy -> engines: one call per actor and sync, one broadcast per bucket, then the agreement check."""
 
@@ -230,14 +239,15 @@ class RayWeightSync:
         return [engine for group in self.groups for engine in group.engines]
 
     def _join(self, backend: str) -> None:
+        largest = max((bucket.nbytes for bucket in self.plan), default=0)
         address, _ = ray.get(self.policy.ranks[0].get_master_addr_port.remote())
         port = ray.get(self.policy.ranks[0].free_port.remote())
         offsets, world = sync_ranks([group.width for group in self.groups for _ in group.engines])
         refs = [
-            engine.init_sync_group.remote(address, port, offset, world, backend, self.deadline_s)
+            engine.init_sync_group.remote(address, port, offset, world, backend, self.deadline_s, largest)
             for engine, offset in zip(self._engines(), offsets)
         ]
-        refs += self.policy.call("join_sync_group", address, port, world, backend, self.deadline_s)
+        refs += self.policy.call("join_sync_group", address, port, world, backend, self.deadline_s, largest)
         self._get(refs, "joining the weight-sync group")
 
     def sync(self, version: int) -> SyncReport:
