@@ -203,6 +203,10 @@ class _Actors:
         trainee = policy_spec(inputs, plan, device)
         self.policy: RayPolicyGroup = RayPolicyGroup(trainee, n_ranks=config.ranks, group=groups["policy"], **shared)
         waiting = [ref for group in engines for ref in group.ready()]
+        # Now, so that its imports are done when the first evaluation is due.
+        self.evaluator = None
+        if inputs.benchmarks:
+            self.evaluator = RayEvaluator(evaluator_spec(inputs), engines[-1], env=env)
         self.reference: ReferenceGroup | None = None
         if "reference" in groups:
             frozen = RayReferenceGroup(
@@ -232,9 +236,6 @@ class _Actors:
             max_mean_difference=config.sync.max_mean_difference or device.sync_tolerance,
             backend=backend,
         )
-        self.evaluator = None
-        if inputs.benchmarks:
-            self.evaluator = RayEvaluator(evaluator_spec(inputs), engines[-1], env=env)
 
     def shutdown(self) -> None:
         for group in self._engines:

@@ -29,6 +29,7 @@ import torch
 from real_openrlhf.actors.device import Device
 from real_openrlhf.actors.engine_spec import EngineSpec
 from real_openrlhf.actors.placement import Request, reserve
+from real_openrlhf.actors.policy_spec import PolicySpec
 from real_openrlhf.actors.weight_sync import check_agreement, timed
 from real_openrlhf.algo.loss import LossOptions
 from real_openrlhf.algo.score_scale import ScoreScale, bind_scale
@@ -38,7 +39,6 @@ from real_openrlhf.data.tokenizer import load_tokenizer
 from real_openrlhf.ray_session import passed_environment, ray_session
 
 if TYPE_CHECKING:
-    from real_openrlhf.actors.policy_actor import PolicySpec
     from real_openrlhf.actors.remote import RayPolicyGroup, RayRolloutGroup
 
 logger = logging.getLogger("sync_timing")
@@ -70,8 +70,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def policy_spec(model: str, device: Device, bucket_mb: int) -> PolicySpec:
-    from real_openrlhf.actors.policy_actor import PolicySpec
-
     config = build_config({"actor.model_name_or_path": model, "ckpt.output_dir": "unused", "ds.zero_stage": 2})
     return PolicySpec(
         path=model,
@@ -177,35 +175,45 @@ def facts(args: argparse.Namespace, policy: RayPolicyGroup) -> dict[str, Any]:
     }
 
 
+def write(path: Path, seconds: dict[str, list[float]], known: dict[str, Any]) -> dict[str, Any]:
+    """What is known so far; returns medians and ratios."""
+    medians = {name: median(values) for name, values in seconds.items()}
+    found = {
+        "median_seconds": medians,
+        "ratio_to_openrlhf": {name: round(value / medians["openrlhf"], 4) for name, value in medians.items()},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**seconds, "facts": {**known, **found}}, indent=2) + "\n", encoding="utf-8")
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     generator = torch.Generator().manual_seed(0)
-    probes = torch.randint(5, 400, (4, 64), generator=generator).tolist()
-    seconds: dict[str, list[float]] = {}
-    differences: dict[str, float] = {}
+    probes = torch.randint(5, 400, (2, 48), generator=generator).tolist()
+    found: dict[str, Any] = {}
     with ray_session("local", num_cpus=None, needed_cpus=3.0):
         policy, engines, stock = start(str(Path(args.model).resolve()), args.bucket_mb)
         known = facts(args, policy)
         for line in known["overrides"]:
             logger.info("override: %s", line)
         rows = list(contestants(policy, engines, stock, probes).items())
+        seconds: dict[str, list[float]] = {name: [] for name, _ in rows}
+        largest = {name: 0.0 for name, _ in rows}
         for repeat in range(args.repeats + 1):
             turn = repeat % len(rows)
             for name, contestant in rows[turn:] + rows[:turn]:
                 took, mean = one_sync(policy, contestant, probes)
                 logger.info("repeat %d: %s %.3f s, then %.1e apart", repeat, name, took, mean)
-                differences[name] = max(mean, differences.get(name, 0.0))
+                largest[name] = max(mean, largest[name])
                 if repeat:
-                    seconds.setdefault(name, []).append(round(took, 4))
+                    seconds[name].append(round(took, 4))
+            if repeat:
+                found = write(args.output, seconds, {**known, "mean_logprob_difference": largest})
         engines.shutdown()
         stock.shutdown()
-    medians = {name: median(values) for name, values in seconds.items()}
-    ratios = {name: round(value / medians["openrlhf"], 4) for name, value in medians.items()}
-    known |= {"mean_logprob_difference": differences, "median_seconds": medians, "ratio_to_openrlhf": ratios}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({**seconds, "facts": known}, indent=2) + "\n", encoding="utf-8")
-    sys.stdout.write(f"{json.dumps({'median_seconds': medians, 'ratio_to_openrlhf': ratios})}\n")
+    sys.stdout.write(f"{json.dumps(found)}\n")
     return 0
 
 

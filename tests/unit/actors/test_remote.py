@@ -182,7 +182,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setattr(remote, "_remote", place)
     monkeypatch.setattr(remote.ray, "get", lambda refs, timeout=None: refs)
     # Ray numbers bundles as it likes; here those of one node are 0 and 2, 1 and 3.
-    monkeypatch.setattr(remote, "get_bundle_indices", lambda group, i, n: [0, 2, 1, 3][i * n : (i + 1) * n])
+    monkeypatch.setattr(remote, "_bundles", lambda group, i, n: [0, 2, 1, 3][i * n : (i + 1) * n])
     return made
 
 
