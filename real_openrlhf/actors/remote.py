@@ -75,7 +75,7 @@ def _bundles(group: PlacementGroup, engine: int, width: int) -> list[int]:
 
 
 class RayRolloutGroup:
-    """Several engines as one: prompts are dealt in contiguous shares, results come back in order.
+    """Several engines as one: prompts are shared out (`generate_on`), results come back in order.
 
     share: of each bundle, for engines that live beside policy ranks (`placement.COLOCATED_SHARE`).
     """
