@@ -59,3 +59,11 @@ def test_what_cannot_be_shown_is_said() -> None:
     assert texts(plots.confusion("x", NOTHING, SETTINGS.scale).axes[0]) == ["no row has a score"]
     title = plots.scatter("x", make_predictions(20), SETTINGS.scale)._suptitle.get_text()
     assert title == "x: 18 rows, 2 without a score are not shown"
+
+
+def test_counts_have_whole_ticks() -> None:
+    rows = make_predictions(7)
+    top, side = plots.scatter("x", rows, SETTINGS.scale).axes[1:3]
+    below = plots.reliability("x", rows, SETTINGS).axes[1]
+    for axis in (top.yaxis, side.xaxis, below.yaxis):
+        assert all(tick == round(tick) for tick in axis.get_majorticklocs())
