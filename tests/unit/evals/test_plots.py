@@ -62,8 +62,7 @@ def test_what_cannot_be_shown_is_said() -> None:
 
 
 def test_counts_have_whole_ticks() -> None:
-    rows = make_predictions(7)
-    top, side = plots.scatter("x", rows, SETTINGS.scale).axes[1:3]
-    below = plots.reliability("x", rows, SETTINGS).axes[1]
-    for axis in (top.yaxis, side.xaxis, below.yaxis):
+    rows = [make_prediction(i, 5.0) for i in range(7)]
+    figures = plots.scatter("x", rows, SETTINGS.scale), plots.reliability("x", rows[:1], SETTINGS)
+    for axis in (figures[0].axes[1].yaxis, figures[0].axes[2].xaxis, figures[1].axes[1].yaxis):
         assert all(tick == round(tick) for tick in axis.get_majorticklocs())
