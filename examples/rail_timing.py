@@ -1,10 +1,13 @@
-"""How much one-pass RAIL saves against generate-then-rescore: both in one run, turn by turn, on the same engine.
+"""How much one-pass RAIL saves against generate-then-rescore: all in one run, turn by turn, on the same engine.
 
     python examples/rail_timing.py --model JUDGE --benchmark vicuna_bench=FILE --max_samples 16 --batch_size 4
 
-One pass reads the score distribution while the feedback is generated. The other way generates the same feedback (same
-seeds) and then sends prompt and feedback once more to read the distribution. Which of the two begins alternates from
-batch to batch; a first batch warms the engine up and does not count. Takes the flags of `real_openrlhf.evaluate`.
+One pass reads the score distribution while the feedback is generated. The others generate the same feedback (same
+seeds) and then send prompt and feedback once more to read the distribution: computed anew, as by a second program that
+has only the text; or with the batch still in the engine's prefix cache. Which way begins
+changes from batch to batch; a first batch warms the engine up and does not count. Takes the flags of
+`real_openrlhf.evaluate`. A judge that does not write its scores needs a second pass in any case, behind a forced
+anchor: the share of such judgements is printed, and the larger it is the less there is to save.
 """
 
 from __future__ import annotations
@@ -21,34 +24,41 @@ from real_openrlhf.errors import RunError
 from real_openrlhf.evaluate import load_benchmarks, make_judge, parse_args
 from real_openrlhf.judge.judge import Judge
 from real_openrlhf.judge.scoring import score_given, score_prompts
+from real_openrlhf.judge.types import Judgement
+
+ONE_PASS, RESCORED, CACHED = "one pass", "generate, then rescore", "the same, cached"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds per batch, one entry per timed batch; largest difference of E[score] between the two ways."""
+    """
+    seconds              way -> one entry per timed batch
+    n, n_forced          judgements per way, and those whose anchor was forced
+    largest_difference   of E[score] between one pass and either other way
+    """
 
-    one_pass: list[float]
-    rescored: list[float]
+    seconds: dict[str, list[float]]
     n: int
+    n_forced: int
     largest_difference: float
 
-    @property
-    def factor(self) -> float:
-        """How many times longer generate-then-rescore took, over all batches."""
-        return sum(self.rescored) / sum(self.one_pass)
+    def factor(self, way: str) -> float:
+        """How many times longer than one pass it took, over all batches."""
+        return sum(self.seconds[way]) / sum(self.seconds[ONE_PASS])
+
+    def factors(self, way: str) -> list[float]:
+        """The same per batch, ascending."""
+        return sorted(b / a for a, b in zip(self.seconds[ONE_PASS], self.seconds[way]))
 
 
-def one_pass(judge: Judge, prompts: Sequence[Prompt]) -> list[float | None]:
-    """E[score] per prompt."""
+def one_pass(judge: Judge, prompts: Sequence[Prompt]) -> list[Judgement]:
     judged = score_prompts(judge.backend, prompts, judge.sampling, reader=judge.reader, force=judge.force)
-    return [row[0].expected for row in judged]
+    return [row[0] for row in judged]
 
 
-def generate_then_rescore(judge: Judge, prompts: Sequence[Prompt]) -> list[float | None]:
+def generate_then_rescore(judge: Judge, prompts: Sequence[Prompt], *, cached: bool) -> list[Judgement]:
     """The same by a second pass over prompt and feedback."""
-    judged = [
-        row[0] for row in score_prompts(judge.backend, prompts, judge.sampling, reader=judge.reader, force=judge.force)
-    ]
+    judged = one_pass(judge, prompts)
     read = [i for i, judgement in enumerate(judged) if judgement.position is not None]
     again = score_given(
         judge.backend,
@@ -56,34 +66,41 @@ def generate_then_rescore(judge: Judge, prompts: Sequence[Prompt]) -> list[float
         [judged[i].feedback_ids for i in read],
         judge.sampling,
         reader=judge.reader,
+        continues=cached,
     )
-    scores: list[float | None] = [None] * len(prompts)
     for i, judgement in zip(read, again):
-        scores[i] = judgement.expected
-    return scores
+        judged[i] = judgement
+    return judged
 
 
-def time_both(
+def time_all(
     judge: Judge, prompts: Sequence[Prompt], batch_size: int, clock: Callable[[], float] = time.perf_counter
 ) -> Timing:
     """Raises ValueError for fewer than two batches: the first only warms up."""
     batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
     if len(batches) < 2:
         raise ValueError(f"{len(prompts)} prompts are one batch of {batch_size}; the first only warms up, give more")
-    generate_then_rescore(judge, batches[0])
-    seconds: dict[str, list[float]] = {"one": [], "two": []}
-    largest = 0.0
-    for number, batch in enumerate(batches[1:]):
-        ways = [("one", partial(one_pass, judge, batch)), ("two", partial(generate_then_rescore, judge, batch))]
-        scores = {}
-        for name, way in ways if number % 2 == 0 else ways[::-1]:
+    ways = {
+        ONE_PASS: one_pass,
+        RESCORED: partial(generate_then_rescore, cached=False),
+        CACHED: partial(generate_then_rescore, cached=True),
+    }
+    ways[RESCORED](judge, batches[0])
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    largest, n_forced, order = 0.0, 0, list(ways)
+    for batch in batches[1:]:
+        found = {}
+        for name in order:
             start = clock()
-            scores[name] = way()
+            found[name] = ways[name](judge, batch)
             seconds[name].append(clock() - start)
-        pairs = [(a, b) for a, b in zip(scores["one"], scores["two"]) if a is not None and b is not None]
-        largest = max([largest, *(abs(a - b) for a, b in pairs)])
+        order = order[1:] + order[:1]
+        n_forced += sum(judgement.forced for judgement in found[ONE_PASS])
+        for name in (RESCORED, CACHED):
+            pairs = [(a.expected, b.expected) for a, b in zip(found[ONE_PASS], found[name])]
+            largest = max([largest, *(abs(a - b) for a, b in pairs if a is not None and b is not None)])
     n = sum(len(batch) for batch in batches[1:])
-    return Timing(one_pass=seconds["one"], rescored=seconds["two"], n=n, largest_difference=largest)
+    return Timing(seconds=seconds, n=n, n_forced=n_forced, largest_difference=largest)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,19 +111,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with make_judge(args) as judge:
             prompts = [prompt for benchmark in load_benchmarks(args, judge) for prompt in benchmark.prompts]
-            timing = time_both(judge, prompts, args.batch_size)
+            timing = time_all(judge, prompts, args.batch_size)
     except (ValueError, RunError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, ValueError) else 1
-    factors = sorted(b / a for a, b in zip(timing.one_pass, timing.rescored))
     tokens = sum(len(prompt.token_ids) for prompt in prompts) / len(prompts)
-    print(f"{timing.n} judgements in {len(factors)} batches of {args.batch_size}, prompts of {tokens:.0f} tokens")
-    for name, seconds in (("one pass", timing.one_pass), ("generate, then rescore", timing.rescored)):
-        print(f"{name:24} {sum(seconds):8.1f} s  {timing.n / sum(seconds):6.2f} judgements/s")
     print(
-        f"generate-then-rescore takes {timing.factor:.2f} times as long (per batch {factors[0]:.2f} to "
-        f"{factors[-1]:.2f}, median {median(factors):.2f}); E[score] differs by at most {timing.largest_difference:.1e}"
+        f"{timing.n} judgements in {len(timing.seconds[ONE_PASS])} batches of {args.batch_size}, prompts of "
+        f"{tokens:.0f} tokens, {timing.n_forced} with a forced anchor"
     )
+    for name, seconds in timing.seconds.items():
+        print(f"{name:24} {sum(seconds):8.1f} s  {timing.n / sum(seconds):6.2f} judgements/s")
+    for name in (RESCORED, CACHED):
+        factors = timing.factors(name)
+        print(
+            f"{name}: {timing.factor(name):.2f} times as long as one pass (per batch {factors[0]:.2f} to "
+            f"{factors[-1]:.2f}, median {median(factors):.2f})"
+        )
+    print(f"E[score] differs by at most {timing.largest_difference:.1e}")
     return 0
 
 

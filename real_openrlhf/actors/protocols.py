@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,13 +14,19 @@ from real_openrlhf.data.prompt import Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How responses are drawn. temperature 0 is greedy. seed: None leaves the engine's own."""
+    """How responses are drawn.
+
+    temperature   0 is greedy
+    seed          None leaves the engine's own
+    continues     the prompts go on behind what the engine has just been asked: it may keep what it computed for that
+    """
 
     n: int
     temperature: float
     top_p: float
     max_new_tokens: int
     seed: int | None = None
+    continues: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +117,9 @@ class Evaluator(Protocol):
         """Begin with an evaluation of the engines' weights, which have this version; one at a time."""
         ...
 
-    def result(self) -> EvalReport:
-        """Of the evaluation that was begun, once it is done."""
+    def result(self, watch: Callable[[int, int], None] | None = None) -> EvalReport:
+        """Of the evaluation that was begun, once it is done. watch: told now and then how many responses of how
+        many there are."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...

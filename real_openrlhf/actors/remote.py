@@ -25,6 +25,9 @@ from real_openrlhf.algo.types import Group, TrainGroup
 from real_openrlhf.checkpoint.hf_export import atomic_folder
 from real_openrlhf.data.prompt import Prompt
 
+# How often an evaluation that is waited for is asked how far it is.
+_WATCH_S = 5.0
+
 if TYPE_CHECKING:
     from real_openrlhf.actors.evaluator import EvaluatorSpec
 
@@ -34,7 +37,7 @@ _ENGINE = lazy_actor(
     methods=("state_dict", "load_state_dict"),
     coroutines=(
         *("ready", "generate", "prompt_logprobs", "init_sync_group", "sync_hosts", "receive_weights", "sync_version"),
-        *("sleep", "wake_up", "reset_prefix_cache", "shutdown"),
+        *("sleep", "wake_up", "reset_prefix_cache", "finished_requests", "shutdown"),
     ),
 )
 _RANK = ("get_master_addr_port", "build", "counts", "reference_logprobs")
@@ -323,14 +326,26 @@ class RayEvaluator:
         # It only sends prompts and computes metrics: no CPU or GPU is reserved for it.
         options = dict(num_cpus=0, runtime_env={"env_vars": env}, max_restarts=0)
         self.actor = ray.remote(_EVALUATOR).options(**options).remote(spec, EngineHandles(engines.engines))
-
+        self.engines = list(engines.engines)
+        self.total = sum(len(benchmark.prompts) for benchmark in spec.benchmarks) * spec.sampling.n
         self._running: Any = None
+        self._before = 0
 
     def start(self, version: int) -> None:
+        self._before = self._finished()
         self._running = self.actor.evaluate.remote(version)
 
-    def result(self) -> EvalReport:
+    def result(self, watch: Callable[[int, int], None] | None = None) -> EvalReport:
+        while watch is not None and not ray.wait([self._running], timeout=_WATCH_S)[0]:
+            try:
+                # What is asked for behind a forced anchor comes on top.
+                watch(min(self._finished() - self._before, self.total), self.total)
+            except ray.exceptions.RayError:
+                break  # the evaluation itself says what went wrong
         return ray.get(self._running)
+
+    def _finished(self) -> int:
+        return sum(ray.get([engine.finished_requests.remote() for engine in self.engines]))
 
     def state_dict(self) -> dict[str, Any]:
         return ray.get(self.actor.state_dict.remote())

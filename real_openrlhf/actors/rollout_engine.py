@@ -60,6 +60,7 @@ class RolloutEngine(_Base):
         self.reader = ScoreReader.build(spec.bound, self.tokenizer, end_token_ids(spec.model, self.tokenizer))
         self._version = NO_VERSION if spec.load_format == "dummy" else 0
         self._requests = 0
+        self._finished = 0
         self._in_flight = 0
         self._mm_pad_token_ids = None  # read by the base class; text only here
         os.environ.update(spec.device.engine_env(spec.tensor_parallel_size))
@@ -89,6 +90,7 @@ class RolloutEngine(_Base):
                 # Token in, token out: nothing is ever tokenized or detokenized by the engine.
                 skip_tokenizer_init=True,
                 disable_log_stats=True,
+                use_tqdm_on_load=False,
                 **spec.device.engine_options(spec.max_model_len),
             )
         )
@@ -151,7 +153,8 @@ class RolloutEngine(_Base):
     async def _rollouts(self, wanted: Sequence[tuple[Prompt, int]], sampling: Sampling) -> list[Rollout]:
         if sampling.seed is None:
             return await self._run([self._respond(prompt, sampling, k) for prompt, k in wanted])
-        rollouts = await self._run_in_order([self._respond(prompt, sampling, k) for prompt, k in wanted])
+        jobs = [self._respond(prompt, sampling, k) for prompt, k in wanted]
+        rollouts = await self._run_in_order(jobs, clear_cache=not sampling.continues)
         return await self._read_forced([prompt for prompt, _ in wanted], rollouts, sampling)
 
     async def _respond(self, prompt: Prompt, sampling: Sampling, sample: int) -> Rollout:
@@ -186,7 +189,9 @@ class RolloutEngine(_Base):
         ]
         if not jobs:
             return rollouts
-        outputs = iter(await (self._run(jobs) if sampling.seed is None else self._run_in_order(jobs)))
+        outputs = iter(
+            await (self._run(jobs) if sampling.seed is None else self._run_in_order(jobs, clear_cache=False))
+        )
         read_ids = self.spec.read_token_ids
         return [
             with_forced(rollout, read_ids, [next(outputs).logprobs.logprobs for _ in wanted]) if wanted else rollout
@@ -233,6 +238,7 @@ class RolloutEngine(_Base):
         output = await super().generate(list(ids), params)
         if output is None or not output.finished:
             raise RuntimeError("the engine ended a request without an output")
+        self._finished += 1
         return output
 
     async def _run(self, jobs: list[Coroutine[Any, Any, T]]) -> list[T]:
@@ -247,13 +253,14 @@ class RolloutEngine(_Base):
             await asyncio.gather(*tasks, return_exceptions=True)
             self._in_flight -= 1
 
-    async def _run_in_order(self, jobs: list[Coroutine[Any, Any, T]]) -> list[T]:
+    async def _run_in_order(self, jobs: list[Coroutine[Any, Any, T]], *, clear_cache: bool = True) -> list[T]:
         """As `_run`, but the engine starts only when it has all requests, in order, and with an empty cache.
 
         What a batch is made of changes the last bits of its log-probs, and those a sampled token:
-        arrival times and cached prefixes must not decide it.
+        arrival times and cached prefixes must not decide it. clear_cache=False is for what follows at
+        once behind such a batch: the cache then holds that batch, whatever came before it.
         """
-        await self.llm.pause_generation(mode="keep", clear_cache=self.spec.enable_prefix_caching)
+        await self.llm.pause_generation(mode="keep", clear_cache=clear_cache and self.spec.enable_prefix_caching)
         before = self.get_num_unfinished_requests()
         running = asyncio.ensure_future(self._run(jobs))
         try:
@@ -334,6 +341,10 @@ class RolloutEngine(_Base):
         raise RuntimeError("the prefix cache could not be reset: requests still hold blocks of it")
 
     # -- state -----------------------------------------------------------------------------------
+
+    async def finished_requests(self) -> int:
+        """Requests answered since this engine started; also while others are under way."""
+        return self._finished
 
     def state_dict(self) -> dict[str, Any]:
         """Number of requests and weight version. Weights are not in it: they come by a sync."""

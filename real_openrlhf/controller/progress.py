@@ -25,6 +25,8 @@ SHOWN = (
     ("tok/s", "speed/generated_tokens_per_second", ".0f"),
 )
 EVAL_METRIC = "expected/pearson"
+# Between two log lines about an evaluation that is under way.
+JUDGED_EVERY_S = 30.0
 
 
 class Progress:
@@ -41,6 +43,7 @@ class Progress:
         enabled: bool = True,
         eval_metric: str = EVAL_METRIC,
         stream: TextIO | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.total = total
         self.enabled = enabled
@@ -48,6 +51,10 @@ class Progress:
         self._step = initial
         self._eval: float | None = None
         self._has_eval = False
+        self._clock = clock
+        # Of the evaluation under way: when and with what it was first seen, and when it was last logged.
+        self._judging: tuple[float, int] | None = None
+        self._said = 0.0
         stream = sys.stderr if stream is None else stream
         self._bar: tqdm | None = None
         if enabled and stream.isatty():
@@ -65,8 +72,24 @@ class Progress:
             self._bar.update(step - self._step)
         self._step = step
 
+    def judged(self, step: int, done: int, total: int) -> None:
+        """The evaluation after `step` has that many of its responses."""
+        if not self.enabled:
+            return
+        now = self._clock()
+        if self._judging is None:
+            self._judging, self._said = (now, done), now - JUDGED_EVERY_S
+        since, first = self._judging
+        rate = f", {(done - first) / (now - since):.1f} judgements/s" if now > since else ""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"evaluating {done}/{total}{rate}")
+        elif now - self._said >= JUDGED_EVERY_S:
+            self._said = now
+            logger.info("step %d/%d  evaluating %d/%d%s", step, self.total, done, total, rate)
+
     def evaluated(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """An evaluation after `step` is done; its correlation stays on the bar."""
+        self._judging = None
         self._eval, self._has_eval = metrics.get(self.eval_metric), True
         if self.enabled and self._bar is None:
             logger.info("step %d/%d  eval %s %s", step, self.total, self.eval_metric, _format(self._eval, ".3f"))

@@ -69,6 +69,8 @@ class Saver(Protocol):
 class Progress(Protocol):
     def step(self, step: int, metrics: Mapping[str, float | None]) -> None: ...
 
+    def judged(self, step: int, done: int, total: int) -> None: ...
+
     def evaluated(self, step: int, metrics: Mapping[str, float | None]) -> None: ...
 
 
@@ -323,8 +325,9 @@ class Controller:
         if self.evaluator is None or self._evaluating is None:
             return
         with self.timer.phase("evaluate"):
-            report = self.evaluator.result()
-        step, self._evaluating = self._evaluating, None
+            step = self._evaluating
+            report = self.evaluator.result(lambda done, total: self.progress.judged(step, done, total))
+        self._evaluating = None
         self.last_eval = report.metrics
         metrics: dict[str, Any] = {f"eval/{name}": value for name, value in report.metrics.items()}
         metrics["weight_version"] = report.version

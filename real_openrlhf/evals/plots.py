@@ -74,6 +74,8 @@ def scatter(name: str, rows: Sequence[Prediction], scale: ScoreScale) -> Any:
     for axes in (top, side):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
+    _whole_numbers(top.yaxis)
+    _whole_numbers(side.xaxis)
     top.tick_params(labelbottom=False)
     side.tick_params(labelleft=False)
     top.set_ylabel("rows", fontsize=8)
@@ -89,8 +91,7 @@ def reliability(name: str, rows: Sequence[Prediction], settings: Settings) -> An
     grid = figure.add_gridspec(2, 1, height_ratios=(4, 1), hspace=0.05)
     main = figure.add_subplot(grid[0])
     below = figure.add_subplot(grid[1], sharex=main)
-    main.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--", label="calibrated")
-    most, handles = 0, []
+    most, handles = 0, main.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--", label="calibrated")
     for offset, reading in ((-0.2, "expected"), (0.2, "decoded")):
         pairs = zip(*column(rows, (reading, "ece"), settings))
         known = np.asarray([(a, b) for a, b in pairs if a is not None], dtype=float).reshape(-1, 2)
@@ -116,10 +117,10 @@ def reliability(name: str, rows: Sequence[Prediction], settings: Settings) -> An
     main.set(xlim=(0, 1), ylim=(-0.03, 1.03), ylabel="share of right decisions")
     main.tick_params(labelbottom=False)
     main.grid(alpha=0.25)
-    if handles:
-        legend = figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-        for handle in legend.legend_handles:
-            handle.set_sizes([30])
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    for handle in legend.legend_handles[1:]:
+        handle.set_sizes([30])
+    _whole_numbers(below.yaxis)
     below.set(xlabel="confidence: probability of the decided label", ylabel="rows", ylim=(0, max(1, most) * 1.1))
     below.grid(alpha=0.25, axis="y")
     figure.suptitle(f"{name}: reliability, {len(rows)} rows")
@@ -219,6 +220,13 @@ def _columns(rows: Sequence[Prediction], scale: ScoreScale) -> tuple[list[float]
         return list(scale.values), [decide(p.label, scale) for p in rows], True
     columns = sorted(labels | set(scale.values))
     return columns, [columns.index(p.label) for p in rows], False
+
+
+def _whole_numbers(axis: Any) -> None:
+    """Ticks for counts."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(nbins=4, integer=True))
 
 
 def _empty(axes: Any, text: str) -> None:

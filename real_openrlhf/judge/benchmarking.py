@@ -117,6 +117,8 @@ def judge_all(
     total = sum(len(b.prompts) for b in benchmarks)
     if store.done:
         logger.info("%s holds %d of %d judgements; going on", path, len(store.done), total)
+    if len(store.done) < total:
+        _ = judge.backend  # before the bar: an engine takes its time to start, which is none of the judgements'
     with tqdm(total=total, initial=len(store.done), desc="judged", unit=" judgements", file=sys.stderr) as bar:
         for benchmark in benchmarks:
             left = [

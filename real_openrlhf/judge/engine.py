@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
@@ -41,11 +42,14 @@ class VLLMBackend:
         gpu_memory_utilization: float = 0.9,
         trust_remote_code: bool = False,
     ) -> None:
+        resolved = Device.resolve(device)
+        # vLLM reads how much it logs when it is imported.
+        os.environ.update(resolved.engine_env())
         from real_openrlhf.actors.rollout_engine import RolloutEngine
 
         spec = EngineSpec(
             model=model,
-            device=Device.resolve(device),
+            device=resolved,
             bound=bound,
             max_model_len=max_model_len,
             load_format="auto",

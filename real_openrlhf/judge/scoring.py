@@ -66,14 +66,17 @@ def score_given(
     *,
     reader: ScoreReader,
     renormalise: bool = False,
+    continues: bool = False,
 ) -> list[Judgement]:
     """The score of given feedback: one judgement per prompt, from a pass of its own over prompt and feedback.
 
     feedback: per prompt the ids up to the score token, the anchor included (`Judgement.feedback_ids`).
+    continues: the backend has just generated it, and may keep what it computed then.
     This is generate-then-rescore, which `score_prompts` saves; it serves to compare backends on the same ids.
     """
     given = [replace(prompt, given_ids=tuple(ids)) for prompt, ids in zip(prompts, feedback, strict=True)]
-    groups = _generate(backend, given, replace(sampling, n=1, max_new_tokens=_tail_length(reader)))
+    tail = replace(sampling, n=1, max_new_tokens=_tail_length(reader), continues=continues)
+    groups = _generate(backend, given, tail)
     return [judgement(group.rollouts[0], reader, renormalise=renormalise) for group in groups]
 
 
@@ -161,7 +164,7 @@ def _force(
     for k in sorted({k for _, k, given in jobs if given is not None}):
         batch = [(i, given) for i, at, given in jobs if at == k and given is not None]
         seed = None if sampling.seed is None else request_seed(sampling.seed, -1, k)
-        tail = replace(sampling, n=1, max_new_tokens=_tail_length(reader), seed=seed)
+        tail = replace(sampling, n=1, max_new_tokens=_tail_length(reader), seed=seed, continues=True)
         groups = _generate(backend, [replace(prompts[i], given_ids=given) for i, given in batch], tail)
         found |= {(i, k): group.rollouts[0] for (i, _), group in zip(batch, groups)}
     return found

@@ -276,6 +276,15 @@ def test_sync_and_generate(stack: Stack) -> None:
         rows = stack.exact(group.prompt_ids.tolist() + ids.tolist())[len(group.prompt_ids) - 1 : -1]
         assert torch.equal(rows.argmax(-1), ids)
 
+    # Responses continued out of the engine's cache: the same tokens, with exact log-probs.
+    sampling_on = Sampling(n=1, temperature=0.0, top_p=1.0, max_new_tokens=24, seed=7)
+    whole = stack.run(engine.generate(batch, sampling_on))
+    begun = [replace(p, given_ids=tuple(g.rollouts[0].token_ids[:3].tolist())) for p, g in zip(batch, whole)]
+    tails = stack.run(engine.generate(begun, replace(sampling_on, max_new_tokens=21, continues=True)))
+    assert [g.rollouts[0].token_ids.tolist() for g in tails] == [g.rollouts[0].token_ids.tolist() for g in whole]
+    for group, tail in zip(whole, tails):
+        torch.testing.assert_close(tail.rollouts[0].logprobs[3:], group.rollouts[0].logprobs[3:], atol=1e-4, rtol=0)
+
     # A scale of single tokens takes one request per response.
     before = engine.state_dict()["requests"]
     stack.run(engine.generate(batch, sampling))

@@ -69,8 +69,8 @@ def test_saves_every_so_often_and_keeps_the_newest_and_the_best(tmp_path: Path) 
 
 def test_a_new_best_is_saved_at_any_step_and_kept(tmp_path: Path) -> None:
     class Peaked(Shards):
-        def result(self) -> Any:
-            report = super().result()
+        def result(self, watch: Any = None) -> Any:
+            report = super().result(watch)
             report.metrics[METRIC] = 1.0 if report.version == 3 else 0.1
             return report
 

@@ -45,11 +45,34 @@ def test_a_bar_on_a_terminal(caplog):
     assert caplog.records == []
 
 
+def test_how_far_an_evaluation_is(caplog):
+    """A line at once, then one per half minute; the rate is that since it was first seen."""
+    caplog.set_level(logging.INFO)
+    now = [100.0]
+    with Progress(20, stream=io.StringIO(), clock=lambda: now[0]) as progress:
+        for step in (1, 2):
+            for done in (8, 20, 68):  # after 0, 20 and 40 seconds
+                progress.judged(step, done, 80)
+                now[0] += 20
+            progress.evaluated(step, {})
+    assert [record.message for record in caplog.records if "evaluating" in record.message] == [
+        "step 1/20  evaluating 8/80",
+        "step 1/20  evaluating 68/80, 1.5 judgements/s",
+        "step 2/20  evaluating 8/80",
+        "step 2/20  evaluating 68/80, 1.5 judgements/s",
+    ]
+    stream = Terminal()
+    with Progress(20, stream=stream) as progress:
+        progress.judged(0, 8, 80)
+    assert "evaluating 8/80" in stream.getvalue()
+
+
 def test_off(caplog):
     caplog.set_level(logging.INFO)
     stream = Terminal()
     with Progress(20, enabled=False, stream=stream) as progress:
         progress.step(1, METRICS)
+        progress.judged(1, 1, 2)
         progress.evaluated(1, {})
     assert stream.getvalue() == "" and caplog.records == []
 

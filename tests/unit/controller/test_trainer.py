@@ -142,8 +142,10 @@ class World:
         self.events.append(("evaluate", version))
         self.evaluating = version
 
-    def result(self) -> EvalReport:
+    def result(self, watch: Callable[[int, int], None] | None = None) -> EvalReport:
         assert self.evaluating is not None
+        if watch is not None:
+            watch(1, 2)
         version, self.evaluating = self.evaluating, None
         self.results.append((version, self.events[-1][0]))
         metrics = {"expected/pearson": 0.1 * version, "decoded/pearson": None}
@@ -162,6 +164,9 @@ class World:
     # progress
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
         self.shown.append(("step", step))
+
+    def judged(self, step: int, done: int, total: int) -> None:
+        self.shown.append(("judged", step, done, total))
 
     def evaluated(self, step: int, metrics: Mapping[str, Any]) -> None:
         self.shown.append(("evaluated", step))
@@ -245,6 +250,8 @@ def test_evaluation_every_so_often_and_never_twice_at_a_step(every: int, at: lis
     assert [event[1] for event in world.events if event[0] == "evaluate"] == at
     assert [step for step, phase, _ in world.logs if phase == "eval"] == at
     assert [event[1] for event in world.shown if event[0] == "evaluated"] == at
+    # How far each of them is goes to the progress at its own step.
+    assert [event[1:] for event in world.shown if event[0] == "judged"] == [(step, 1, 2) for step in at]
 
 
 def test_an_evaluator_with_its_own_engine_judges_beside_the_next_step() -> None:

@@ -59,3 +59,10 @@ def test_what_cannot_be_shown_is_said() -> None:
     assert texts(plots.confusion("x", NOTHING, SETTINGS.scale).axes[0]) == ["no row has a score"]
     title = plots.scatter("x", make_predictions(20), SETTINGS.scale)._suptitle.get_text()
     assert title == "x: 18 rows, 2 without a score are not shown"
+
+
+def test_counts_have_whole_ticks() -> None:
+    rows = [make_prediction(i, 5.0) for i in range(7)]
+    figures = plots.scatter("x", rows, SETTINGS.scale), plots.reliability("x", rows[:1], SETTINGS)
+    for axis in (figures[0].axes[1].yaxis, figures[0].axes[2].xaxis, figures[1].axes[1].yaxis):
+        assert all(tick == round(tick) for tick in axis.get_majorticklocs())

@@ -47,24 +47,29 @@ def prompts(n: int) -> list[Prompt]:
     return [Prompt(token_ids=(5, 6, 7), label=2.0, row=i, text="") for i in range(n)]
 
 
-def test_both_ways_are_timed_in_turns_on_the_same_prompts(judge: Judge) -> None:
+def test_all_ways_are_timed_in_turns_on_the_same_prompts(judge: Judge) -> None:
     calls = judge.backend.calls  # type: ignore[attr-defined]
-    # A request of generation costs 1, one of rescoring (a single prompt each) 0.5.
-    timing = rail_timing.time_both(
-        judge, prompts(6), 2, clock=lambda: sum(0.5 if call[0][0].given_ids else 1.0 for call in calls)
-    )
-    assert timing.one_pass == [1.0, 1.0] and timing.rescored == [1.5, 1.5]
-    assert timing.factor == 1.5 and timing.n == 4 and timing.largest_difference < 1e-9
-    # Warm-up, then one pass first, then the other way first.
-    kinds = ["rescore" if call[0][0].given_ids else "generate" for call in calls]
-    assert kinds[:2] == ["generate", "rescore"]
-    assert kinds[2:] == ["generate", "generate", "rescore", "generate", "rescore", "generate"]
-    assert [p.row for p in calls[2][0]] == [p.row for p in calls[3][0]] == [2, 3]
+
+    def kind(call: tuple) -> str:
+        prompts, sampling, _ = call
+        return "generate" if not prompts[0].given_ids else "cached" if sampling.continues else "rescore"
+
+    cost = {"generate": 1.0, "rescore": 0.5, "cached": 0.25}
+    timing = rail_timing.time_all(judge, prompts(8), 2, clock=lambda: sum(cost[kind(call)] for call in calls))
+    assert list(timing.seconds.values()) == [[1.0] * 3, [1.5] * 3, [1.25] * 3]
+    assert timing.factor(rail_timing.RESCORED) == 1.5 and timing.factors(rail_timing.CACHED) == [1.25] * 3
+    assert timing.n == 6 and timing.n_forced == 0 and timing.largest_difference < 1e-9
+    # Warm-up; then each way begins once.
+    again, cached = ["generate", "rescore"], ["generate", "cached"]
+    assert [kind(call) for call in calls] == [
+        *again, "generate", *again, *cached, *again, *cached, "generate", *cached, "generate", *again,
+    ]  # fmt: skip
+    assert [p.row for p in calls[2][0]] == [p.row for p in calls[3][0]] == [p.row for p in calls[5][0]] == [2, 3]
 
 
 def test_a_single_batch_is_not_enough(judge: Judge) -> None:
     with pytest.raises(ValueError, match="only warms up"):
-        rail_timing.time_both(judge, prompts(2), 2)
+        rail_timing.time_all(judge, prompts(2), 2)
 
 
 def test_flags_are_checked(capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,6 +60,7 @@ def test_a_rollout_without_a_score_is_continued_once_behind_the_anchor() -> None
     fake = backend(script)
     first, second = score_prompts(fake, [prompt(0), prompt(7)], GREEDY, reader=READER)
     assert [len(call[0]) for call in fake.calls] == [2, 1]  # once, and only what needs it
+    assert [call[1].continues for call in fake.calls] == [False, True]  # what was computed for it may be kept
     (forced,) = fake.calls[1][0]
     assert forced.row == 7 and forced.token_ids == prompt(7).token_ids
     assert forced.given_ids == tuple(ids(f"good text {ANCHOR}"))  # no end of text inside
@@ -128,6 +129,9 @@ def test_rescoring_reads_the_same_feedback_in_a_pass_of_its_own() -> None:
     assert fake.calls[1][0][0].given_ids == tuple(ids(f"good {ANCHOR}"))
     assert again.position == judged[0].position and again.expected == pytest.approx(1.5, abs=1e-6)
     assert again.decoded == 1.0 and not again.forced
+    assert not fake.calls[1][1].continues  # computed anew, unless asked for
+    score_given(fake, [prompt(0)], [judged[0].feedback_ids], GREEDY, reader=READER, continues=True)
+    assert fake.calls[2][1].continues
 
 
 @pytest.mark.parametrize(
