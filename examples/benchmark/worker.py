@@ -126,7 +126,6 @@ def answer(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
 def serve(worker: Worker, requests: TextIO, answers: TextIO) -> bool:
     """Answer until the end. True: a request failed and the process should start anew."""
     for line in requests:
-        request: dict[str, Any] = {}
         try:
             request = json.loads(line)
             if request.get("op") == "quit":
@@ -134,8 +133,7 @@ def serve(worker: Worker, requests: TextIO, answers: TextIO) -> bool:
             say(answers, answer(worker, request))
         except Exception as error:
             logger.exception("a request failed")
-            what = f"{worker.name}, {request.get('case', line.strip())}"
-            say(answers, {"error": f"{what}: {type(error).__name__}: {error}"})
+            say(answers, {"error": f"{worker.name}, {line.strip()}: {type(error).__name__}: {error}"})
             return True
     return False
 
