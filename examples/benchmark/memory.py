@@ -31,25 +31,38 @@ def release() -> None:
 
 
 class PeakMemory:
-    """Memory above a baseline, which is what the process holds when this is made."""
+    """Memory above a baseline, which is what the process holds when this is made.
+
+    peaks  bytes by name, see `mark`
+    """
 
     def __init__(self, device: Device) -> None:
         self.device = device
+        self.peaks: dict[str, int] = {}
         release()
         if device.is_cuda:
             torch.cuda.empty_cache()
             torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
+            self._reset()
             self.baseline = int(torch.cuda.memory_allocated())
             return
-        (_PROC / "clear_refs").write_text(_RESET_PEAK, encoding="ascii")
+        self._reset()
         self.baseline = status_bytes("VmRSS", self._status())
 
-    def peak(self) -> int:
-        """Bytes: the highest since the baseline was taken, minus the baseline."""
+    def mark(self, name: str) -> None:
+        """What was highest since the last mark belongs to `name`; of marks of the same name the highest stays."""
         if self.device.is_cuda:
-            return int(torch.cuda.max_memory_allocated()) - self.baseline
-        return status_bytes("VmHWM", self._status()) - self.baseline
+            highest = int(torch.cuda.max_memory_allocated())
+        else:
+            highest = status_bytes("VmHWM", self._status())
+        self.peaks[name] = max(self.peaks.get(name, 0), highest - self.baseline)
+        self._reset()
+
+    def _reset(self) -> None:
+        if self.device.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            (_PROC / "clear_refs").write_text(_RESET_PEAK, encoding="ascii")
 
     @staticmethod
     def _status() -> str:

@@ -39,6 +39,7 @@ class Measured:
                  contestant leaves out what it does not do; they add up to total
     total        wall seconds of the whole training step, everything but the weight sync
     peak_bytes   highest memory of the step above weights, gradients and optimizer
+    peaks        the same by phase; what lies between phases counts to the next one
     loss         what was minimised; OpenRLHF's ratios are 1 on-policy and its advantages of a group add up to 0, so
                  with rollouts of equal length its loss is 0 up to rounding
     facts        what shows that contestants computed the same: "logprob_sum", of all response tokens, summed;
@@ -52,6 +53,7 @@ class Measured:
     peak_bytes: int
     loss: float
     facts: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -14,10 +14,14 @@ from real_openrlhf.actors.device import Device
 
 
 class Timers:
-    """Adds up the seconds of each phase until they are taken. Phases do not nest."""
+    """Adds up the seconds of each phase until they are taken. Phases do not nest.
+
+    on_end  called with the phase's name at its end, outside of its time
+    """
 
     def __init__(self, device: Device) -> None:
         self.device = device
+        self.on_end: Callable[[str], None] | None = None
         self._spans: list[tuple[str, Any, Any]] = []
 
     @contextmanager
@@ -27,6 +31,8 @@ class Timers:
             yield
         finally:
             self._spans.append((name, start, self._mark()))
+            if self.on_end is not None:
+                self.on_end(name)
 
     def wrap(self, name: str | Callable[[], str], function: Callable[..., Any]) -> Callable[..., Any]:
         """The same function, timed. name: of the phase, or a function that decides it at each call."""

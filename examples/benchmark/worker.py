@@ -39,7 +39,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--contestant", choices=CONTESTANTS, required=True)
     parser.add_argument("--model", required=True, help="Hugging Face folder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--learning_rate", type=float, default=1e-8)
+    parser.add_argument("--learning_rate", type=float, default=1e-10)
     parser.add_argument("--logits_mb", type=int, default=1024, help="--real.logits_mb of this project's step")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser.parse_args(argv)
@@ -73,7 +73,7 @@ class Worker:
         network = self.contestant.network
         self.vocabulary: int = network.config.get_text_config().vocab_size
         trained = [p for p in network.parameters() if p.requires_grad]
-        # ZeRO-2 makes them in the step and drops them at its end: they are in no baseline.
+        # ZeRO-2 makes gradients in the step and drops them at its end: they are in no baseline.
         self.gradient_bytes = sum(p.numel() * p.element_size() for p in trained)
         self.facts = {
             "contestant": self.name,
@@ -96,11 +96,13 @@ class Worker:
         timers = self.contestant.timers
         timers.take()
         memory = PeakMemory(self.device)
+        timers.on_end = memory.mark
         start = time.perf_counter()
         outcome = self.contestant.step()
         self.device.synchronize()
         total = time.perf_counter() - start
-        peak = max(0, memory.peak() - self.gradient_bytes)
+        memory.mark("experience")
+        peaks = {name: max(0, peak - self.gradient_bytes) for name, peak in memory.peaks.items()}
         seconds = timers.take()
         seconds["experience"] = max(0.0, total - sum(seconds.values()))
         # Other contestants wait in their processes and need the room.
@@ -110,9 +112,10 @@ class Worker:
             case=case,
             seconds=seconds,
             total=total,
-            peak_bytes=peak,
+            peak_bytes=max(peaks.values()),
             loss=outcome.loss,
             facts=outcome.facts,
+            peaks=peaks,
         )
 
 

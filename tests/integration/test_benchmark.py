@@ -162,7 +162,8 @@ def test_a_step_is_measured(answers: dict[str, dict[str, Any]], name: str, case:
     assert set(step["seconds"]) == PHASES[name]
     assert all(seconds > 0 for seconds in step["seconds"].values())
     assert sum(step["seconds"].values()) == pytest.approx(step["total"])
-    assert math.isfinite(step["loss"]) and step["peak_bytes"] >= 0
+    assert math.isfinite(step["loss"]) and step["peak_bytes"] == max(step["peaks"].values())
+    assert set(step["peaks"]) == PHASES[name]
 
 
 @pytest.mark.parametrize("case", list(CASES))

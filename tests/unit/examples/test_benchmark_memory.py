@@ -22,7 +22,23 @@ def test_a_peak_that_is_gone_again_is_seen() -> None:
     memory = PeakMemory(Device.resolve("cpu"))
     kept = fill(32)
     fill(64)
-    assert abs(memory.peak() - 96 * MIB) < SLACK
+    memory.mark("step")
+    assert abs(memory.peaks["step"] - 96 * MIB) < SLACK
+    del kept
+
+
+def test_each_mark_takes_the_highest_since_the_last_one() -> None:
+    memory = PeakMemory(Device.resolve("cpu"))
+    fill(32)
+    memory.mark("forward")
+    kept = fill(16)
+    fill(64)
+    memory.mark("backward")
+    memory.mark("optimizer")
+    fill(8)
+    memory.mark("forward")
+    wanted = {"forward": 32, "backward": 80, "optimizer": 16}
+    assert {name: round(peak / MIB) for name, peak in memory.peaks.items()} == pytest.approx(wanted, abs=4)
     del kept
 
 
@@ -31,14 +47,16 @@ def test_the_peak_starts_anew_and_what_is_held_does_not_count() -> None:
     fill(128)
     memory = PeakMemory(Device.resolve("cpu"))
     fill(32)
-    assert abs(memory.peak() - 32 * MIB) < SLACK
+    memory.mark("step")
+    assert abs(memory.peaks["step"] - 32 * MIB) < SLACK
     del kept
 
 
 def test_memory_that_is_reserved_but_never_written_does_not_count() -> None:
     memory = PeakMemory(Device.resolve("cpu"))
     torch.empty(256 * MIB // 4)
-    assert memory.peak() < SLACK
+    memory.mark("step")
+    assert memory.peaks["step"] < SLACK
 
 
 def test_freed_small_blocks_go_back_before_the_baseline_is_taken() -> None:
@@ -48,7 +66,8 @@ def test_freed_small_blocks_go_back_before_the_baseline_is_taken() -> None:
     release()
     memory = PeakMemory(Device.resolve("cpu"))
     blocks = [fill(1)[: 8 * 1024].clone() for _ in range(2000)]
-    assert memory.peak() > 2000 * 32 * 1024 * 0.9
+    memory.mark("step")
+    assert memory.peaks["step"] > 2000 * 32 * 1024 * 0.9
     del blocks
 
 
@@ -67,5 +86,7 @@ def test_on_a_gpu_the_allocator_is_asked(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 350)
     memory = PeakMemory(Device(name="cuda", dtype_name="bf16"))
-    assert memory.peak() == 250
-    assert "reset_peak_memory_stats" in calls
+    calls.clear()
+    memory.mark("forward")
+    assert memory.peaks == {"forward": 250}
+    assert calls == ["reset_peak_memory_stats"]

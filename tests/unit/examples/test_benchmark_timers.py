@@ -53,6 +53,22 @@ def test_a_wrapped_function_is_timed_under_the_name_of_the_moment(clock: list[fl
     assert timers.take() == {"forward": 1.0, "old_logprobs": 2.0}
 
 
+def test_the_end_of_a_phase_is_told_outside_of_its_time(clock: list[float]) -> None:
+    timers = Timers(Device.resolve("cpu"))
+    ended = []
+
+    def on_end(name: str) -> None:
+        ended.append(name)
+        clock.append(9.0)
+
+    timers.on_end = on_end
+    for name in ("forward", "backward"):
+        with timers.phase(name):
+            clock.append(1.0)
+    assert ended == ["forward", "backward"]
+    assert timers.take()["forward"] == 1.0
+
+
 def test_a_phase_that_fails_is_closed(clock: list[float]) -> None:
     timers = Timers(Device.resolve("cpu"))
     with pytest.raises(RuntimeError), timers.phase("forward"):

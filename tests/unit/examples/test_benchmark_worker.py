@@ -56,6 +56,7 @@ def test_steps_are_answered_one_line_each_until_quit() -> None:
         "peak_bytes": 7,
         "loss": 0.5,
         "facts": {"grad_norm": 2.0},
+        "peaks": {},
     }
 
 
