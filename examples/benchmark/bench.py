@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -210,6 +211,7 @@ class Bench:
             "seed": options.seed,
             "learning_rate": options.learning_rate,
             "logits_mb": options.logits_mb,
+            "device": options.device.name,
         }
         return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
@@ -223,13 +225,12 @@ class Bench:
 
     def _gemm(self, when: str) -> None:
         for model, path in self.options.models.items():
-            command = [sys.executable, "-m", "examples.benchmark.gemm", "--model", str(path.resolve())]
-            command += ["--device", self.options.device.name]
-            done = subprocess.run(command, env=self._env, cwd=ROOT, capture_output=True, text=True)
-            if done.returncode:
-                self.results.miss(f"{model}: GEMM rate {when}", done.stderr.strip()[-300:])
+            self._describe(f"{model}: GEMM rate")
+            try:
+                measured = gemm_rate(path, self.options.device.name, self._env)
+            except subprocess.CalledProcessError as error:
+                self.results.miss(f"{model}: GEMM rate {when}", str(error.stderr).strip()[-300:])
                 continue
-            measured = json.loads(done.stdout.splitlines()[-1])
             self.results.gemm.append({"model": model, "when": when, **measured})
             self._say(f"{model}: GEMM rate {when} {measured['flops_per_second'] / 1e9:.1f} GFLOP/s")
         rates = [entry["flops_per_second"] for entry in self.results.gemm]
@@ -275,6 +276,13 @@ class Bench:
     def _say(self, text: str) -> None:
         done, left = (time.monotonic() - self._begin) / 60, max(0.0, self.left) / 60
         self.console.print(f"[{done:5.1f} min, {left:5.1f} left] {text}", markup=False)
+
+
+def gemm_rate(model: Path, device: str, env: Mapping[str, str]) -> dict[str, Any]:
+    """What `gemm.measure` finds, in a process that has the workers' environment. Raises CalledProcessError."""
+    command = [sys.executable, "-m", "examples.benchmark.gemm", "--model", str(model.resolve()), "--device", device]
+    done = subprocess.run(command, env=dict(env), cwd=ROOT, capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def middle(plan: Sequence[Item]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from examples.benchmark.flops import Shape, executed
 from examples.benchmark.protocol import CONTESTANTS, Case
@@ -107,15 +108,20 @@ def rotated(contestants: Sequence[str], by: int) -> tuple[str, ...]:
     return (*contestants[by:], *contestants[:by])
 
 
+def _round(model: str, sizes: Mapping[str, int], **more: Any) -> Round:
+    """sizes: prompt, response and samples."""
+    return Round(model=model, prompt=sizes["prompt"], response=sizes["response"], samples=sizes["samples"], **more)
+
+
 def centre_rounds(model: str, sizes: Sizes) -> list[Round]:
     return [
-        Round(
-            model=model,
+        _round(
+            model,
+            sizes.centre(),
             point=CENTRE,
             contestants=rotated(CONTESTANTS, repeat),
             plain_micro=sizes.plain_micro,
             repeat=repeat,
-            **sizes.centre(),
         )
         for repeat in range(sizes.repeats)
     ]
@@ -126,13 +132,13 @@ def varied_rounds(
 ) -> list[Round]:
     every = sizes.points()
     return [
-        Round(
-            model=model,
+        _round(
+            model,
+            every[point],
             point=point,
             contestants=contestants,
             plain_micro=sizes.plain_micro,
             repeat=repeat,
-            **every[point],
         )
         for point in points
     ]
@@ -141,15 +147,15 @@ def varied_rounds(
 def memory_round(
     model: str, sizes: Sizes, contestants: tuple[str, ...], samples: int, *, checkpointing: bool, alone: bool
 ) -> Round:
-    return Round(
-        model=model,
+    return _round(
+        model,
+        {**sizes.centre(), "samples": samples},
         point=CENTRE if samples == sizes.samples else f"K={samples}",
         contestants=contestants,
         plain_micro=samples,
         purpose="memory",
         gradient_checkpointing=checkpointing,
         alone=alone,
-        **{**sizes.centre(), "samples": samples},
     )
 
 

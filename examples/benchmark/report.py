@@ -76,6 +76,16 @@ def gemm_share(results: Results, model: str, contestant: str) -> float | None:
     return median(record.needed_flops / record.total for record in records) / rate
 
 
+def disagreement(results: Results, model: str) -> float | None:
+    """Largest relative difference between contestants' summed log-probs of the same rollouts, over all rounds."""
+    sums: dict[str, list[float]] = {}
+    for record in results.records:
+        if record.model == model and "logprob_sum" in record.facts:
+            sums.setdefault(record.round, []).append(record.facts["logprob_sum"])
+    found = [(max(values) - min(values)) / max(map(abs, values)) for values in sums.values() if len(values) > 1]
+    return max(found) if found else None
+
+
 def spread(values: Sequence[float], digits: int = 2, unit: str = "") -> str:
     """Median and, of several, [least, most]; "-" for none."""
     if not values:
@@ -249,6 +259,11 @@ def text(results: Results) -> str:
     for model in models(results.records):
         parts.append(f"## {model}: training step\n![seconds per step](step_seconds.png)\n\nAt the centre, by phase:\n")
         parts.append(centre_table(results, model))
+        differ = disagreement(results, model)
+        if differ is not None:
+            parts.append(
+                f"Contestants' summed log-probs of the same rollouts differ by at most {differ:.1e}, relative."
+            )
         parts.append("Every point; ratios are those of runs of the same round:\n\n" + points_table(results, model))
         parts.append(f"## {model}: peak memory above weights, gradients and optimizer\n")
         if select(results, model=model, purpose="memory"):

@@ -27,6 +27,7 @@ class Record:
     peak_bytes: int
     loss: float
     needed_flops: int
+    facts: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, of: Round, measured: Measured, needed_flops: int) -> Record:
@@ -42,6 +43,7 @@ class Record:
             peak_bytes=measured.peak_bytes,
             loss=measured.loss,
             needed_flops=needed_flops,
+            facts=measured.facts,
         )
 
 
