@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -251,12 +253,10 @@ class Bench:
         log = self.options.work_dir / "logs" / "sync.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as errors:
-            process = subprocess.Popen(command, env=self._env, cwd=ROOT, stdout=errors, stderr=errors)
-            try:
-                code = process.wait(max(1.0, self.left))
-            except subprocess.TimeoutExpired:
-                process.terminate()  # it ends its own engine and Ray
-                code = process.wait()
+            process = subprocess.Popen(
+                command, env=self._env, cwd=ROOT, stdout=errors, stderr=errors, start_new_session=True
+            )
+            code = wait(process, max(1.0, self.left))
         if code or not output.is_file():
             self.results.miss(item, f"its program ended with exit code {code}, see logs/sync.log")
             self._say(f"FAILED {item.name}: exit code {code}")
@@ -276,6 +276,21 @@ class Bench:
     def _say(self, text: str) -> None:
         done, left = (time.monotonic() - self._begin) / 60, max(0.0, self.left) / 60
         self.console.print(f"[{done:5.1f} min, {left:5.1f} left] {text}", markup=False)
+
+
+def wait(process: subprocess.Popen[bytes], seconds: float) -> int:
+    """The exit code. What is not done in time is asked to end what it started, and then ended with it."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(30)
+        return -signal.SIGKILL
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def gemm_rate(model: Path, device: str, env: Mapping[str, str]) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def memory(results: Results) -> Any:
             ]
             if peaks:
                 bar = left.bar(i + 0.27 * (j - 1), max(peaks), 0.25, color=COLORS[contestant])
-                left.bar_label(bar, fmt="%.2f", fontsize=8)
+                left.bar_label(bar, fmt="%.3g", fontsize=8)
     left.set_xticks(
         range(len(groups)),
         [f"{model}\nK={k}" + ("\ncheckpointing" if again else "") for model, k, again in groups],
@@ -162,9 +162,10 @@ def memory(results: Results) -> Any:
         for point in points(select(results, model=model, contestant=REAL))
     ]
     drawn = right.barh(range(len(bars)), [peak / GIB for _, peak in bars], color=COLORS[REAL], height=0.6)
-    right.bar_label(drawn, fmt="%.2f", fontsize=8, padding=3)
+    right.bar_label(drawn, fmt="%.3g", fontsize=8, padding=3)
     right.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=8)
     right.invert_yaxis()
+    right.locator_params(axis="x", nbins=5)
     right.margins(x=0.15)
     right.set_xlabel("peak, GiB")
     right.set_title(f"this project, --logits_mb {results.about['logits_mb']}", fontsize=10)

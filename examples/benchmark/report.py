@@ -210,10 +210,10 @@ def sync_table(results: Results) -> str:
     if sync is None:
         return "Not measured."
     ratio = median(sync["real"]) / median(sync["openrlhf"])
-    body = [[side, str(len(sync[side])), spread(sync[side])] for side in ("real", "openrlhf")]
-    facts = "".join(f"\n- {name}: {value}" for name, value in sync.get("facts", {}).items())
-    said = f"{sync['model']}; ratio of the medians {ratio:.3f}.{chr(10) if facts else ''}{facts}"
-    return f"{table(['', 'repeats', 'seconds'], body)}\n\n{said}"
+    body = [[side, str(len(found)), spread(found)] for side, found in sync.items() if isinstance(found, list)]
+    said = "\n".join(f"- {name}: {value}" for name, value in sync.get("facts", {}).items())
+    shown = table(["", "repeats", "seconds"], body)
+    return f"{shown}\n\n{sync['model']}; real/openrlhf, ratio of the medians: {ratio:.3f}.\n\n{said}".rstrip()
 
 
 def aims_table(results: Results) -> str:

@@ -53,7 +53,7 @@ class Results:
     workers  by "model/contestant": what the worker said when it was ready (facts, overrides)
     gemm     {"model", "when", "flops_per_second", ...} each
     missing  {"what", "why"} of everything planned and not measured
-    sync     {"real": [seconds], "openrlhf": [seconds], "facts": {}} or None
+    sync     {"model": name, "real": [seconds], "openrlhf": [seconds], "facts": {}}, perhaps of other ways too, or None
     """
 
     about: dict[str, Any]
