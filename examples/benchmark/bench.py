@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ WARM_UP = (
     Case(prompt=64, response=16, samples=2, micro_batch=2),
     Case(prompt=128, response=32, samples=4, micro_batch=4),
 )
-GEMM_SECONDS = 25.0  # the last measurement of the GEMM rate and the report, for which time is kept
+GEMM_SECONDS = 20.0  # the last measurement of the GEMM rate and the report, for which time is kept
 START_LIMIT = 600.0
 
 
@@ -108,16 +108,15 @@ class Bench:
 
     def _announce(self, plan: Sequence[Item]) -> None:
         kept, dropped = fit(plan, self.left, self._price)
-        seconds = sum(self._price(item) for item in kept)
-        self._say(f"{len(kept)} rounds planned, about {seconds / 60:.0f} min; {self.left / 60:.1f} min are left")
+        self._say(f"time for {len(kept)} of {len(plan)} rounds, by what is known of the workers' speed so far")
         for item in dropped:
-            self._say(f"  probably no time for: {item.name} ({self._price(item):.0f} s)")
+            self._say(f"  probably no time for: {item.name}")
 
-    def _price(self, item: Item) -> float:
-        return MARGIN * self.estimates.item(item, set(self._workers))
+    def _price(self, item: Item, running: Collection[tuple[str, str]]) -> float:
+        return MARGIN * self.estimates.item(item, running)
 
     def _item(self, item: Item, plan: Sequence[Item]) -> None:
-        if self._too_dear(item.name, self._price(item)):
+        if self._too_dear(item.name, self._price(item, self._workers)):
             return
         if isinstance(item, WeightSync):
             self._sync(item)
@@ -131,7 +130,7 @@ class Bench:
             if item is plan[0]:
                 self._announce(plan)
             # The workers have said how fast they are.
-            if not self._too_dear(item.name, self._price(item)):
+            if not self._too_dear(item.name, self._price(item, self._workers)):
                 for contestant in item.contestants:
                     self._step(item, contestant)
 

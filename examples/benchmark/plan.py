@@ -92,13 +92,13 @@ class Sizes:
         return {"prompt": self.prompt, "response": self.response, "samples": self.samples}
 
     def points(self) -> dict[str, dict[str, int]]:
-        """By name, the centre not among them; the farthest from the centre first."""
+        """By name, the centre not among them."""
         varied = [("prompt", "P", self.prompts), ("response", "R", self.responses), ("samples", "K", self.few_samples)]
         points = {f"{letter}={n}": {**self.centre(), key: n} for key, letter, values in varied for n in values}
         return points
 
 
-FULL = Sizes(prompt=1024, response=128, samples=16, prompts=(2048, 256, 512), responses=(256, 64), few_samples=(4, 8))
+FULL = Sizes(prompt=1024, response=128, samples=16, prompts=(256, 2048, 512), responses=(256, 64), few_samples=(4, 8))
 SMALL = Sizes(prompt=512, response=16, samples=8, prompts=(128,), responses=(32,), few_samples=(4,), repeats=2)
 
 
@@ -229,15 +229,27 @@ class Estimates:
         )
 
 
-def fit(items: Sequence[Item], seconds: float, cost: Callable[[Item], float]) -> tuple[list[Item], list[Item]]:
-    """(kept, left out): in their order, each that still fits. Margins are the caller's."""
+def running_after(item: Item) -> set[tuple[str, str]]:
+    """The workers (model, contestant) that an item leaves running: those of one model, or none."""
+    if isinstance(item, WeightSync) or item.alone:
+        return set()
+    return {(item.model, contestant) for contestant in item.contestants}
+
+
+def fit(
+    items: Sequence[Item], seconds: float, price: Callable[[Item, Collection[tuple[str, str]]], float]
+) -> tuple[list[Item], list[Item]]:
+    """(kept, left out): in their order, each that still fits. price: of an item, given the workers that run by then."""
     kept: list[Item] = []
     dropped: list[Item] = []
+    running: set[tuple[str, str]] = set()
     for item in items:
-        price = cost(item)
-        if price <= seconds:
-            kept.append(item)
-            seconds -= price
-        else:
+        cost = price(item, running)
+        if cost > seconds:
             dropped.append(item)
+            continue
+        kept.append(item)
+        seconds -= cost
+        same = {key for key in running if key[0] == item.model}
+        running = (same if running_after(item) else set()) | running_after(item)
     return kept, dropped

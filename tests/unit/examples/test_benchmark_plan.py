@@ -89,13 +89,25 @@ def test_the_small_plan_has_everybody_everywhere() -> None:
 
 def test_what_fits_is_kept_in_order_and_the_rest_is_named() -> None:
     costs = dict(zip((item.name for item in PLAN), [50, 40, 30, 20, 10] + [7] * len(PLAN)))
-    kept, dropped = fit(PLAN, 100, lambda item: costs[item.name])
+    kept, dropped = fit(PLAN, 100, lambda item, running: costs[item.name])
     # 50 + 40; 30 and 20 do not fit any more, 10 does.
     assert [item.name for item in kept] == [PLAN[0].name, PLAN[1].name, PLAN[4].name]
     assert sum(costs[item.name] for item in kept) <= 100
     assert sorted(item.name for item in [*kept, *dropped]) == sorted(item.name for item in PLAN)
-    assert fit(PLAN, 0, lambda item: 1.0) == ([], PLAN)
-    assert fit(PLAN, len(PLAN), lambda item: 1.0) == (PLAN, [])
+    assert fit(PLAN, 0, lambda item, running: 1.0) == ([], PLAN)
+    assert fit(PLAN, len(PLAN), lambda item, running: 1.0) == (PLAN, [])
+
+
+def test_starts_are_paid_once_per_stretch_of_a_model() -> None:
+    centre = rounds(PLAN, model="large", point=CENTRE, purpose="time")
+    alone = rounds(PLAN, model="large", purpose="memory")[0]
+    narrow = rounds(PLAN, model="narrow", purpose="time")
+    seen = []
+    fit(
+        [centre[0], centre[1], narrow[0], alone, narrow[3]], 100, lambda item, running: seen.append(set(running)) or 1.0
+    )
+    large_workers = {("large", name) for name in (REAL, STOCK, AUTHORS)}
+    assert seen == [set(), large_workers, large_workers, {("narrow", name) for _, name in large_workers}, set()]
 
 
 def test_estimates_follow_the_largest_step_measured() -> None:
