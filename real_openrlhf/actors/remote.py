@@ -25,12 +25,11 @@ from real_openrlhf.algo.types import Group, TrainGroup
 from real_openrlhf.checkpoint.hf_export import atomic_folder
 from real_openrlhf.data.prompt import Prompt
 
-# How often an evaluation that is waited for is asked how far it is.
-_WATCH_S = 5.0
-
 if TYPE_CHECKING:
     from real_openrlhf.actors.evaluator import EvaluatorSpec
 
+# How often an evaluation that is waited for is asked how far it is.
+_WATCH_S = 5.0
 # The driver imports neither vLLM nor DeepSpeed; tests/unit/actors/test_lazy.py holds the names against the classes.
 _ENGINE = lazy_actor(
     "real_openrlhf.actors.rollout_engine:RolloutEngine",
