@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from real_openrlhf.actors.engine_owner import end_with_owner
 from real_openrlhf.actors.shared_memory import host_id
 from real_openrlhf.actors.weight_transfer import NO_VERSION, Bucket, SyncError, SyncGroup, from_wire, receive_bucket
 
@@ -138,3 +139,4 @@ class SyncWorkerExtension:
 
 
 keep_cpu_weights_loadable()
+end_with_owner()

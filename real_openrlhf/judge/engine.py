@@ -9,6 +9,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 from real_openrlhf.actors.device import Device
+from real_openrlhf.actors.engine_owner import own_engines
 from real_openrlhf.actors.engine_spec import EngineSpec
 from real_openrlhf.actors.protocols import Sampling
 from real_openrlhf.algo.score_scale import BoundScale
@@ -45,6 +46,7 @@ class VLLMBackend:
         resolved = Device.resolve(device)
         # vLLM reads how much it logs when it is imported.
         os.environ.update(resolved.engine_env())
+        own_engines()
         from real_openrlhf.actors.rollout_engine import RolloutEngine
 
         spec = EngineSpec(
