@@ -33,6 +33,8 @@ def release() -> None:
 class PeakMemory:
     """Memory above a baseline, which is what the process holds when this is made.
 
+    On a CPU it is what the machine had to have: pages that malloc keeps of an earlier phase count in a later one.
+
     peaks  bytes by name, see `mark`
     """
 

@@ -55,5 +55,5 @@ def make_group(case: Case, *, seed: int, vocabulary: int) -> Group:
                 finish_reason="stop",
             )
         )
-    label = float(torch.randint(1, len(SCORE_IDS) + 1, (), generator=generator))
-    return Group(prompt_ids=prompt, label=label, rollouts=tuple(rollouts), row=0, weight_version=0)
+    target = float(torch.randint(1, len(SCORE_IDS) + 1, (), generator=generator))
+    return Group(prompt_ids=prompt, label=target, rollouts=tuple(rollouts), row=0, weight_version=0)

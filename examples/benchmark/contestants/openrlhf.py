@@ -105,7 +105,7 @@ class Contestant:
         self.actor = _PolicyModelActor(1, 0, address, port)
         self.actor.init_model_from_pretrained(self.strategy, setup.model, max_steps=MAX_STEPS, vllm_engines=None)
         if not setup.device.is_cuda:
-            torch.cuda.current_device = lambda: "cpu"
+            torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
         self.maker = experience_maker.RemoteExperienceMaker(
             LocalGroup(self.actor),
             None,
