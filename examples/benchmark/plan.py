@@ -165,13 +165,13 @@ def full_plan(large: str, narrow: str, sizes: Sizes = FULL) -> list[Item]:
     points = list(sizes.points())
     return [
         *centre_rounds(large, sizes),
-        memory_round(large, sizes, CONTESTANTS, few, checkpointing=False, alone=True),
         WeightSync(model=large),
+        memory_round(large, sizes, (REAL, STOCK), sizes.samples, checkpointing=True, alone=True),
         *centre_rounds(narrow, sizes),
         # This project's side alone is cheap: its memory at all points, whatever else there is time for.
         *varied_rounds(narrow, sizes, (REAL,), points),
+        memory_round(large, sizes, CONTESTANTS, few, checkpointing=False, alone=True),
         memory_round(narrow, sizes, CONTESTANTS, few, checkpointing=False, alone=True),
-        memory_round(large, sizes, (REAL, STOCK), sizes.samples, checkpointing=True, alone=True),
         *varied_rounds(narrow, sizes, (REAL, STOCK), points, repeat=1),
         *varied_rounds(narrow, sizes, (REAL, AUTHORS), points, repeat=2),
         *varied_rounds(large, sizes, CONTESTANTS, ("K=4", "P=256", "K=8", "R=64")),

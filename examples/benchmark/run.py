@@ -41,7 +41,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--learning_rate", type=float, default=1e-8, help="so small that all contestants keep the same weights"
+        "--learning_rate", type=float, default=1e-10, help="so small that all contestants keep the same weights"
     )
     parser.add_argument("--logits_mb", type=int, default=1024, help="this project's bound on logits")
     args = parser.parse_args(argv)

@@ -100,7 +100,7 @@ def test_what_fits_is_kept_in_order_and_the_rest_is_named() -> None:
 
 def test_starts_are_paid_once_per_stretch_of_a_model() -> None:
     centre = rounds(PLAN, model="large", point=CENTRE, purpose="time")
-    alone = rounds(PLAN, model="large", purpose="memory")[0]
+    alone = rounds(PLAN, model="large", purpose="memory", point="K=4")[0]
     narrow = rounds(PLAN, model="narrow", purpose="time")
     seen = []
     fit(
@@ -127,7 +127,7 @@ def test_estimates_follow_the_largest_step_measured() -> None:
 def test_a_round_costs_the_starts_that_it_needs() -> None:
     estimates = Estimates(shapes={"large": SHAPE}, rate=1e30, start=30.0)
     centre = rounds(PLAN, model="large", purpose="time")[0]
-    alone = rounds(PLAN, model="large", purpose="memory")[0]
+    alone = rounds(PLAN, model="large", purpose="memory", point="K=4")[0]
     everybody = {("large", name) for name in (REAL, STOCK, AUTHORS)}
     assert estimates.item(centre) == pytest.approx(90.0)
     assert estimates.item(centre, everybody) == pytest.approx(0.0)
