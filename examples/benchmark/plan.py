@@ -99,7 +99,7 @@ class Sizes:
 
 
 FULL = Sizes(prompt=1024, response=128, samples=16, prompts=(256, 2048, 512), responses=(256, 64), few_samples=(4, 8))
-SMALL = Sizes(prompt=512, response=16, samples=8, prompts=(128,), responses=(32,), few_samples=(4,), repeats=2)
+SMALL = Sizes(prompt=512, response=16, samples=8, prompts=(128,), responses=(32,), few_samples=(4,), repeats=3)
 
 
 def rotated(contestants: Sequence[str], by: int) -> tuple[str, ...]:
