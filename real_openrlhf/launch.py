@@ -179,6 +179,7 @@ class _Actors:
             RayReferenceGroup,
             RayRolloutGroup,
             RayWeightSync,
+            on_one_host,
         )
 
         config = inputs.config
@@ -202,6 +203,10 @@ class _Actors:
         trainee = policy_spec(inputs, plan, device)
         self.policy: RayPolicyGroup = RayPolicyGroup(trainee, n_ranks=config.ranks, group=groups["policy"], **shared)
         waiting = [ref for group in engines for ref in group.ready()]
+        # Now, so that its imports are done when the first evaluation is due.
+        self.evaluator = None
+        if inputs.benchmarks:
+            self.evaluator = RayEvaluator(evaluator_spec(inputs), engines[-1], env=env)
         self.reference: ReferenceGroup | None = None
         if "reference" in groups:
             frozen = RayReferenceGroup(
@@ -219,17 +224,18 @@ class _Actors:
         self.facts = {name: value for name, value in built[0].items() if isinstance(value, int | float)}
         logger.info("policy: %s; engines: %d", built[0], sum(len(group.engines) for group in engines))
         self._engines = engines
+        backend = device.sync_backend(
+            config.sync.backend, colocated=colocated, one_host=on_one_host(self.policy, engines)
+        )
+        logger.info("weights travel by %s", backend)
         self.weight_sync = RayWeightSync(
             self.policy,
             engines,
             probes=probe_sequences(inputs),
             deadline_s=config.sync.deadline,
             max_mean_difference=config.sync.max_mean_difference or device.sync_tolerance,
-            backend=device.sync_backend(colocated=colocated),
+            backend=backend,
         )
-        self.evaluator = None
-        if inputs.benchmarks:
-            self.evaluator = RayEvaluator(evaluator_spec(inputs), engines[-1], env=env)
 
     def shutdown(self) -> None:
         for group in self._engines:

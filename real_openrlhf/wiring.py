@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from real_openrlhf.actors.device import Device
 from real_openrlhf.actors.engine_spec import EngineSpec, EngineSpecError, check_sampling, logprobs_mode_for
 from real_openrlhf.actors.placement import Request
+from real_openrlhf.actors.policy_spec import Lora, PolicySpec
 from real_openrlhf.actors.protocols import Sampling
 from real_openrlhf.algo.loss import LossOptions
 from real_openrlhf.algo.objectives import Objective, RealObjective
@@ -21,8 +22,6 @@ from real_openrlhf.controller.trainer import ControllerSettings
 
 if TYPE_CHECKING:
     from real_openrlhf.actors.evaluator import EvaluatorSpec
-    from real_openrlhf.actors.lora import Lora
-    from real_openrlhf.actors.policy_actor import PolicySpec
     from real_openrlhf.train_real import Inputs
 
 
@@ -157,7 +156,6 @@ def engine_spec(inputs: Inputs, device: Device) -> EngineSpec:
 
 
 def policy_spec(inputs: Inputs, plan: BatchPlan, device: Device) -> PolicySpec:
-    from real_openrlhf.actors.policy_actor import PolicySpec
     from real_openrlhf.config.openrlhf_args import to_openrlhf_args
 
     config = inputs.config
@@ -189,8 +187,6 @@ def reference_spec(policy: PolicySpec, config: Config) -> PolicySpec:
 
 
 def lora_of(config: Config) -> Lora | None:
-    from real_openrlhf.actors.lora import Lora
-
     lora = config.ds.lora
     if lora.rank == 0:
         return None

@@ -6,7 +6,7 @@ starts and to which it speaks in JSON, one object a line; see `worker.py`.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 CONTESTANTS = ("real", "openrlhf", "authors")
@@ -35,10 +35,15 @@ class Measured:
     """One training step as one contestant ran it.
 
     seconds      by phase: "old_logprobs", "expected_score" (the authors' no-grad pass), "experience" (rewards and
-                 advantages, collating), "forward", "backward", "optimizer"; a contestant leaves out what it does not do
+                 advantages, collating: all that is none of the others), "forward", "backward", "optimizer"; a
+                 contestant leaves out what it does not do; they add up to total
     total        wall seconds of the whole training step, everything but the weight sync
-    peak_bytes   highest memory of the step above what the process held before it (weights, gradients, optimizer)
-    loss         what was minimised, so that a step that computed nothing is seen
+    peak_bytes   highest memory of the step above weights, gradients and optimizer
+    peaks        the same by phase; what lies between phases counts to the next one
+    loss         what was minimised; OpenRLHF's ratios are 1 on-policy and its advantages of a group add up to 0, so
+                 with rollouts of equal length its loss is 0 up to rounding
+    facts        what shows that contestants computed the same: "logprob_sum", of all response tokens, summed;
+                 "grad_norm", before clipping; "expected_score", the mean of E[score], where it is computed
     """
 
     contestant: str
@@ -47,6 +52,8 @@ class Measured:
     total: float
     peak_bytes: int
     loss: float
+    facts: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

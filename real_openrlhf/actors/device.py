@@ -164,9 +164,26 @@ class Device:
         """What one actor (one rank, one engine worker) occupies in a placement group."""
         return {"GPU": 1, "CPU": 1} if self.is_cuda else {"CPU": 1}
 
-    def sync_backend(self, *, colocated: bool) -> str:
-        """Of the weight sync. NCCL refuses two processes of one group on the same GPU; gloo goes by CPU memory."""
-        return "gloo" if colocated else self.dist_backend
+    def sync_backend(self, requested: str = "auto", *, colocated: bool, one_host: bool) -> str:
+        """Of the weight sync: "shared_memory" on one CPU host, "gloo" where that or NCCL cannot be, else "nccl".
+
+        requested: a backend or "auto" (--sync.backend). one_host: policy rank 0 and all engine workers are on one.
+        NCCL refuses two processes of one group on the same GPU; the others go by CPU memory.
+        vLLM's own engine for colocated GPUs (ipc) loads layer by layer, and says that of tied weights
+        it processes only one layer's: a stale head is what the agreement check is there to find.
+
+        Raises DeviceError for shared memory between hosts; config.validate has refused NCCL where it cannot be.
+        """
+        if requested == "auto":
+            if not self.is_cuda:
+                return "shared_memory" if one_host else "gloo"
+            return "gloo" if colocated else "nccl"
+        if requested == "shared_memory" and not one_host:
+            raise DeviceError(
+                "--sync.backend shared_memory: policy rank 0 and the engines do not share one host, or live in "
+                "different containers of it; use auto or gloo"
+            )
+        return requested
 
     def actor_options(self, share: float = 1.0) -> dict[str, Any]:
         """Options of one Ray actor; share < 1 lets several actors live on one bundle."""

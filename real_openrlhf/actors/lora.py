@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from real_openrlhf.actors.policy_spec import Lora
 from real_openrlhf.algo.dtypes import upcast
 
 # peft's name of the one adapter of every layer.
@@ -29,17 +30,6 @@ ADAPTER = "default"
 
 class LoraError(ValueError):
     """Adapters that cannot be put into this model."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lora:
-    """rank, alpha: the adapter adds alpha / rank * B A. targets: "all-linear" or names of modules."""
-
-    rank: int
-    alpha: int
-    targets: str | tuple[str, ...]
-    dropout: float
-    seed: int
 
 
 def add_adapters(network: nn.Module, lora: Lora) -> None:

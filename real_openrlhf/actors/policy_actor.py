@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,15 @@ import torch
 from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
 from torch import Tensor, distributed
 
-from real_openrlhf.actors.device import Device
-from real_openrlhf.actors.lora import Lora, Weight, add_adapters, save_adapter, weights_of, without_adapters
+from real_openrlhf.actors.lora import Weight, add_adapters, save_adapter, weights_of, without_adapters
 from real_openrlhf.actors.policy_checkpoint import load_shards, restore_rng, rng_state, save_shards
 from real_openrlhf.actors.policy_model import PolicyModel
+from real_openrlhf.actors.policy_spec import PolicySpec
 from real_openrlhf.actors.policy_strategy import PolicyStrategy
 from real_openrlhf.actors.policy_trainer import RealTrainer
 from real_openrlhf.actors.reference_actor import response_logprobs
+from real_openrlhf.actors.shared_memory import host_id
 from real_openrlhf.actors.weight_transfer import Bucket, SyncGroup, make_plan, send_bucket
-from real_openrlhf.algo.loss import LossOptions
 from real_openrlhf.algo.types import TrainGroup
 from real_openrlhf.checkpoint import durable
 
@@ -29,38 +28,6 @@ _OpenRLHFPolicyActor = PolicyModelActor.__ray_metadata__.modified_class.__ray_ac
 
 # Of an exported model: the folder of its adapter, for peft.
 _ADAPTER_FOLDER = "adapter"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicySpec:
-    """Everything a rank needs to build itself.
-
-    args                 OpenRLHF's nested arguments (config.openrlhf_args)
-    attn_implementation  "auto": the device's default
-    values               the score scale's values
-    max_steps            optimizer steps of the whole run, for the learning-rate schedule
-    logits_mb            megabytes that logits may take in training
-    lora                 None: all parameters are trained
-    """
-
-    path: str
-    args: Any
-    device: Device
-    attn_implementation: str
-    ranks_per_node: int
-    values: tuple[float, ...]
-    options: LossOptions
-    trains_score_token: bool
-    term_grad_norm_steps: int
-    max_steps: int
-    bucket_bytes: int
-    logits_mb: int
-    lora: Lora | None = None
-
-    @property
-    def attention(self) -> str:
-        """Asked for in the actor: the driver may sit on a node without flash attention."""
-        return self.attn_implementation if self.attn_implementation != "auto" else self.device.attn_implementation
 
 
 class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
@@ -174,10 +141,18 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
         named = [(w.name, _full_shape(w.parameter), self.spec.device.vllm_dtype) for w in self._weights()]
         return make_plan(named, self.spec.bucket_bytes)
 
-    def join_sync_group(self, address: str, port: int, world_size: int, backend: str, timeout_s: float) -> None:
+    def sync_host(self) -> str:
+        """`shared_memory.host_id` of this rank."""
+        return host_id()
+
+    def join_sync_group(
+        self, address: str, port: int, world_size: int, backend: str, timeout_s: float, buffer_bytes: int = 0
+    ) -> None:
         """Rank 0 becomes rank 0 of the group that spans the policy and all engine workers."""
         if self._rank == 0:
-            self._sync_group = SyncGroup.create(address, port, 0, world_size, backend, timeout_s)
+            self._sync_group = SyncGroup.create(
+                address, port, 0, world_size, backend, timeout_s, buffer_bytes=buffer_bytes
+            )
 
     def send_weights(self, plan: Sequence[Bucket]) -> int:
         """Broadcast every bucket; returns the version that was sent."""

@@ -19,7 +19,7 @@ from real_openrlhf.algo.batch import collate, rows_of
 from real_openrlhf.algo.types import TrainGroup
 
 if TYPE_CHECKING:
-    from real_openrlhf.actors.policy_actor import PolicySpec
+    from real_openrlhf.actors.policy_spec import PolicySpec
 
 # OpenRLHF wraps its class with @ray.remote; the plain class lies under the wrapper.
 _OpenRLHFReferenceActor = ReferenceModelActor.__ray_metadata__.modified_class.__ray_actor_class__

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-from openrlhf.trainer.ray.utils import get_bundle_indices
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
@@ -17,19 +16,43 @@ from torch import Tensor
 from real_openrlhf.actors.device import Device
 from real_openrlhf.actors.engine_handles import EngineHandles, generate_on
 from real_openrlhf.actors.engine_spec import EngineSpec
-from real_openrlhf.actors.evaluator import EvaluatorActor, EvaluatorSpec
-from real_openrlhf.actors.policy_actor import PolicySpec, RealPolicyActor
+from real_openrlhf.actors.lazy import lazy_actor
+from real_openrlhf.actors.policy_spec import PolicySpec
 from real_openrlhf.actors.protocols import EvalReport, Sampling, SyncReport
-from real_openrlhf.actors.reference_actor import ReferenceActor
-from real_openrlhf.actors.rollout_engine import RolloutEngine
 from real_openrlhf.actors.weight_sync import check_agreement, sync_ranks, timed
 from real_openrlhf.actors.weight_transfer import to_wire
 from real_openrlhf.algo.types import Group, TrainGroup
 from real_openrlhf.checkpoint.hf_export import atomic_folder
 from real_openrlhf.data.prompt import Prompt
 
+if TYPE_CHECKING:
+    from real_openrlhf.actors.evaluator import EvaluatorSpec
+
 # How often an evaluation that is waited for is asked how far it is.
 _WATCH_S = 5.0
+# The driver imports neither vLLM nor DeepSpeed; tests/unit/actors/test_lazy.py holds the names against the classes.
+_ENGINE = lazy_actor(
+    "real_openrlhf.actors.rollout_engine:RolloutEngine",
+    methods=("state_dict", "load_state_dict"),
+    coroutines=(
+        *("ready", "generate", "prompt_logprobs", "init_sync_group", "sync_hosts", "receive_weights", "sync_version"),
+        *("sleep", "wake_up", "reset_prefix_cache", "finished_requests", "shutdown"),
+    ),
+)
+_RANK = ("get_master_addr_port", "build", "counts", "reference_logprobs")
+_REFERENCE = lazy_actor("real_openrlhf.actors.reference_actor:ReferenceActor", methods=_RANK)
+_POLICY = lazy_actor(
+    "real_openrlhf.actors.policy_actor:RealPolicyActor",
+    methods=(
+        *_RANK,
+        *("train", "token_logprobs", "save_model", "save_checkpoint", "load_checkpoint", "sees"),
+        *("state_dict", "load_state_dict", "offload_states", "reload_states"),
+        *("free_port", "weight_plan", "sync_host", "join_sync_group", "send_weights"),
+    ),
+)
+_EVALUATOR = lazy_actor(
+    "real_openrlhf.actors.evaluator:EvaluatorActor", methods=("evaluate", "state_dict", "load_state_dict")
+)
 
 
 def _remote(
@@ -47,11 +70,19 @@ def _remote(
     return ray.remote(cls).options(**options)
 
 
+def _bundles(group: PlacementGroup, engine: int, width: int) -> list[int]:
+    from openrlhf.trainer.ray.utils import get_bundle_indices  # takes vLLM with it
+
+    return list(get_bundle_indices(group, engine, width))
+
+
 class RayRolloutGroup:
-    """Several engines as one: prompts are dealt in contiguous shares, results come back in order.
+    """Several engines as one: prompts are shared out (`generate_on`), results come back in order.
 
     share: of each bundle, for engines that live beside policy ranks (`placement.COLOCATED_SHARE`).
     """
+
+    actor: type = _ENGINE
 
     def __init__(
         self,
@@ -68,8 +99,8 @@ class RayRolloutGroup:
 
         def start(i: int) -> Any:
             # The workers of one engine lie on one node where that is possible; Ray numbers bundles as it likes.
-            bundles = get_bundle_indices(group, i, width) if width > 1 else None
-            actor = _remote(RolloutEngine, group, bundles[0] if bundles else i, device, env, None if bundles else share)
+            bundles = _bundles(group, i, width) if width > 1 else None
+            actor = _remote(self.actor, group, bundles[0] if bundles else i, device, env, None if bundles else share)
             return actor.remote(replace(spec, seed=spec.seed + i), bundle_indices=bundles, num_gpus=share)
 
         self.engines = [start(i) for i in range(n_engines)]
@@ -153,13 +184,13 @@ class _Ranks:
 class RayReferenceGroup(_Ranks):
     """The reference policy: the model that training began with."""
 
-    actor = ReferenceActor
+    actor = _REFERENCE
 
 
 class RayPolicyGroup(_Ranks):
     """The policy. With LoRA it is its own reference too."""
 
-    actor = RealPolicyActor
+    actor = _POLICY
     # Adds to an exported folder what is not the policy's own, before the folder takes its place.
     complete_export: Callable[[Path], None] = staticmethod(lambda folder: None)
 
@@ -207,6 +238,13 @@ class RayPolicyGroup(_Ranks):
         ray.get([rank.load_state_dict.remote(s) for rank, s in zip(self.ranks, state["ranks"])])
 
 
+def on_one_host(policy: RayPolicyGroup, groups: Sequence[RayRolloutGroup]) -> bool:
+    """Whether policy rank 0 and all engine workers can map each other's memory."""
+    workers = [engine.sync_hosts.remote() for group in groups for engine in group.engines]
+    sender, *found = ray.get([policy.ranks[0].sync_host.remote(), *workers])
+    return {host for hosts in found for host in hosts} <= {sender}
+
+
 class RayWeightSync:
     """Policy -> engines: one call per actor and sync, one broadcast per bucket, then the agreement check."""
 
@@ -233,14 +271,15 @@ class RayWeightSync:
         return [engine for group in self.groups for engine in group.engines]
 
     def _join(self, backend: str) -> None:
+        largest = max((bucket.nbytes for bucket in self.plan), default=0)
         address, _ = ray.get(self.policy.ranks[0].get_master_addr_port.remote())
         port = ray.get(self.policy.ranks[0].free_port.remote())
         offsets, world = sync_ranks([group.width for group in self.groups for _ in group.engines])
         refs = [
-            engine.init_sync_group.remote(address, port, offset, world, backend, self.deadline_s)
+            engine.init_sync_group.remote(address, port, offset, world, backend, self.deadline_s, largest)
             for engine, offset in zip(self._engines(), offsets)
         ]
-        refs += self.policy.call("join_sync_group", address, port, world, backend, self.deadline_s)
+        refs += self.policy.call("join_sync_group", address, port, world, backend, self.deadline_s, largest)
         self._get(refs, "joining the weight-sync group")
 
     def sync(self, version: int) -> SyncReport:
@@ -285,7 +324,7 @@ class RayEvaluator:
     def __init__(self, spec: EvaluatorSpec, engines: RayRolloutGroup, *, env: dict[str, str]) -> None:
         # It only sends prompts and computes metrics: no CPU or GPU is reserved for it.
         options = dict(num_cpus=0, runtime_env={"env_vars": env}, max_restarts=0)
-        self.actor = ray.remote(EvaluatorActor).options(**options).remote(spec, EngineHandles(engines.engines))
+        self.actor = ray.remote(_EVALUATOR).options(**options).remote(spec, EngineHandles(engines.engines))
         self.engines = list(engines.engines)
         self.total = sum(len(benchmark.prompts) for benchmark in spec.benchmarks) * spec.sampling.n
         self._running: Any = None

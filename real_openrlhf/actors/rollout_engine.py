@@ -43,7 +43,6 @@ T = TypeVar("T")
 _Base: Any = RolloutRayActor.__ray_metadata__.modified_class.__ray_actor_class__
 
 _SHUTDOWN_S = 8.0
-_EXTENSION = "real_openrlhf.actors.worker_extension.SyncWorkerExtension"
 
 
 class RolloutEngine(_Base):
@@ -52,6 +51,8 @@ class RolloutEngine(_Base):
     bundle_indices, num_gpus: for an engine of several workers inside a Ray placement group, as in
     OpenRLHF's create_vllm_engines.
     """
+
+    worker_extension = "real_openrlhf.actors.worker_extension.SyncWorkerExtension"
 
     def __init__(self, spec: EngineSpec, bundle_indices: list[int] | None = None, num_gpus: float = 1) -> None:
         self.spec = spec
@@ -77,7 +78,7 @@ class RolloutEngine(_Base):
                 max_model_len=spec.max_model_len,
                 tensor_parallel_size=spec.tensor_parallel_size,
                 distributed_executor_backend=backend,
-                worker_extension_cls=_EXTENSION,
+                worker_extension_cls=self.worker_extension,
                 enable_prefix_caching=spec.enable_prefix_caching,
                 enforce_eager=spec.enforce_eager,
                 gpu_memory_utilization=spec.gpu_memory_utilization,
@@ -281,12 +282,23 @@ class RolloutEngine(_Base):
     # -- weights ---------------------------------------------------------------------------------
 
     async def init_sync_group(
-        self, address: str, port: int, rank_offset: int, world_size: int, backend: str, timeout_s: float
+        self,
+        address: str,
+        port: int,
+        rank_offset: int,
+        world_size: int,
+        backend: str,
+        timeout_s: float,
+        buffer_bytes: int = 0,
     ) -> list[int]:
         """The workers join the sync group as ranks rank_offset ..; returns them. Blocks until all ranks came."""
         return await self.llm.collective_rpc(
-            "init_sync_group", args=(address, port, rank_offset, world_size, backend, timeout_s)
+            "init_sync_group", args=(address, port, rank_offset, world_size, backend, timeout_s, buffer_bytes)
         )
+
+    async def sync_hosts(self) -> list[str]:
+        """`shared_memory.host_id` of each worker."""
+        return await self.llm.collective_rpc("sync_host")
 
     async def receive_weights(self, plan: list[list[list[Any]]], version: int) -> int:
         """Receive the plan's buckets (`weight_transfer.to_wire`), load them, forget cached prefixes.

@@ -1,8 +1,8 @@
 """Weights on their way from the policy to the engines: the plan, and the group that carries them.
 
 Both ends use this module, so that they cannot drift apart. Rank 0 is the policy's rank 0, the
-engines' workers are ranks 1, 2, ...; every bucket of the plan is one flat broadcast. Torch only:
-it is imported in vLLM workers, before the model is loaded.
+engines' workers are ranks 1, 2, ...; every bucket of the plan is one flat broadcast, or one slot
+of memory that all have mapped. Torch only: it is imported in vLLM workers, before the model is loaded.
 
     policy rank 0                                     each engine worker
     plan = make_plan(...)
@@ -17,13 +17,16 @@ import math
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from real_openrlhf.actors.shared_memory import SharedMemory
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +66,10 @@ class Bucket:
     @property
     def numel(self) -> int:
         return sum(p.numel for p in self.parameters)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
 
 
 def make_plan(named_shapes: Iterable[tuple[str, Sequence[int], str]], bucket_bytes: int) -> list[Bucket]:
@@ -116,6 +123,8 @@ def free_port(address: str = "") -> int:
 
 
 class _Transport(Protocol):
+    def buffer(self, numel: int, dtype: torch.dtype) -> Tensor: ...
+
     def broadcast(self, tensor: Tensor, src: int) -> None: ...
 
     def destroy(self) -> None: ...
@@ -124,7 +133,8 @@ class _Transport(Protocol):
 class SyncGroup:
     """A broadcast group beside the trainers' and the engines' own process groups.
 
-    gloo: every call raises after the deadline. nccl: PyNccl, as OpenRLHF uses it. NCCL itself has
+    gloo: every call raises after the deadline. shared_memory: the same, for ranks on one host; a
+    bucket is written once and read where it lies. nccl: PyNccl, as OpenRLHF uses it. NCCL itself has
     no deadline; here the host waits for the group's creation in a thread and for each broadcast
     by polling an event, and raises when time is up. The stuck kernel stays on the GPU, so the
     process must then end (which a failed sync makes it do in any case).
@@ -146,10 +156,12 @@ class SyncGroup:
         backend: str,
         timeout_s: float,
         device: torch.device | None = None,
+        buffer_bytes: int = 0,
     ) -> SyncGroup:
         """Meet the other ranks; all must call within timeout_s seconds. Rank 0 listens on the port.
 
-        device: where broadcast tensors live; default the CPU for gloo, the current GPU for nccl.
+        device: where broadcast tensors live; default the current GPU for nccl, else always the CPU.
+        buffer_bytes: of the largest bucket; rank 0 must say it for shared_memory.
         Raises SyncError with the address and who was asked for.
         """
         if not 0 <= rank < world_size:
@@ -159,15 +171,25 @@ class SyncGroup:
             if backend == "gloo":
                 device = torch.device("cpu")
                 transport: _Transport = _Gloo(address, port, rank, world_size, timeout_s)
+            elif backend == "shared_memory":
+                device = torch.device("cpu")
+                transport = SharedMemory(address, port, rank, world_size, timeout_s, buffer_bytes)
             elif backend == "nccl":
                 device = device or torch.device("cuda", torch.cuda.current_device())
                 transport = _Nccl(address, port, rank, world_size, timeout_s, device)
             else:
-                raise ValueError(f"backend must be 'gloo' or 'nccl', got {backend!r}")
+                raise ValueError(f"backend must be 'gloo', 'shared_memory' or 'nccl', got {backend!r}")
         except (RuntimeError, OSError, TimeoutError) as error:
             raise SyncError(f"{where}: not formed within {timeout_s:g} s: {error}") from error
         logger.info("%s: formed", where)
         return cls(transport, rank, world_size, device)
+
+    def buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """Flat memory for the next broadcast, valid until the next call. SyncError after the deadline."""
+        try:
+            return self._transport.buffer(numel, dtype)
+        except (RuntimeError, TimeoutError) as error:
+            raise SyncError(f"no memory for {numel} {dtype}: {error}") from error
 
     def broadcast(self, tensor: Tensor, src: int = 0) -> None:
         """Fill the contiguous tensor, on the group's device, with rank src's. SyncError after the deadline."""
@@ -190,6 +212,9 @@ class _Gloo:
         # Any: torch's stubs leave out the collectives.
         self._group: Any = ProcessGroupGloo(PrefixStore("real_sync", self._store), rank, world_size, self._timeout)
 
+    def buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(numel, dtype=dtype)
+
     def broadcast(self, tensor: Tensor, src: int) -> None:
         options = torch.distributed.BroadcastOptions()
         options.rootRank, options.rootTensor, options.timeout = src, 0, self._timeout
@@ -207,12 +232,16 @@ class _Nccl:
         from vllm.distributed.utils import StatelessProcessGroup
 
         self._timeout_s = timeout_s
+        self._device = device
         group = StatelessProcessGroup.create(
             host=address, port=port, rank=rank, world_size=world_size, store_timeout=max(1, int(timeout_s))
         )
         self._comm = _within(timeout_s, "ncclCommInitRank", lambda: PyNcclCommunicator(group, device=device))
         if not self._comm.available:
             raise RuntimeError("the NCCL library could not be loaded")
+
+    def buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(numel, dtype=dtype, device=self._device)
 
     def broadcast(self, tensor: Tensor, src: int) -> None:
         stream = torch.cuda.current_stream(tensor.device)
@@ -256,7 +285,7 @@ def send_bucket(group: SyncGroup, bucket: Bucket, tensors: Sequence[Tensor]) -> 
     """Rank 0: broadcast one bucket. tensors: whole (gathered) parameters in the bucket's order."""
     if len(tensors) != len(bucket.parameters):
         raise ValueError(f"the bucket holds {len(bucket.parameters)} parameters, {len(tensors)} tensors were given")
-    flat = torch.empty(bucket.numel, dtype=bucket.dtype, device=group.device)
+    flat = _buffer(group, bucket)
     for parameter, view, tensor in zip(bucket.parameters, _views(flat, bucket), tensors):
         if tuple(tensor.shape) != parameter.shape:
             raise ValueError(f"{parameter.name} has shape {tuple(tensor.shape)}, the plan says {parameter.shape}")
@@ -265,15 +294,26 @@ def send_bucket(group: SyncGroup, bucket: Bucket, tensors: Sequence[Tensor]) -> 
 
 
 def receive_bucket(group: SyncGroup, bucket: Bucket) -> list[tuple[str, Tensor]]:
-    """An engine worker: receive one bucket as (name, view into the flat tensor) pairs."""
-    flat = torch.empty(bucket.numel, dtype=bucket.dtype, device=group.device)
+    """An engine worker: receive one bucket as (name, view) pairs, valid until the next one is asked for."""
+    flat = _buffer(group, bucket)
     _broadcast(group, bucket, flat)
     return [(p.name, view) for p, view in zip(bucket.parameters, _views(flat, bucket))]
 
 
+def _buffer(group: SyncGroup, bucket: Bucket) -> Tensor:
+    with _naming(bucket):
+        return group.buffer(bucket.numel, bucket.dtype)
+
+
 def _broadcast(group: SyncGroup, bucket: Bucket, flat: Tensor) -> None:
-    try:
+    with _naming(bucket):
         group.broadcast(flat, src=0)
+
+
+@contextmanager
+def _naming(bucket: Bucket) -> Iterator[None]:
+    try:
+        yield
     except SyncError as error:
         names = f"{bucket.parameters[0].name} .. {bucket.parameters[-1].name}"
         raise SyncError(f"weights {names}: {error}") from error

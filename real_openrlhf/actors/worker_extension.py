@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from real_openrlhf.actors.engine_owner import end_with_owner
+from real_openrlhf.actors.shared_memory import host_id
 from real_openrlhf.actors.weight_transfer import NO_VERSION, Bucket, SyncError, SyncGroup, from_wire, receive_bucket
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,14 @@ class SyncWorkerExtension:
     device: torch.device
 
     def init_sync_group(
-        self, address: str, port: int, rank_offset: int, world_size: int, backend: str, timeout_s: float
+        self,
+        address: str,
+        port: int,
+        rank_offset: int,
+        world_size: int,
+        backend: str,
+        timeout_s: float,
+        buffer_bytes: int = 0,
     ) -> int:
         """Join the group as rank rank_offset + the worker's own rank; that rank is returned."""
         old: SyncGroup | None = getattr(self, "_sync_group", None)
@@ -62,8 +70,14 @@ class SyncWorkerExtension:
         if old is not None:
             old.destroy()
         rank = rank_offset + self.rank
-        self._sync_group = SyncGroup.create(address, port, rank, world_size, backend, timeout_s, device=self.device)
+        self._sync_group = SyncGroup.create(
+            address, port, rank, world_size, backend, timeout_s, device=self.device, buffer_bytes=buffer_bytes
+        )
         return rank
+
+    def sync_host(self) -> str:
+        """`shared_memory.host_id` of this worker."""
+        return host_id()
 
     def receive_weights(self, plan: Sequence[Sequence[Sequence[Any]]], version: int) -> int:
         """Receive all buckets of the plan (`weight_transfer.to_wire`) and load them into the model.

@@ -183,6 +183,8 @@ def _colocated(config: Config) -> list[str]:
             "--train.async_enable samples while the policy trains, --train.colocate_all lets them take turns on the "
             "same GPUs; drop one of them"
         )
+    if config.sync.backend == "nccl":
+        raise ConfigError("--sync.backend nccl: NCCL refuses two processes on one GPU (--train.colocate_all); use auto")
     workers = config.vllm.num_engines * config.vllm.tensor_parallel_size
     if workers != config.ranks:
         raise ConfigError(
@@ -263,6 +265,8 @@ def _device(config: Config, device: str) -> list[str]:
         raise ConfigError(
             "--train.colocate_all needs GPUs: on a CPU there is no GPU memory to share, and vLLM has no sleep mode"
         )
+    if config.sync.backend == "nccl":
+        raise ConfigError("--sync.backend nccl needs GPUs; on a CPU use auto, gloo or shared_memory")
     if config.vllm.tensor_parallel_size > 1:
         raise ConfigError(f"--vllm.tensor_parallel_size {config.vllm.tensor_parallel_size} needs GPUs")
     if "flash_attention" in config.ds.attn_implementation:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TextIO
 
+import psutil
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,11 @@ class Progress:
         if self._has_eval:
             parts.append(f"eval {self.eval_metric.rsplit('/', 1)[-1]} {_format(self._eval, '.3f')}")
         return "  ".join(parts)
+
+
+def process_seconds() -> float:
+    """Seconds since this process was started: imports and all."""
+    return time.time() - psutil.Process().create_time()
 
 
 def _format(value: float | None, spec: str) -> str:

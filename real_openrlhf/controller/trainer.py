@@ -25,7 +25,7 @@ from real_openrlhf.algo.types import Group, TrainGroup, group_scores
 from real_openrlhf.controller.batches import Batch, BatchSource, PromptStore
 from real_openrlhf.controller.dynamic_sampling import CannotFill, Collected, Keep, collect
 from real_openrlhf.controller.first_look import check_first_rollouts
-from real_openrlhf.controller.progress import PhaseTimer
+from real_openrlhf.controller.progress import PhaseTimer, process_seconds
 from real_openrlhf.controller.rollout_stats import judgement_samples, rollout_metrics
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.data.stream import StreamExhausted
@@ -126,6 +126,7 @@ class Controller:
         progress: Progress,
         decode: Callable[[list[int]], str] | None = None,
         stop_requested: Callable[[], str | None] = lambda: None,
+        since_command: Callable[[], float] = process_seconds,
     ) -> None:
         self.settings = settings
         self.scale = scale
@@ -141,6 +142,9 @@ class Controller:
         self.progress = progress
         self.decode = decode
         self.stop_requested = stop_requested
+        self.since_command = since_command
+        # What is logged once, with the first step of this process that is logged.
+        self._once: dict[str, float] | None = None
         # Set once all parts exist: it saves this controller too.
         self.saver: Saver | None = None
         self.timer = PhaseTimer()
@@ -201,6 +205,8 @@ class Controller:
             self.batches.start(self.step_number + 1, self.step_number)
         with self.timer.phase("train"):
             trained = self.policy.train(groups)
+        if self._once is None:
+            self._once = {"seconds/first_step": self.since_command()}
         with self.timer.phase("generate"):
             self.batches.wait()
         self.step_number += 1
@@ -351,7 +357,8 @@ class Controller:
 
     def _log_step(self, metrics: dict[str, Any], collected: Collected, groups: Sequence[TrainGroup]) -> None:
         if self.step_number % self.settings.logging_steps == 0:
-            self.log.log(self.step_number, "train", metrics)
+            self.log.log(self.step_number, "train", {**metrics, **(self._once or {})})
+            self._once = {}
             samples = judgement_samples(
                 collected.kept,
                 groups,

@@ -133,8 +133,8 @@ def main() -> None:
     args = parser.parse_args()
 
     from real_openrlhf.actors.device import Device
-    from real_openrlhf.actors.lora import Lora
-    from real_openrlhf.actors.policy_actor import PolicySpec, RealPolicyActor
+    from real_openrlhf.actors.policy_actor import RealPolicyActor
+    from real_openrlhf.actors.policy_spec import Lora, PolicySpec
     from real_openrlhf.actors.reference_actor import ReferenceActor
 
     config = build_config(

@@ -16,6 +16,7 @@ import torch
 from real_openrlhf.actors.device import Device
 from real_openrlhf.actors.engine_spec import EngineSpec, EngineSpecError, logprobs_mode_for
 from real_openrlhf.actors.protocols import Sampling
+from real_openrlhf.actors.shared_memory import host_id
 from real_openrlhf.actors.weight_transfer import SyncError, SyncGroup, free_port, make_plan, send_bucket, to_wire
 from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.algo.score_scale import BoundScale, ScoreScale, bind_scale
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.integration
 ANCHOR = "Score: "
 WORDS = ["<unk>", "<eos>", "Score:", "1", "2", "3", "4", "5"] + [f"w{i}" for i in range(88)]
 MAX_LEN = 160
+BUCKET_BYTES = 40_000
 
 
 def make_model(folder: Path, tied: bool) -> torch.nn.Module:
@@ -98,20 +100,22 @@ class Stack:
             thread.join()
             assert not errors, errors
 
-    def connect(self) -> None:
+    def connect(self, backend: str) -> None:
+        if self.group is not None:
+            self.group.destroy()
         port = free_port()
 
         def sender():
-            self.group = SyncGroup.create("127.0.0.1", port, 0, 2, "gloo", 60)
+            self.group = SyncGroup.create("127.0.0.1", port, 0, 2, backend, 60, buffer_bytes=BUCKET_BYTES)
 
-        ranks = self.beside(sender, self.engine.init_sync_group("127.0.0.1", port, 1, 2, "gloo", 60))
+        ranks = self.beside(sender, self.engine.init_sync_group("127.0.0.1", port, 1, 2, backend, 60, BUCKET_BYTES))
         assert ranks == [1]
 
     def sync(self, version: int, rename: tuple[str, str] | None = None, drop: str | None = None) -> int:
         tensors = {n: p for n, p in self.model.named_parameters() if n != drop}
         if rename:
             tensors = {rename[1] if n == rename[0] else n: p for n, p in tensors.items()}
-        plan = make_plan([(n, p.shape, "float32") for n, p in tensors.items()], bucket_bytes=40_000)
+        plan = make_plan([(n, p.shape, "float32") for n, p in tensors.items()], bucket_bytes=BUCKET_BYTES)
         assert len(plan) > 3
 
         def sender():
@@ -231,7 +235,8 @@ def test_sync_and_generate(stack: Stack) -> None:
     assert stack.run(engine.sync_version()) == -1
     with pytest.raises(SyncError, match="no weights"):
         stack.run(engine.generate(prompts(1), sampling))
-    stack.connect()
+    assert stack.run(engine.sync_hosts()) == [host_id()]
+    stack.connect("gloo")
 
     # The first sync replaces dummy weights; the next ones replace stale ones.
     assert stack.difference() > 0.1
@@ -321,6 +326,16 @@ def test_sync_and_generate(stack: Stack) -> None:
     assert stack.sync(5) == 5
     assert stack.difference() < 1e-3
 
+    # The same by memory that both have mapped; a failed sync leaves it usable there, too.
+    stack.connect("shared_memory")
+    with pytest.raises(Exception, match=r"model\.layers\.0\.nonsense"):
+        stack.sync(6, rename=("model.layers.0.self_attn.q_proj.weight", "model.layers.0.nonsense"))
+    for _ in range(2):
+        stack.perturb()
+        assert stack.difference() > 0.05
+        assert stack.sync(5) == 5
+        assert stack.difference() < 1e-3
+
     state = engine.state_dict()
     assert state["weight_version"] == 5 and state["requests"] > 0
     engine.load_state_dict({"requests": 3, "weight_version": 1})
@@ -336,7 +351,7 @@ def test_sync_and_generate(stack: Stack) -> None:
     "stack", [{"tied": False, "logprobs_mode": logprobs_mode_for(0.7, 1.0)}], indirect=True, ids=["untied"]
 )
 def test_untied_head_and_other_temperatures(stack: Stack) -> None:
-    stack.connect()
+    stack.connect("shared_memory")
     assert stack.difference() > 0.1
     stack.sync(1)
     assert stack.difference() < 1e-3  # prompt log-probs are at temperature 1 in this mode, too
@@ -344,6 +359,12 @@ def test_untied_head_and_other_temperatures(stack: Stack) -> None:
     assert stack.difference() > 0.05
     stack.sync(2)
     assert stack.difference() < 1e-3
+    for backend in ("gloo", "shared_memory"):
+        stack.perturb()
+        assert stack.difference() > 0.05
+        stack.connect(backend)
+        stack.sync(3)
+        assert stack.difference() < 1e-3
 
     sampling = Sampling(n=4, temperature=0.7, top_p=1.0, max_new_tokens=24, seed=7)
     groups = stack.run(stack.engine.generate(prompts(6), sampling))

@@ -95,7 +95,7 @@ def test_the_commands_of_the_examples_parse(script: str, tmp_path: Path) -> None
     assert result.returncode == 0, result.stderr
     calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
     runs = [call[2:] for call in calls if call[:2] == MODULE.split()]
-    assert runs
+    assert runs or script == "examples/benchmark/run.sh"
     for argv in runs:
         assert parse_args(argv).ckpt.output_dir
     for call in calls:

@@ -11,8 +11,8 @@ import torch
 
 from real_openrlhf.actors.device import Device, DeviceError
 from real_openrlhf.actors.engine_spec import EngineSpecError
-from real_openrlhf.actors.lora import Lora
 from real_openrlhf.actors.placement import Request
+from real_openrlhf.actors.policy_spec import Lora
 from real_openrlhf.actors.protocols import Sampling
 from real_openrlhf.algo.loss import LossOptions
 from real_openrlhf.algo.objectives import RealObjective

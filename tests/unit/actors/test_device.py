@@ -156,5 +156,16 @@ def test_module_names_every_dtype():
 
 def test_colocated_weights_go_by_cpu_memory():
     cpu, cuda = Device(name="cpu", dtype_name="fp32"), Device(name="cuda", dtype_name="bf16")
-    assert cuda.sync_backend(colocated=False) == "nccl"
-    assert {cpu.sync_backend(colocated=False), cuda.sync_backend(colocated=True)} == {"gloo"}
+    for one_host in (False, True):
+        assert cuda.sync_backend(colocated=False, one_host=one_host) == "nccl"
+        assert cuda.sync_backend(colocated=True, one_host=one_host) == "gloo"
+    assert cpu.sync_backend(colocated=False, one_host=False) == "gloo"
+
+
+def test_weights_go_by_shared_memory_on_one_cpu_host_alone():
+    cpu = Device(name="cpu", dtype_name="fp32")
+    assert cpu.sync_backend(colocated=False, one_host=True) == "shared_memory"
+    assert cpu.sync_backend("gloo", colocated=False, one_host=True) == "gloo"
+    assert cpu.sync_backend("shared_memory", colocated=False, one_host=True) == "shared_memory"
+    with pytest.raises(DeviceError, match="do not share one host"):
+        cpu.sync_backend("shared_memory", colocated=False, one_host=False)

@@ -17,7 +17,7 @@ pytest.importorskip("vllm")
 from real_openrlhf.actors import remote
 from real_openrlhf.actors.device import Device
 from real_openrlhf.actors.protocols import Sampling
-from real_openrlhf.actors.remote import RayPolicyGroup, RayRolloutGroup, RayWeightSync
+from real_openrlhf.actors.remote import RayPolicyGroup, RayRolloutGroup, RayWeightSync, on_one_host
 from real_openrlhf.algo.objectives import RealObjective
 from real_openrlhf.algo.types import Group, TrainGroup
 from real_openrlhf.controller.trainer import Controller
@@ -64,6 +64,10 @@ class Engine:
         self.cluster, self.bundles, self.num_gpus, self.seed = cluster, bundles, num_gpus, seed
         self.awake = {"weights", "kv_cache"}
         self.joined: tuple[Any, ...] = ()
+        self.hosts = ["a"]
+
+    def sync_hosts(self) -> list[str]:
+        return self.hosts
 
     def sleep(self) -> None:
         self.cluster.calls.append(("sleep",))
@@ -97,6 +101,10 @@ class Rank:
         self.cluster = cluster
         self.version, self.at_hand = 0, True
         self.joined: tuple[Any, ...] = ()
+        self.host = "a"
+
+    def sync_host(self) -> str:
+        return self.host
 
     def get_master_addr_port(self) -> tuple[str, int]:
         return "host", 1
@@ -174,7 +182,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     monkeypatch.setattr(remote, "_remote", place)
     monkeypatch.setattr(remote.ray, "get", lambda refs, timeout=None: refs)
     # Ray numbers bundles as it likes; here those of one node are 0 and 2, 1 and 3.
-    monkeypatch.setattr(remote, "get_bundle_indices", lambda group, i, n: [0, 2, 1, 3][i * n : (i + 1) * n])
+    monkeypatch.setattr(remote, "_bundles", lambda group, i, n: [0, 2, 1, 3][i * n : (i + 1) * n])
     return made
 
 
@@ -214,7 +222,18 @@ def test_every_worker_has_a_rank_of_its_own_in_the_sync_group(cluster: Cluster) 
     weight_sync(policy_group(2), groups, backend="gloo")
     assert [engine.joined[2] for engine in cluster.engines] == [1, 3, 5]
     for actor in (*cluster.engines, *cluster.ranks):
-        assert actor.joined[:2] == ("host", 2) and 6 in actor.joined and actor.joined[-2:] == ("gloo", 9.0)
+        assert actor.joined[:2] == ("host", 2) and 6 in actor.joined and actor.joined[-3:] == ("gloo", 9.0, 0)
+
+
+def test_one_host_is_one_for_all_workers(cluster: Cluster) -> None:
+    policy, groups = policy_group(2), [rollout_group()(2), rollout_group()(1)]
+    assert on_one_host(policy, groups)
+    cluster.ranks[1].host = "b"  # the other ranks send nothing
+    assert on_one_host(policy, groups)
+    cluster.engines[2].hosts = ["a", "b"]
+    assert not on_one_host(policy, groups)
+    cluster.engines[2].hosts, cluster.ranks[0].host = ["a"], "b"
+    assert not on_one_host(policy, groups)
 
 
 def test_colocated_engines_and_policy_take_turns(cluster: Cluster) -> None:

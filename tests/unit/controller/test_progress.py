@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
+import subprocess
+import sys
 
 import pytest
 
@@ -90,3 +92,16 @@ def test_phase_timer():
     assert timer.seconds("generate") == 3.0
     assert timer.pop() == {"seconds/generate": 3.0, "seconds/train": 0.5, "seconds/sync": 4.0}
     assert timer.pop() == {}
+
+
+def test_seconds_since_the_process_began_have_its_imports_in_them() -> None:
+    """Bounded by clocks around it; the kernel gives the time of boot in whole seconds."""
+    code = """
+import time
+time.sleep(2.5)
+from real_openrlhf.controller.progress import process_seconds
+before = time.perf_counter()
+print(process_seconds(), process_seconds() + time.perf_counter() - before)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert 1.5 <= float(out[0]) <= float(out[1])

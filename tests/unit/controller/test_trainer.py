@@ -214,6 +214,17 @@ def test_phases_in_order() -> None:
     assert metrics == {"expected/pearson": pytest.approx(0.3), "decoded/pearson": None}
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_time_to_the_first_update_is_logged_once(every: int) -> None:
+    world = World()
+    run = controller(world, logging_steps=every)
+    seconds = iter([17.0])
+    run.since_command = lambda: next(seconds)  # a second call would fail
+    run.fit()
+    logged = [metrics.get("seconds/first_step") for _, phase, metrics in world.logs if phase == "train"]
+    assert logged == [17.0, *[None] * (3 // every - 1)]
+
+
 def test_the_reference_comes_before_the_updates_and_its_logprobs_go_to_the_policy() -> None:
     world = World()
     controller(world, kl=True, total_steps=1).fit()

@@ -1,0 +1,118 @@
+"""What all contestants have in common: settings, the score scale's objective, how a case is switched on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+from examples.benchmark.protocol import Case
+from examples.benchmark.timers import Timers
+from real_openrlhf.actors.device import Device
+from real_openrlhf.actors.weight_transfer import free_port
+from real_openrlhf.algo.types import Group
+from real_openrlhf.config.convert import build_config
+from real_openrlhf.config.openrlhf_args import to_openrlhf_args
+
+ADDRESS = "127.0.0.1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a contestant is built from. logits_mb: of this project's step only, see `--real.logits_mb`."""
+
+    model: str
+    device: Device
+    seed: int
+    learning_rate: float
+    logits_mb: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a step gives back besides its time; see `Measured`."""
+
+    loss: float
+    facts: dict[str, float]
+
+
+class Contestant(Protocol):
+    """overrides  what was changed in somebody else's code, and why. network: the transformers model that trains."""
+
+    overrides: list[str]
+    timers: Timers
+
+    @property
+    def network(self) -> Any: ...
+
+    def prepare(self, case: Case, group: Group) -> None:
+        """Everything that is not part of a step: sizes, and the rollouts in the form in which engines return them."""
+
+    def step(self) -> Outcome:
+        """One training step on the group, one optimizer update; phases go to the timers."""
+
+
+def arguments(setup: Setup) -> SimpleNamespace:
+    """OpenRLHF's arguments of all contestants: ZeRO-2, AdamW, clipping at 1, one update on one prompt."""
+    config = build_config(
+        {
+            "actor.model_name_or_path": setup.model,
+            "actor.adam.lr": setup.learning_rate,
+            "ds.zero_stage": 2,
+            "rollout.batch_size": 1,
+            "rollout.n_samples_per_prompt": 2,
+            "train.micro_batch_size": 2,
+            "train.seed": setup.seed,
+            "ckpt.output_dir": "unused",
+        }
+    )
+    return to_openrlhf_args(
+        config,
+        device_dtype=setup.device.dtype_name,
+        attn=setup.device.attn_implementation,
+        sync_backend=setup.device.dist_backend,
+    )
+
+
+def set_sizes(args: SimpleNamespace, case: Case) -> None:
+    """The sizes of a case, where OpenRLHF's classes and ours read them at each step."""
+    args.rollout.n_samples_per_prompt = case.samples
+    args.rollout.micro_batch_size = case.micro_batch
+    args.train.batch_size = case.samples
+    args.train.micro_batch_size = case.micro_batch
+
+
+def set_checkpointing(network: Any, args: SimpleNamespace, case: Case) -> None:
+    """Turn gradient checkpointing on or off, in the form that the arguments name."""
+    args.actor.gradient_checkpointing_enable = case.gradient_checkpointing
+    if case.gradient_checkpointing:
+        network.gradient_checkpointing_enable({"use_reentrant": args.actor.gradient_checkpointing_reentrant})
+    else:
+        network.gradient_checkpointing_disable()
+
+
+def optimizer_config(args: SimpleNamespace) -> dict[str, Any]:
+    """The optimizer as `DeepspeedStrategy.prepare` takes it; `arguments` keeps the learning rate constant."""
+    return {
+        "optim": "adam",
+        "adam": vars(args.actor.adam),
+        "lr_scheduler": args.actor.lr_scheduler,
+        "lr_warmup_ratio": args.actor.lr_warmup_ratio,
+        "min_lr_ratio": args.actor.min_lr_ratio,
+        "max_norm": args.actor.max_norm,
+        "scheduler_steps": MAX_STEPS,
+    }
+
+
+# Optimizer steps that the schedule is told of; it is constant.
+MAX_STEPS = 1000
+
+
+def single_rank() -> tuple[str, int]:
+    """Describe a process group of one rank in the environment; its address and port."""
+    port = free_port()
+    os.environ.update(
+        {"MASTER_ADDR": ADDRESS, "MASTER_PORT": str(port), "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
+    )
+    return ADDRESS, port

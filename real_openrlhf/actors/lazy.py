@@ -1,0 +1,43 @@
+"""Actor classes whose module is imported in the actor, not in the driver.
+
+Ray reads an actor's methods off its class, and a class like the engine's takes vLLM with it, some 10 s
+that the driver would spend before it starts anything. A lazy class has the methods' names alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+
+def lazy_actor(where: str, *, methods: Sequence[str], coroutines: Sequence[str] = ()) -> type:
+    """A class that makes the one at `where` ("module:Class") when it is made, and hands its methods' calls on.
+
+    methods, coroutines: by what they are there; Ray runs an actor with coroutines on an event loop.
+    """
+    module, _, name = where.partition(":")
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        self.actor = getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    members: dict[str, Any] = {"__init__": init, "__module__": __name__, "__doc__": f"{where}, imported when made."}
+    members |= {method: _method(method) for method in methods}
+    members |= {method: _coroutine(method) for method in coroutines}
+    for member in (*methods, *coroutines):
+        members[member].__name__ = member
+    return type(name, (), members)
+
+
+def _method(name: str) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.actor, name)(*args, **kwargs)
+
+    return call
+
+
+def _coroutine(name: str) -> Any:
+    async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return await getattr(self.actor, name)(*args, **kwargs)
+
+    return call

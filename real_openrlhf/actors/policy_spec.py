@@ -1,0 +1,52 @@
+"""What a rank of the policy is built from. Imports neither deepspeed nor peft: the driver makes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from real_openrlhf.actors.device import Device
+from real_openrlhf.algo.loss import LossOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """rank, alpha: the adapter adds alpha / rank * B A. targets: "all-linear" or names of modules."""
+
+    rank: int
+    alpha: int
+    targets: str | tuple[str, ...]
+    dropout: float
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySpec:
+    """Everything a rank needs to build itself.
+
+    args                 OpenRLHF's nested arguments (config.openrlhf_args)
+    attn_implementation  "auto": the device's default
+    values               the score scale's values
+    max_steps            optimizer steps of the whole run, for the learning-rate schedule
+    logits_mb            megabytes that logits may take in training
+    lora                 None: all parameters are trained
+    """
+
+    path: str
+    args: Any
+    device: Device
+    attn_implementation: str
+    ranks_per_node: int
+    values: tuple[float, ...]
+    options: LossOptions
+    trains_score_token: bool
+    term_grad_norm_steps: int
+    max_steps: int
+    bucket_bytes: int
+    logits_mb: int
+    lora: Lora | None = None
+
+    @property
+    def attention(self) -> str:
+        """Asked for in the actor: the driver may sit on a node without flash attention."""
+        return self.attn_implementation if self.attn_implementation != "auto" else self.device.attn_implementation

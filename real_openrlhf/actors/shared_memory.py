@@ -1,0 +1,126 @@
+"""Buckets of weights through memory that both sides of a sync have mapped: policy and engines on one host.
+
+Rank 0 makes an anonymous file (memfd), which the others open by /proc/<pid>/fd and map. It has no
+name in any file system, so that nothing can stay behind, whoever dies and when, and the size of
+/dev/shm does not matter. It holds two slots: rank 0 fills one while the engines load the other.
+Who may touch which slot is said through a TCPStore, whose every wait has a deadline. Torch only.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed import TCPStore
+
+_SLOTS = 2
+_PAGE = 4096
+# Stands at the start of the file: proves that a mapping is rank 0's.
+_TOKEN_BYTES = 16
+
+
+def host_id() -> str:
+    """Equal for two processes that can map each other's memory: one running kernel, process numbering and user."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')} uid:{os.geteuid()}"
+
+
+class SharedMemory:
+    """The transport of a `SyncGroup`. Buckets are numbered through all syncs, bucket n lies in slot n % 2.
+
+    Keys of the store: "map", where the file is; "mapped/<rank>"; "filled/<n>", rank 0 has written
+    bucket n; "loaded/<n>/<rank>", the rank needs it no longer.
+    """
+
+    def __init__(
+        self, address: str, port: int, rank: int, world_size: int, timeout_s: float, buffer_bytes: int
+    ) -> None:
+        """buffer_bytes: of the largest bucket. All ranks return once all have mapped the memory."""
+        self._rank = rank
+        self._others = range(1, world_size)
+        self._timeout = timedelta(seconds=timeout_s)
+        self._slot_bytes = -(-max(1, buffer_bytes) // _PAGE) * _PAGE
+        self._n = 0  # the bucket at hand
+        self._free = _SLOTS  # rank 0: buckets below this one have a free slot
+        # Kept: rank 0's store is the server for everyone.
+        self._store = TCPStore(address, port, world_size, is_master=rank == 0, timeout=self._timeout)
+        self._memory = self._make() if rank == 0 else self._open()
+
+    def buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """The next bucket's memory: rank 0 fills it, the others find it filled after `broadcast`.
+
+        The tensor of the bucket before it is given back; rank 0 waits until its slot is free.
+        """
+        size = numel * dtype.itemsize
+        if size > self._slot_bytes:
+            raise ValueError(f"a bucket of {size} bytes, but the shared memory has slots of {self._slot_bytes}")
+        if self._rank:
+            if self._n:
+                self._store.set(f"loaded/{self._n - 1}/{self._rank}", "")
+        elif self._n >= self._free:
+            self._wait_until_loaded(self._n - _SLOTS)
+        start = _PAGE + self._n % _SLOTS * self._slot_bytes
+        return self._memory[start : start + size].view(dtype)
+
+    def broadcast(self, tensor: Tensor, src: int) -> None:
+        """Rank 0: the bucket is filled. The others: wait until it is. tensor: what `buffer` gave."""
+        if src:
+            raise ValueError(f"shared memory is filled by rank 0, not by rank {src}")
+        start = self._memory.data_ptr() + _PAGE + self._n % _SLOTS * self._slot_bytes
+        if tensor.data_ptr() != start:
+            raise ValueError("shared memory carries the tensors of buffer() only")
+        if self._rank:
+            self._store.wait([f"filled/{self._n}"], self._timeout)
+        else:
+            self._store.set(f"filled/{self._n}", "")
+        self._n += 1
+
+    def destroy(self) -> None:
+        del self._memory, self._store
+
+    def _wait_until_loaded(self, n: int) -> None:
+        keys = [f"loaded/{n}/{rank}" for rank in self._others]
+        self._store.wait(keys, self._timeout)
+        self._free = n + _SLOTS + 1
+        for key in (*keys, f"filled/{n}"):
+            self._store.delete_key(key)
+
+    def _make(self) -> Tensor:
+        fd = os.memfd_create("real_openrlhf_sync")
+        try:
+            size = _PAGE + _SLOTS * self._slot_bytes
+            # Takes the memory now: a host without it says so here, not by a signal in the middle of a sync.
+            os.posix_fallocate(fd, 0, size)
+            memory = _map(fd, size)
+            token = secrets.token_bytes(_TOKEN_BYTES)
+            memory[:_TOKEN_BYTES] = torch.tensor(list(token), dtype=torch.uint8)
+            self._store.set("map", f"{os.getpid()} {fd} {size} {token.hex()}")
+            # The mappings keep the memory alive, not the descriptor.
+            self._store.wait([f"mapped/{rank}" for rank in self._others], self._timeout)
+        finally:
+            os.close(fd)
+        return memory
+
+    def _open(self) -> Tensor:
+        pid, number, size, token = self._store.get("map").decode().split()
+        fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR)
+        try:
+            memory = _map(fd, int(size))
+        finally:
+            os.close(fd)
+        if bytes(memory[:_TOKEN_BYTES].tolist()).hex() != token:
+            raise OSError(f"/proc/{pid}/fd/{number} is not the memory of rank 0")
+        self._slot_bytes = (int(size) - _PAGE) // _SLOTS
+        self._store.set(f"mapped/{self._rank}", "")
+        return memory
+
+
+def _map(fd: int, size: int) -> Tensor:
+    """[size] uint8; unmapped with the last tensor that looks into it."""
+    # Populated: else the first sync would pay for half a million page faults of a few GB.
+    return torch.frombuffer(mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE), dtype=torch.uint8)
