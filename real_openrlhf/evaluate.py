@@ -199,6 +199,7 @@ def compare(args: argparse.Namespace) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 the engine, the server or the disk failed, 2 the input is wrong, 130 interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
     args = parse_args(argv)
     try:
         check(args)

@@ -21,6 +21,8 @@ from real_openrlhf.judge.predict import predict, predict_given
 
 logger = logging.getLogger(__name__)
 
+# Judgements per second also below one.
+BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 # Of a weight file, at each end: enough to tell trained weights apart, and read in no time.
 _FINGERPRINT_BYTES = 1 << 20
 
@@ -119,7 +121,15 @@ def judge_all(
         logger.info("%s holds %d of %d judgements; going on", path, len(store.done), total)
     if len(store.done) < total:
         _ = judge.backend  # before the bar: an engine takes its time to start, which is none of the judgements'
-    with tqdm(total=total, initial=len(store.done), desc="judged", unit=" judgements", file=sys.stderr) as bar:
+    with tqdm(
+        total=total,
+        initial=len(store.done),
+        desc="judged",
+        unit=" judgements",
+        bar_format=BAR_FORMAT,
+        dynamic_ncols=True,
+        file=sys.stderr,
+    ) as bar:
         for benchmark in benchmarks:
             left = [
                 (prompt, group)

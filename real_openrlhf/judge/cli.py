@@ -22,6 +22,7 @@ from tqdm import tqdm
 from real_openrlhf.data.sources import BadRow, DataError, Row, lookup, read_json_lines, read_rows
 from real_openrlhf.data.template import PromptError
 from real_openrlhf.errors import RunError
+from real_openrlhf.judge.benchmarking import BAR_FORMAT
 from real_openrlhf.judge.cli_model import add_model, chosen_settings, make_parser, read_key
 from real_openrlhf.judge.cli_tools import fit_args, serve_args
 from real_openrlhf.judge.judge import Judge, Prepared
@@ -35,6 +36,7 @@ _LISTED = 10
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 the engine or the server failed, 2 the input is wrong."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
     args = parse_args(sys.argv[1:] if argv is None else argv)
     try:
         args.run(args)
@@ -117,7 +119,8 @@ def _score(args: argparse.Namespace) -> None:
         good = list(_prepared(rows, judge, args, rubric, weights))
         if not good:
             raise DataError(f"{args.input}: no usable row is left")
-        with tqdm(total=len(good), desc="judged", unit="row", file=sys.stderr) as bar:
+        _ = judge.backend  # its start is none of the bar's time
+        with tqdm(total=len(good), desc="judged", unit=" rows", bar_format=BAR_FORMAT, file=sys.stderr) as bar:
             for start in range(0, len(good), args.batch_size):
                 batch = good[start : start + args.batch_size]
                 scores = judge.score_prepared([prepared for _, prepared in batch], weights=weights)

@@ -44,7 +44,9 @@ class VLLMBackend:
         trust_remote_code: bool = False,
     ) -> None:
         resolved = Device.resolve(device)
-        # vLLM reads how much it logs when it is imported.
+        # vLLM reads how much it logs when it is imported. What it warns of at every start (no Triton, eager mode,
+        # prompts of ids) buries what a person asked for, and what goes wrong is raised.
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.update(resolved.engine_env())
         own_engines()
         from real_openrlhf.actors.rollout_engine import RolloutEngine
