@@ -33,6 +33,16 @@ CPU_KVCACHE_GIB = "4"
 # Tokens of one forward pass of an engine on a CPU: vLLM's default there.
 CPU_BATCHED_TOKENS = 4096
 
+# Memory of a training rank on a CPU stays with the process: large blocks come from glibc's heap, which is not
+# trimmed, and lie in huge pages where the kernel has some. To map the pages of a fresh activation costs more than an
+# element-wise operation that writes it, and a step makes hundreds. glibc reads these when a process starts.
+CPU_ALLOCATOR_ENV = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_TOP_PAD_": str(64 * 2**20),
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+
 
 class DeviceError(ValueError):
     """The requested device or dtype does not exist here."""
@@ -214,9 +224,8 @@ class Device:
         if self.is_cuda:
             return {}
         threads = max(1, len(_cores()) // ranks_on_node)
-        # Huge pages for torch's tensors: with pages of 4 KiB, mapping a fresh result costs more than an
-        # element-wise operation that writes it.
-        return {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu", "THP_MEM_ALLOC_ENABLE": "1"}
+        allocator = {key: os.environ.get(key) or value for key, value in CPU_ALLOCATOR_ENV.items()}
+        return {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu", **allocator}
 
 
 def flash_attn_available() -> bool:

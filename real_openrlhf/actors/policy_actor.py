@@ -50,6 +50,7 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
             ds_config=strategy.get_ds_train_config(),
             temperature=args.rollout.temperature,
             max_logit_bytes=spec.logits_mb * 2**20,
+            use_liger_kernel=spec.args.ds.use_liger_kernel,
         )
         if spec.lora is not None:
             add_adapters(model.model, spec.lora)

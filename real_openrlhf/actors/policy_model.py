@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from openrlhf.models import Actor
 from openrlhf.models.actor import _patch_zero3_weight_mapping
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from real_openrlhf.actors.device import Device
@@ -46,7 +47,8 @@ class PolicyModel(Actor):
     only and trusts remote code. `model` stays a transformers model (or what wraps it later) with
     its names and its own forward; it takes packed rows besides.
 
-    max_logit_bytes  what logits may take at a time, see `Request`
+    max_logit_bytes   what logits may take at a time, see `Request`
+    use_liger_kernel  Liger's layers in place of the model's, see `_with_liger`
     """
 
     def __init__(
@@ -58,15 +60,15 @@ class PolicyModel(Actor):
         ds_config: dict[str, Any],
         temperature: float,
         max_logit_bytes: int,
+        use_liger_kernel: bool = False,
     ) -> None:
         zero3 = ds_config["zero_optimization"]["stage"] == 3
         if zero3:
             _patch_zero3_weight_mapping()
         # Alive while from_pretrained runs: it is how transformers learns of ZeRO-3.
         hf_config = HfDeepSpeedConfig(ds_config) if zero3 else None
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=device.torch_dtype, attn_implementation=attn_implementation, trust_remote_code=False
-        )
+        load = _with_liger(path) if use_liger_kernel else AutoModelForCausalLM.from_pretrained
+        model = load(path, dtype=device.torch_dtype, attn_implementation=attn_implementation, trust_remote_code=False)
         del hf_config
         model.config.use_cache = False
         accept_packed_rows(model)
@@ -127,6 +129,24 @@ class PolicyModel(Actor):
                 f"log-probs of packed rollouts differ from its own by {difference:.2g} on average, so its output "
                 "layer or its attention does something unknown here; Llama, Mistral, Qwen2 and Qwen3 work"
             )
+
+
+def _with_liger(path: str) -> Callable[..., PreTrainedModel]:
+    """Loads a model with Liger's RMSNorm, rotary embedding and SwiGLU, as OpenRLHF's Actor does (models/actor.py).
+
+    Its fused output layers stay off: they yield a loss, or the log-prob of one token per row, where the score rows
+    need those of several and the log needs the entropy; `LogprobHead` bounds memory on every device.
+    RunError without the package, and for models that Liger would silently leave as they are.
+    """
+    try:
+        from liger_kernel.transformers import AutoLigerKernelForCausalLM
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    except ImportError as error:
+        raise RunError(f"--ds.use_liger_kernel: {error}; pip install liger-kernel") from error
+    kind = AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
+    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise RunError(f"--ds.use_liger_kernel: Liger has no kernels for {kind} models; leave the flag out")
+    return partial(AutoLigerKernelForCausalLM.from_pretrained, fused_linear_cross_entropy=False)
 
 
 def outputs_of(

@@ -63,7 +63,7 @@ class PolicyStrategy(DeepspeedStrategy):
     def get_ds_train_config(
         self, optim_dict: dict[str, Any] | None = None, *, max_norm: float | None = None
     ) -> dict[str, Any]:
-        """OpenRLHF's configuration; on CPU with torch's AdamW, whose kernel needs no compilation.
+        """OpenRLHF's configuration; on CPU with torch's fused AdamW, whose kernel needs no compilation.
 
         The trainer marks accumulation boundaries itself (dynamic sampling varies the batch), so
         the accumulation steps given here are nominal and no loss is scaled by them.
@@ -72,7 +72,7 @@ class PolicyStrategy(DeepspeedStrategy):
         ds_config.pop("train_batch_size", None)
         ds_config["gradient_accumulation_steps"] = self.accumulated_gradient
         if self.device.name == "cpu" and "optimizer" in ds_config and not self.adam_offload:
-            ds_config["optimizer"]["params"]["torch_adam"] = True
+            ds_config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
         return ds_config
 
     def get_ds_eval_config(self, offload: bool = False) -> dict[str, Any]:

@@ -81,7 +81,6 @@ _OPENRLHF_DEFAULTS: dict[str, Any] = {
     "ds.use_universal_ckpt": False,
     "ds.deepcompile": False,
     "ds.experts_implementation": None,
-    "ds.use_liger_kernel": False,
     "ds.tensor_parallel_size": 1,
     "ds.load_in_4bit": False,
     "ds.ring_attn_size": 1,

@@ -118,6 +118,7 @@ class DsConfig(Section):
     overlap_comm: bool = flag(False, "overlap gradient reduction with the backward pass")
     grad_accum_dtype: Literal["fp32", "bf16"] | None = flag(None, "dtype of accumulated gradients; none: DeepSpeed's")
     enable_sleep: bool = flag(False, "the policy keeps its optimizer in CPU memory while it does not train")
+    use_liger_kernel: bool = flag(False, "Liger's RMSNorm, rotary embedding and SwiGLU in the policy; GPUs only")
     packing_samples: bool = flag(False, "has no effect: micro-batches never hold padding; kept for OpenRLHF's scripts")
     lora: LoraConfig = field(default_factory=LoraConfig)
 

@@ -57,7 +57,6 @@ UNSUPPORTED: dict[str, str] = {
     "ds.use_universal_ckpt": _CKPT,
     "ds.deepcompile": "compiled training is not supported",
     "ds.experts_implementation": "mixtures of experts are not supported",
-    "ds.use_liger_kernel": "Liger kernels are not supported yet",
     "ds.tensor_parallel_size": "the policy is sharded by ZeRO (--ds.zero_stage), not by tensors",
     "ds.load_in_4bit": "quantised training is not supported",
     "ds.ring_attn_size": "sequences are not split over ranks",

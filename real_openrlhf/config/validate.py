@@ -271,6 +271,8 @@ def _device(config: Config, device: str) -> list[str]:
         raise ConfigError(f"--vllm.tensor_parallel_size {config.vllm.tensor_parallel_size} needs GPUs")
     if "flash_attention" in config.ds.attn_implementation:
         raise ConfigError(f"--ds.attn_implementation {config.ds.attn_implementation} needs GPUs; use sdpa or auto")
+    if config.ds.use_liger_kernel:
+        raise ConfigError("--ds.use_liger_kernel needs GPUs: Liger's kernels are written in Triton")
     warnings = []
     if config.ds.param_dtype == "bf16":
         warnings.append("--ds.param_dtype bf16 on a CPU: about 10 times slower than fp32 unless it has AVX512-BF16")

@@ -119,7 +119,11 @@ def test_engine_env_binds_the_cores_there_are(monkeypatch, cores, workers, bind)
 def test_trainer_env(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     cpu = Device(name="cpu", dtype_name="fp32")
-    assert cpu.trainer_env(2) == {"OMP_NUM_THREADS": "4", "DS_ACCELERATOR": "cpu", "THP_MEM_ALLOC_ENABLE": "1"}
+    for name in module.CPU_ALLOCATOR_ENV:
+        monkeypatch.delenv(name, raising=False)
+    assert cpu.trainer_env(2) == {"OMP_NUM_THREADS": "4", "DS_ACCELERATOR": "cpu", **module.CPU_ALLOCATOR_ENV}
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "7")
+    assert cpu.trainer_env(2)["MALLOC_MMAP_MAX_"] == "7"  # the environment has the last word
     assert cpu.trainer_env(99)["OMP_NUM_THREADS"] == "1"
     assert Device(name="cuda", dtype_name="bf16").trainer_env(2) == {}
     with pytest.raises(DeviceError, match="ranks_on_node"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -296,7 +298,7 @@ def test_no_separate_copy_of_the_prompt_is_computed() -> None:
 # -- loading, and models that are refused ---------------------------------------------------------------------
 
 
-def load(folder: Path, attention: str = "sdpa") -> PolicyModel:
+def load(folder: Path, attention: str = "sdpa", liger: bool = False) -> PolicyModel:
     return PolicyModel(
         str(folder),
         device=Device(name="cpu", dtype_name="fp32"),
@@ -304,6 +306,7 @@ def load(folder: Path, attention: str = "sdpa") -> PolicyModel:
         ds_config={"zero_optimization": {"stage": 2}},
         temperature=TEMPERATURE,
         max_logit_bytes=2**20,
+        use_liger_kernel=liger,
     )
 
 
@@ -336,3 +339,35 @@ def test_attention_of_another_kind_is_refused() -> None:
     model.config.layer_types = ["full_attention", "chunked_attention"]
     with pytest.raises(RunError, match="llama models have chunked_attention"):
         accept_packed_rows(model)
+
+
+class FakeLiger:
+    """liger-kernel needs a GPU: what is asked of it, by the names of its release 0.8.5."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, kinds: set[str]) -> None:
+        self.asked: dict[str, object] = {}
+        transformers, patches = ModuleType("liger_kernel.transformers"), ModuleType("patches")
+        transformers.AutoLigerKernelForCausalLM = self  # type: ignore[attr-defined]
+        patches.MODEL_TYPE_TO_APPLY_LIGER_FN = dict.fromkeys(kinds)  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
+        monkeypatch.setitem(sys.modules, "liger_kernel.transformers", transformers)
+        monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", patches)
+
+    def from_pretrained(self, path: str, *, fused_linear_cross_entropy: bool, **kwargs: object) -> PreTrainedModel:
+        self.asked = {"fused_linear_cross_entropy": fused_linear_cross_entropy, **kwargs}
+        return LlamaForCausalLM.from_pretrained(path, **kwargs)
+
+
+def test_liger_layers_leave_the_output_layer_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model("llama_tied").save_pretrained(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "liger_kernel", None)
+        with pytest.raises(RunError, match=r"--ds\.use_liger_kernel: .*pip install liger-kernel"):
+            load(tmp_path, liger=True)
+    with monkeypatch.context() as patch:
+        FakeLiger(patch, {"gemma"})
+        with pytest.raises(RunError, match="Liger has no kernels for llama models"):
+            load(tmp_path, liger=True)
+    liger = FakeLiger(monkeypatch, {"llama"})
+    load(tmp_path, liger=True).check_packed_rows()
+    assert liger.asked["fused_linear_cross_entropy"] is False and liger.asked["trust_remote_code"] is False

@@ -68,6 +68,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"eval.dataset": None, "eval.engine": "own"}, None, "--eval.engine own"),
     ({"vllm.tensor_parallel_size": 2}, "cpu", "--vllm.tensor_parallel_size 2 needs GPUs"),
     ({"vllm.tensor_parallel_size": 2, "real.device": "cpu"}, None, "needs GPUs"),
+    ({"ds.use_liger_kernel": True}, "cpu", "--ds.use_liger_kernel needs GPUs"),
     ({"ds.attn_implementation": "flash_attention_2"}, "cpu", "needs GPUs; use sdpa"),
     ({"ds.lora.alpha": 32}, None, "--ds.lora.* needs --ds.lora.rank above 0"),
     ({"ds.lora.rank": 8, "ds.lora.target_modules": ("all-linear", "q_proj")}, None, "all-linear stands for all"),
