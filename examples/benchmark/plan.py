@@ -167,10 +167,10 @@ def full_plan(large: str, narrow: str, sizes: Sizes = FULL) -> list[Item]:
         *centre_rounds(large, sizes),
         WeightSync(model=large),
         memory_round(large, sizes, (REAL, STOCK), sizes.samples, checkpointing=True, alone=True),
+        memory_round(large, sizes, CONTESTANTS, few, checkpointing=False, alone=True),
         *centre_rounds(narrow, sizes),
         # This project's side alone is cheap: its memory at all points, whatever else there is time for.
         *varied_rounds(narrow, sizes, (REAL,), points),
-        memory_round(large, sizes, CONTESTANTS, few, checkpointing=False, alone=True),
         memory_round(narrow, sizes, CONTESTANTS, few, checkpointing=False, alone=True),
         *varied_rounds(narrow, sizes, (REAL, STOCK), points, repeat=1),
         *varied_rounds(narrow, sizes, (REAL, AUTHORS), points, repeat=2),
