@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -107,7 +108,17 @@ def compare_runs(runs: Sequence[Run], *, seed: int, n_resamples: int, confidence
     """
     first = runs[0]
     settings = settings_of(first.identity, seed=seed, n_resamples=n_resamples, confidence=confidence)
-    table = paper_table([NamedResults(method=r.method, training=r.training, results=r.results) for r in runs])
+    lines = Counter((run.method, run.training) for run in runs)
+    table = paper_table(
+        [
+            NamedResults(
+                method=run.method if lines[run.method, run.training] == 1 else str(run.folder),
+                training=run.training,
+                results=run.results,
+            )
+            for run in runs
+        ]
+    )
     parts = [f"# Comparison\n\nCorrelations ×100.\n\n{table}"]  # noqa: RUF001
     content: dict[str, Any] = {"interval": _interval_settings(settings), "comparisons": []}
     for run in runs[1:]:

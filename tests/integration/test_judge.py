@@ -16,16 +16,19 @@ import httpx
 import psutil
 import pytest
 import torch
+from scipy import stats
 
+from real_openrlhf import evaluate
 from real_openrlhf.actors.protocols import Sampling
 from real_openrlhf.actors.weight_transfer import free_port
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.data.tokenizer import load_tokenizer
+from real_openrlhf.evals.report import load_run
 from real_openrlhf.judge.judge import Judge
 from real_openrlhf.judge.scoring import score_given, score_prompts
 from real_openrlhf.judge.settings import plain_settings
 from real_openrlhf.judge.types import Judgement
-from tests.helpers.tiny_judge import ANCHOR, make_rows
+from tests.helpers.tiny_judge import ANCHOR, make_rows, write_rows
 
 pytestmark = pytest.mark.integration
 
@@ -157,3 +160,26 @@ def test_the_judge_itself(stack: SimpleNamespace) -> None:
     for one, two in zip(local, remote):
         assert one.feedback == two.feedback and two.score == pytest.approx(one.score, abs=1e-3)
         assert list(one.distribution) == list("12345") and one.mass == pytest.approx(sum(one.distribution.values()))
+
+
+def test_an_evaluation_through_both_backends(stack: SimpleNamespace, tmp_path: Path) -> None:
+    """The command, as it is used: a benchmark in process, then its feedback read anew through the server."""
+    path = write_rows(tmp_path / "rows.jsonl", make_rows(40, seed=5))
+    flags = ["--model", stack.local.model, "--scale", "1-5", "--anchor", ANCHOR, "--benchmark", f"words={path}"]
+    flags += ["--max_new_tokens", str(NEW_TOKENS), "--batch_size", "16", "--n_resamples", "20"]
+    runs = {}
+    for name, more in (("local", []), ("remote", ["--feedback_of", str(tmp_path / "local")])):
+        args = evaluate.parse_args([*flags, "--output_dir", str(tmp_path / name), *more])
+        evaluate.check(args)
+        assert "| RAIL |" in evaluate.run(args, backend=getattr(stack, name).backend)
+        runs[name] = load_run(tmp_path / name)
+    pairs = list(zip(runs["local"].predictions, runs["remote"].predictions, strict=True))
+    assert len(pairs) == 40
+    for one, two in pairs:
+        assert (
+            one.samples[0].token_ids[: one.samples[0].position] == two.samples[0].token_ids[: two.samples[0].position]
+        )
+        assert two.expected == pytest.approx(one.expected, abs=1e-3)
+    found = runs["local"].results.benchmarks[0].scores["expected"]["pearson"].estimate
+    want = stats.pearsonr([p.expected for p, _ in pairs], [p.label for p, _ in pairs]).statistic
+    assert found == pytest.approx(want) and found > 0.5

@@ -169,7 +169,7 @@ def test_two_runs_are_compared_in_pairs(run, tmp_path: Path, capsys) -> None:
     assert evaluate.main(["--compare", *folders, "--output_dir", str(tmp_path / "c"), "--n_resamples", "40"]) == 0
     text = capsys.readouterr().out
     assert text.rstrip() == (tmp_path / "c" / "comparison.md").read_text().rstrip()
-    assert "## better less judge" in text
+    assert "## better less judge" in text and "| judge |  | RAIL |" in text
     content = json.loads((tmp_path / "c" / "comparison.json").read_text())
     found = content["comparisons"][0]["benchmarks"]["flask"]["expected/mae"]
     one, three = (
@@ -179,6 +179,9 @@ def test_two_runs_are_compared_in_pairs(run, tmp_path: Path, capsys) -> None:
     assert found["difference"] == pytest.approx(three["estimate"] - one["estimate"]) and found["low"] <= found["high"]
     assert evaluate.main(["--compare", *[str(tmp_path / n) for n in ("one", "two")]]) == 2
     assert "renormalise is False in the first and True in the second" in capsys.readouterr().err
+    # Runs of one name are told apart by their folders.
+    assert evaluate.main(["--compare", folders[0], folders[0], "--n_resamples", "10"]) == 0
+    assert f"| {folders[0]} |  | RAIL |" in capsys.readouterr().out
     assert evaluate.main(["--compare", str(tmp_path / "one"), str(tmp_path)]) == 2
     assert "there is no results.json of a finished evaluation (none ran)" in capsys.readouterr().err
 
