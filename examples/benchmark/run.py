@@ -57,7 +57,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def about(args: argparse.Namespace, device: Device, models: dict[str, Path]) -> dict[str, Any]:
     """The machine and the versions; no names of hosts, users or folders."""
     return {
-        "command": "bash examples/benchmark/run.sh" + (" --small" if args.small else ""),
+        "command": f"bash examples/benchmark/run.sh{' --small' * args.small} --minutes {args.minutes:g}",
         "small": args.small,
         "minutes": args.minutes,
         "seed": args.seed,
