@@ -33,9 +33,13 @@ CPU_KVCACHE_GIB = "4"
 # Tokens of one forward pass of an engine on a CPU: vLLM's default there.
 CPU_BATCHED_TOKENS = 4096
 
-# Memory of a training rank on a CPU stays with the process: large blocks come from glibc's heap, which is not
-# trimmed, and lie in huge pages where the kernel has some. To map the pages of a fresh activation costs more than an
-# element-wise operation that writes it, and a step makes hundreds. glibc reads these when a process starts.
+# Tokens of one KV cache block of an engine on a CPU. Whole blocks of a prompt are shared by its rollouts; what is left
+# over is computed once per rollout, and vLLM's blocks there hold 128.
+CPU_BLOCK_TOKENS = 32
+
+# Memory of a training rank or an engine on a CPU stays with the process: large blocks come from glibc's heap, which is
+# not trimmed, and lie in huge pages where the kernel has some. To map the pages of a fresh activation costs more than
+# an element-wise operation that writes it, and a step makes hundreds. glibc reads these when a process starts.
 CPU_ALLOCATOR_ENV = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
@@ -203,6 +207,7 @@ class Device:
                 "VLLM_CPU_KVCACHE_SPACE": CPU_KVCACHE_GIB,
                 # Saves two inductor compilations of the sampler at every start.
                 "TORCHDYNAMO_DISABLE": "1",
+                **CPU_ALLOCATOR_ENV,
             }
         return {key: os.environ.get(key) or value for key, value in env.items()}
 
@@ -215,7 +220,11 @@ class Device:
         """
         if self.is_cuda:
             return {}
-        return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_model_len, CPU_BATCHED_TOKENS)}
+        return {
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(max_model_len, CPU_BATCHED_TOKENS),
+            "block_size": CPU_BLOCK_TOKENS,
+        }
 
     def trainer_env(self, ranks_on_node: int) -> dict[str, str]:
         """For a training rank. Ray sets OMP_NUM_THREADS to the actor's CPUs, hence one thread."""
