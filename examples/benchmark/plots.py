@@ -97,7 +97,7 @@ def ratio_lines(results: Results) -> Any:
     highest = 0.0
     for ax, (letter, key, what) in zip(axes, FACTORS):
         ticks: set[int] = set()
-        for style, model in zip(("-", "--", ":"), models(results.records)):
+        for style, marker, model in zip(("-", "--", ":"), "os^", models(results.records)):
             of_model = select(results, model=model)
             for against in (STOCK, AUTHORS):
                 line = []
@@ -112,7 +112,7 @@ def ratio_lines(results: Results) -> Any:
                     continue
                 xs, ys = zip(*sorted(line))
                 label = f"{model}, against {NAMES[against]}"
-                ax.plot(xs, ys, style, marker="o", ms=5, color=COLORS[against], label=label)
+                ax.plot(xs, ys, style, marker=marker, ms=5, color=COLORS[against], label=label)
                 ticks |= set(xs)
                 highest = max(highest, *ys)
         ax.set_xscale("log", base=2)

@@ -1,10 +1,11 @@
-"""What an engine's settings are worth on a CPU: rollouts by engines that differ in one of them, turn by turn, in one run.
+"""What an engine's settings are worth on a CPU: rollouts by engines that differ in one, turn by turn, in one run.
 
     python -m examples.benchmark.rollout_timing --model DIR --output FILE --prompts 4 --prompt_tokens 512 --samples 8
 
 Each variant is an engine of its own; all stay up, and each draws the same rollouts (the same seeds) once per repeat.
 The order turns from repeat to repeat; a first round warms up and does not count. What is sampled may part where the
-last bits of a log-prob differ, so seconds are taken per sampled token. Written: {variant: [s per 1,000 tokens], "facts"}.
+last bits of a log-prob differ, so seconds are taken per sampled token. Written, by variant: seconds per 1,000 tokens,
+one for each repeat; and "facts".
 """
 
 from __future__ import annotations
@@ -70,10 +71,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="Hugging Face folder with a tokenizer")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--prompt_tokens", type=int, default=512, help="of the longest; the others are a little shorter")
+    parser.add_argument("--prompt_tokens", type=int, default=512, help="of the longest prompt; the others lack a few")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
+    others = [name for name in variants() if name != SHIPPED]
+    parser.add_argument("--against", nargs="+", choices=others, default=others, help="variants besides the shipped one")
     args = parser.parse_args(argv)
     for name in ("prompts", "prompt_tokens", "samples", "new_tokens", "repeats"):
         if getattr(args, name) < 1:
@@ -123,16 +126,15 @@ def start(model: str, variant: Variant, caching: bool, max_model_len: int) -> An
 
 async def measure(args: argparse.Namespace) -> dict[str, Any]:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    chosen = {name: how for name, how in variants().items() if name in (SHIPPED, *args.against)}
     length = args.prompt_tokens + args.new_tokens + 1
-    engines = {name: start(args.model, *how, max_model_len=length) for name, how in variants().items()}
+    engines = {name: start(args.model, *how, max_model_len=length) for name, how in chosen.items()}
     prompts = make_prompts(args.prompts, args.prompt_tokens, vocabulary=4000)
     names = list(engines)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     try:
         for repeat in range(args.repeats + 1):
-            sampling = Sampling(
-                n=args.samples, temperature=1.0, top_p=1.0, max_new_tokens=args.new_tokens, seed=repeat
-            )
+            sampling = Sampling(n=args.samples, temperature=1.0, top_p=1.0, max_new_tokens=args.new_tokens, seed=repeat)
             for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
                 began = time.perf_counter()
                 groups = await engines[name].generate(prompts, sampling)

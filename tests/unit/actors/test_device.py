@@ -114,7 +114,8 @@ def test_engine_env_binds_the_cores_there_are(monkeypatch, cores, workers, bind)
     assert env["VLLM_CPU_KVCACHE_SPACE"] == "7"  # the environment has the last word
     assert env["TORCHDYNAMO_DISABLE"] == "1"
     assert module.CPU_ALLOCATOR_ENV.keys() <= env.keys()
-    assert not [key for key in Device(name="cuda", dtype_name="bf16").engine_env() if "CPU" in key or "DYNAMO" in key or "MALLOC" in key]
+    gpu = Device(name="cuda", dtype_name="bf16").engine_env()
+    assert not [key for key in gpu if "CPU" in key or "DYNAMO" in key or "MALLOC" in key]
 
 
 def test_trainer_env(monkeypatch):

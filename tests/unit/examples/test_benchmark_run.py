@@ -260,6 +260,7 @@ def test_flags_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     common = ["--work_dir", str(tmp_path), "--output_dir", str(tmp_path)]
     for flags, message in (
         (common, "--large is needed"),
+        ([*common, "--small", "--only", "narrow"], "--only chooses between the models of the full run"),
         ([*common, "--small", "--minutes", "0"], "--minutes must be above 0"),
         ([*common, "--large", str(tmp_path / "none")], "no config.json there"),
     ):
@@ -274,3 +275,13 @@ def test_the_command_writes_json_tables_and_plots(tmp_path: Path, monkeypatch: p
     assert main(["--small", "--work_dir", str(tmp_path), "--output_dir", str(out)], worker=FAKE) == 0
     assert {path.name for path in out.iterdir()} >= {"benchmark.json", "benchmark.md", "ratios.png", "memory.png"}
     assert "- not measured: weight sync: --small leaves it out" in (out / "benchmark.md").read_text()
+
+
+def test_one_model_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("examples.benchmark.run.make", lambda name, folder, seed: make_config(folder, name))
+    out = tmp_path / "out"
+    flags = ["--only", "narrow", "--work_dir", str(tmp_path), "--output_dir", str(out)]
+    assert main(flags, worker=FAKE) == 0
+    results = Results.load(out / "benchmark.json")
+    assert {record.model for record in results.records} == {"narrow"}
+    assert " --only narrow " in results.about["command"] and list(results.about["models"]) == ["narrow"]

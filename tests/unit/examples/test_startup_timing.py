@@ -44,7 +44,7 @@ def test_each_checkout_runs_its_own_program(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_run_that_fails_is_no_time(tmp_path: Path) -> None:
     broken = checkout(tmp_path / "broken", "raise SystemExit('no such model')")
-    with pytest.raises(RuntimeError, match="exit code 1.*\n.*no such model"):
+    with pytest.raises(RuntimeError, match=r"exit code 1.*\n.*no such model"):
         startup_timing.run(broken, [], tmp_path / "run")
 
 
