@@ -78,19 +78,14 @@ class _Chunked(torch.autograd.Function):
         moments = hidden.new_zeros(3, len(hidden) if request.moments else 0, dtype=dtype)
         kept_bytes, ctx.kept = 0, {}
         for rows, mine in ctx.chunks:
-            logits = _logits(hidden[rows], weight, bias, request.temperature)
-            probs = logits.softmax(-1)
-            highest = logits.amax(-1)
-            log_highest = probs.amax(-1).log()  # its log-prob, at least -log V: no probability underflows here
-            row, token = request.row[mine] - rows.start, request.token[mine]
-            picks[mine] = logits[row, token] - highest[row] + log_highest[row]
-            entropy[rows] = highest - log_highest - torch.linalg.vecdot(probs, logits)
+            logprobs = _logprobs(hidden[rows], weight, bias, request.temperature)
+            picks[mine] = logprobs[request.row[mine] - rows.start, request.token[mine]]
+            probs = logprobs.exp()
+            entropy[rows] = -torch.einsum("mv,mv->m", probs, logprobs)
             if request.moments:
-                logprobs = logits.sub_((highest - log_highest)[:, None])
                 moments[:, rows] = _moments(probs, logprobs, entropy[rows])
-            del logits
             size = probs.numel() * probs.element_size()
-            if keep and kept_bytes + size <= request.max_bytes * 5 // 8:
+            if keep and kept_bytes + size <= request.max_bytes // 2:
                 ctx.kept[rows.start] = probs
                 kept_bytes += size
         ctx.entropy = entropy if request.entropy_grad else None
@@ -105,7 +100,6 @@ class _Chunked(torch.autograd.Function):
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         grad_picks = hidden.new_zeros(len(request.row), dtype=dtype) if grads[0] is None else grads[0]
         total = hidden.new_zeros(len(hidden), dtype=dtype).index_add(0, request.row, grad_picks)
-        magnitude = torch.zeros_like(total).index_add(0, request.row, grad_picks.abs())
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight) if needs_weight else None
@@ -113,37 +107,29 @@ class _Chunked(torch.autograd.Function):
         for rows, mine in ctx.chunks:
             probs = kept.pop(rows.start, None)
             if probs is None:
-                probs = _logits(hidden[rows], weight, bias, request.temperature).softmax(-1)
+                probs = _logprobs(hidden[rows], weight, bias, request.temperature).exp_()
             if grad_entropy is None or ctx.entropy is None:
-                # The row's factor is left to the small sides of the products: no pass over all of p. Except
-                # where picks cancel out, and the factor is all rounding.
-                direct = total[rows].abs() <= 1e-6 * magnitude[rows]
-                factor = torch.where(direct, 1.0, -total[rows])
-                grad = probs
-                grad[direct] *= -total[rows][direct, None]
+                grad = probs.mul_(-total[rows, None])
             else:
                 h = grad_entropy[rows, None]
-                factor = torch.ones_like(total[rows])
                 grad = torch.special.xlogy(probs, probs).mul_(-h)
                 grad.sub_(probs.mul_(total[rows, None] + h * ctx.entropy[rows, None]))
-            row = request.row[mine] - rows.start
-            grad.index_put_((row, request.token[mine]), grad_picks[mine] / factor[row], accumulate=True)
-            factor = factor[:, None] / request.temperature
-            grad = grad.to(weight.dtype)
+            grad.index_put_((request.row[mine] - rows.start, request.token[mine]), grad_picks[mine], accumulate=True)
+            grad = grad.div_(request.temperature).to(weight.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = (grad @ weight).mul_(factor)
+                grad_hidden[rows] = grad @ weight
             if grad_weight is not None:
-                grad_weight.addmm_(grad.T, (hidden[rows] * factor).to(weight.dtype))
+                grad_weight.addmm_(grad.T, hidden[rows])
             if grad_bias is not None:
-                grad_bias += (grad.T @ factor.to(weight.dtype))[:, 0]
+                grad_bias += grad.sum(0)
         return grad_hidden, grad_weight, grad_bias, None, None
 
 
 class _Chunks:
     """The chunks of M rows: slices of the rows, and of each the indices of its picks.
 
-    An eighth of the bound per chunk: at most three of its size are alive at once, narrower copies among
-    them, and the rest of the bound is for what is kept.
+    An eighth of the bound per chunk: at most three of its size are alive at once besides narrower copies,
+    and half of the bound is for what is kept.
     """
 
     def __init__(self, request: Request, n_rows: int, vocabulary: int) -> None:
@@ -159,10 +145,10 @@ class _Chunks:
         return iter(zip(self.rows, self.picks, strict=True))
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """[m, V] in fp32 or wider. They are rounded to the model's dtype, as the model's own are."""
+def _logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    """[m, V] in fp32 or wider. Logits are rounded to the model's dtype, as the model's own are."""
     logits = upcast(nn.functional.linear(hidden, weight, bias))
-    return logits if temperature == 1.0 else logits.div_(temperature)
+    return (logits if temperature == 1.0 else logits.div_(temperature)).log_softmax(-1)
 
 
 def _moments(probs: Tensor, logprobs: Tensor, entropy: Tensor) -> Tensor:

@@ -118,6 +118,13 @@ def test_engine_env_binds_the_cores_there_are(monkeypatch, cores, workers, bind)
     assert not [key for key in gpu if "CPU" in key or "DYNAMO" in key or "MALLOC" in key]
 
 
+def test_engine_options():
+    options = Device(name="cpu", dtype_name="fp32").engine_options(10_000)
+    assert options["enable_chunked_prefill"] is False and options["max_num_batched_tokens"] == 10_000
+    assert options["block_size"] % 32 == 0  # what vLLM's CPU attention takes
+    assert Device(name="cuda", dtype_name="bf16").engine_options(10_000) == {}
+
+
 def test_trainer_env(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     cpu = Device(name="cpu", dtype_name="fp32")

@@ -68,42 +68,6 @@ def test_values_and_gradients(max_bytes: int, bias: bool, entropy_grad: bool) ->
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("up", [0.0, 1e-9, 1e-300])
-def test_picks_of_a_row_that_cancel_out(up: float) -> None:
-    """Their sum is what p is multiplied by, and must not be what anything is divided by."""
-    head, hidden = make_head()
-    picks = head(hidden, request(picks=[(1, 3), (1, 4), (1, 5), (2, 6)]))[0]
-    logprobs = (head(hidden) / TEMPERATURE).log_softmax(-1)
-    weights = torch.tensor([1.0, -1.0, up, 0.5], dtype=torch.float64)
-    leaves = [hidden, head.weight]
-    found = torch.autograd.grad(weights @ picks, leaves)
-    want = torch.autograd.grad(weights @ logprobs[[1, 1, 1, 2], [3, 4, 5, 6]], leaves)
-    for mine, theirs in zip(found, want):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
-
-
-def test_confident_rows_keep_their_small_gradients() -> None:
-    """A pick of probability 1 - 1e-4: what is left of one minus p must not drown in fp32."""
-    head, hidden = make_head(dtype=torch.float32)
-    with torch.no_grad():
-        hidden.copy_(head.weight[[token % VOCABULARY for token in range(ROWS)]] * 3)
-    row, token = torch.arange(ROWS), torch.arange(ROWS) % VOCABULARY
-    picks = head(hidden, request(picks=list(zip(row.tolist(), token.tolist()))))[0]
-    found = torch.autograd.grad(picks.sum(), hidden)[0]
-    copy, inner = make_head()
-    with torch.no_grad():
-        copy.weight.copy_(head.weight)
-        inner.copy_(hidden)
-    logprobs = (torch.nn.functional.linear(inner, copy.weight) / TEMPERATURE).log_softmax(-1)[row, token]
-    assert float(logprobs.detach().max()) > -1e-3
-    want = torch.autograd.grad(logprobs.sum(), inner)[0]
-    plain = hidden.detach().requires_grad_()
-    mine = torch.nn.functional.linear(plain, head.weight.detach()).div(TEMPERATURE).log_softmax(-1)[row, token]
-    torchs = torch.autograd.grad(mine.sum(), plain)[0]
-    # No worse than torch's own fp32 but for a small factor.
-    assert float((found - want).abs().max()) <= 4 * float((torchs - want).abs().max()) + 1e-8
-
-
 def test_moments() -> None:
     head, hidden = make_head()
     moments = head(hidden, request(1, moments=True))[2]
@@ -193,7 +157,7 @@ def test_memory_is_bounded_however_many_rows_there_are(n_rows: int) -> None:
         kept = sum(p.numel() * p.element_size() for p in picks.grad_fn.kept.values())
         (picks.sum() + entropy.sum()).backward()
     assert max_bytes / 16 < largest.bytes <= max_bytes / 8
-    assert 0 < kept <= max_bytes * 5 / 8
+    assert 0 < kept <= max_bytes / 2
     whole = hidden.detach().requires_grad_()
     logprobs = (whole @ head.weight.detach().T).log_softmax(-1)
     want = logprobs[many.row, many.token].sum() - (logprobs.exp() * logprobs).sum()
