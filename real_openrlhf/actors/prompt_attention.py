@@ -4,6 +4,9 @@ transformers' attention layers call it through its AttentionInterface, under the
 the row's `PromptLayout` arrives as the keyword argument "layout", which the layers hand through (also
 when gradient checkpointing computes them again). No mask over the whole row is ever made: per group
 there is causal attention within the prompt, and the rollouts attend to the prompt and to themselves.
+
+Three ways compute the same: `varlen_attention` on GPUs in bf16, two parts of torch's flash kernel on CPUs, and
+everywhere else (fp32 on a GPU, dropout, "eager", windows on a CPU) one call of sdpa per part.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from real_openrlhf.actors.varlen_attention import ops_for, varlen_attention
 from real_openrlhf.algo.packing import PackedGroup, PromptLayout
 from real_openrlhf.errors import RunError
 
@@ -53,6 +57,10 @@ def prompt_attention(
             )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     bites = sliding_window is not None and max(g.longest for g in layout.groups) > sliding_window
+    kernels = None if exact or dropout else ops_for(query)
+    if kernels is not None:
+        window = sliding_window if bites else None
+        return varlen_attention(query, key, value, layout, scale=scale, window=window, ops=kernels), None
     if query.device.type == "cpu" and not (exact or dropout or bites):
         return _TwoParts.apply(query, key, value, layout, scale), None
     with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
