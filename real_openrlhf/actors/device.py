@@ -125,6 +125,11 @@ class Device:
     def sync_tolerance(self) -> float:
         return SYNC_TOLERANCE[self.dtype_name]
 
+    @property
+    def logits_mb(self) -> int:
+        """Default of --real.logits_mb. An eighth of it is a chunk, and small chunks leave a GPU idle."""
+        return 4096 if self.is_cuda else 1024
+
     # -- this process ----------------------------------------------------------------------------
 
     def current(self) -> torch.device:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from real_openrlhf.algo.dtypes import upcast
 from real_openrlhf.algo.packing import PromptLayout
 
 
@@ -54,7 +53,8 @@ class LogprobHead(nn.Linear):
         and of p^2 (log p + H)^2: the norm of any loss's gradient at the logits follows from them.
         """
         if request is None:
-            return super().forward(input)
+            # Without gradients logits are in fp32 too, so that what is compared with them is not compared with their rounding.
+            return super().forward(input) if torch.is_grad_enabled() else _logits(input, self.weight, self.bias)
         keep = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
         return _Chunked.apply(input, self.weight, self.bias, request, keep)
 
@@ -102,8 +102,9 @@ class _Chunked(torch.autograd.Function):
         total = hidden.new_zeros(len(hidden), dtype=dtype).index_add(0, request.row, grad_picks)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight) if needs_weight else None
-        grad_bias = torch.zeros_like(bias) if needs_bias else None
+        # Chunks add up in fp32 whatever the weight's dtype, and are rounded once.
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
         for rows, mine in ctx.chunks:
             probs = kept.pop(rows.start, None)
             if probs is None:
@@ -115,14 +116,17 @@ class _Chunked(torch.autograd.Function):
                 grad = torch.special.xlogy(probs, probs).mul_(-h)
                 grad.sub_(probs.mul_(total[rows, None] + h * ctx.entropy[rows, None]))
             grad.index_put_((request.row[mine] - rows.start, request.token[mine]), grad_picks[mine], accumulate=True)
-            grad = grad.div_(request.temperature).to(weight.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = grad @ weight
-            if grad_weight is not None:
-                grad_weight.addmm_(grad.T, hidden[rows])
+            if request.temperature != 1.0:
+                grad = grad.div_(request.temperature)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
-        return grad_hidden, grad_weight, grad_bias, None, None
+            grad = grad.to(weight.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, weight, out=grad_hidden[rows])
+            if grad_weight is not None:
+                _add_product(grad_weight, grad.T, hidden[rows])
+        of_parameters = (None if g is None else g.to(weight.dtype) for g in (grad_weight, grad_bias))
+        return grad_hidden, *of_parameters, None, None
 
 
 class _Chunks:
@@ -146,9 +150,30 @@ class _Chunks:
 
 
 def _logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """[m, V] in fp32 or wider. Logits are rounded to the model's dtype, as the model's own are."""
-    logits = upcast(nn.functional.linear(hidden, weight, bias))
+    """[m, V] in fp32 or wider."""
+    logits = _logits(hidden, weight, bias)
     return (logits if temperature == 1.0 else logits.div_(temperature)).log_softmax(-1)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[..., V] in fp32 or wider, also of a bf16 model: rounded to bf16, logits of 30 would be off by up to 0.06."""
+    if hidden.dtype in (torch.float32, torch.float64):
+        return nn.functional.linear(hidden, weight, bias)
+    if hidden.is_cuda:
+        logits = torch.mm(hidden.flatten(0, -2), weight.T, out_dtype=torch.float32).unflatten(0, hidden.shape[:-1])
+    else:
+        logits = hidden.float() @ weight.float().T
+    return logits if bias is None else logits.add_(bias)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, where total may be wider than both."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 def _moments(probs: Tensor, logprobs: Tensor, entropy: Tensor) -> Tensor:

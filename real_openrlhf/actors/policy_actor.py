@@ -66,7 +66,7 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
             scheduler_steps=spec.max_steps,
         )
         self.actor, self.actor_optim, self.actor_scheduler = strategy.prepare((model, optimizer_config))
-        self.actor.check_packed_rows()
+        packed_gap = self.actor.check_packed_rows(spec.text)
         self.trainer = RealTrainer(
             strategy,
             self.actor,
@@ -85,6 +85,7 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
         return {
             "parameters": sum(_full_numel(w.parameter) for w in self._weights()),
             "trainable_parameters": sum(_full_numel(p) for p in self._network.parameters() if p.requires_grad),
+            "packed_gap": packed_gap,
             "dtype": spec.device.dtype_name,
             "attention": spec.attention,
             "threads": torch.get_num_threads(),

@@ -30,6 +30,7 @@ class PolicySpec:
     max_steps            optimizer steps of the whole run, for the learning-rate schedule
     logits_mb            megabytes that logits may take in training
     lora                 None: all parameters are trained
+    text                 tokens of a training prompt, for the check of packed rows
     """
 
     path: str
@@ -45,6 +46,7 @@ class PolicySpec:
     bucket_bytes: int
     logits_mb: int
     lora: Lora | None = None
+    text: tuple[int, ...] = ()
 
     @property
     def attention(self) -> str:

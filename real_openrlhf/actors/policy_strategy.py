@@ -1,6 +1,7 @@
 """OpenRLHF's DeepSpeed strategy on any device.
 
-The device decides the backend, the mesh and the optimizer's kernel; all else is OpenRLHF's.
+The device decides the backend and the mesh; the optimizer's kernel and the precision of sums are ours; all else is
+OpenRLHF's.
 """
 
 from __future__ import annotations
@@ -63,7 +64,11 @@ class PolicyStrategy(DeepspeedStrategy):
     def get_ds_train_config(
         self, optim_dict: dict[str, Any] | None = None, *, max_norm: float | None = None
     ) -> dict[str, Any]:
-        """OpenRLHF's configuration; on CPU with torch's fused AdamW, whose kernel needs no compilation.
+        """OpenRLHF's configuration, with torch's fused AdamW, whose kernel needs no compilation, and gradients in fp32.
+
+        DeepSpeed's own FusedAdam is compiled by nvcc at the first start. It stays where DeepSpeed insists on it: its
+        ZeRO 3 moves no other optimizer's states off the GPU (zero/stage3.py, offload_states), and
+        its CPU Adam serves --ds.adam_offload.
 
         The trainer marks accumulation boundaries itself (dynamic sampling varies the batch), so
         the accumulation steps given here are nominal and no loss is scaled by them.
@@ -71,8 +76,13 @@ class PolicyStrategy(DeepspeedStrategy):
         ds_config = super().get_ds_train_config(optim_dict, max_norm=max_norm)
         ds_config.pop("train_batch_size", None)
         ds_config["gradient_accumulation_steps"] = self.accumulated_gradient
-        if self.device.name == "cpu" and "optimizer" in ds_config and not self.adam_offload:
+        deepspeeds_own = self.adam_offload or (self.device.is_cuda and self.stage == 3 and self.args.ds.enable_sleep)
+        if "optimizer" in ds_config and not deepspeeds_own:
             ds_config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
+        if ds_config["data_types"]["grad_accum_dtype"] is None and self.stage >= 2:
+            # Added up in bf16, a gradient that is 256 times smaller than the sum so far would be lost. Stages 0 and 1
+            # know no second dtype, or take another optimizer for it.
+            ds_config["data_types"]["grad_accum_dtype"] = "fp32"
         return ds_config
 
     def get_ds_eval_config(self, offload: bool = False) -> dict[str, Any]:

@@ -182,7 +182,9 @@ class _Plan:
 @lru_cache(maxsize=16)
 def _plan(layout: PromptLayout, window: int | None, device: torch.device) -> _Plan:
     """All layers of a forward and of its backward ask for the same one, which takes a copy to the GPU to make."""
-    near, near_keys, copies = [], [], []
+    near: list[int] = []
+    near_keys: list[int] = []
+    copies: list[int] = []
     far = [g for g in layout.groups if g.prompt and any(g.responses)]
     for group in layout.groups:
         before = 0 if window is None else min(group.prompt, window - 1)

@@ -116,7 +116,7 @@ class DsConfig(Section):
     adam_offload: bool = flag(False, "keep the optimizer in CPU memory")
     zpg: int = flag(1, "ZeRO++: size of the groups that hold a secondary copy of the shards", ge=1)
     overlap_comm: bool = flag(False, "overlap gradient reduction with the backward pass")
-    grad_accum_dtype: Literal["fp32", "bf16"] | None = flag(None, "dtype of accumulated gradients; none: DeepSpeed's")
+    grad_accum_dtype: Literal["fp32", "bf16"] | None = flag(None, "dtype of accumulated gradients; none: fp32 under ZeRO 2, 3")
     enable_sleep: bool = flag(False, "the policy keeps its optimizer in CPU memory while it does not train")
     use_liger_kernel: bool = flag(False, "Liger's RMSNorm, rotary embedding and SwiGLU in the policy; GPUs only")
     packing_samples: bool = flag(False, "has no effect: micro-batches never hold padding; kept for OpenRLHF's scripts")
@@ -272,7 +272,9 @@ class RealConfig(Section):
     min_mass: float = flag(0.05, "stop after the first rollouts with less mean mass on the scale", ge=0, le=1)
     min_readable: float = flag(0.02, "stop after the first rollouts with a smaller share of scores", ge=0, le=1)
     dead_steps: int = flag(20, "stop after this many steps in a row without any advantage; 0: never", ge=0)
-    logits_mb: int = flag(1024, "megabytes that logits may take in training; beyond, they are computed twice", ge=1)
+    logits_mb: int | None = flag(
+        None, "megabytes that logits may take in training, beyond which they are computed twice; none: by device", ge=1
+    )
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to train")
 
     def __post_init__(self) -> None:

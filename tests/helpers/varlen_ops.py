@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -63,10 +65,10 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _spans(segments: Segments) -> list[tuple[slice, slice]]:
     """(queries, keys) of each segment; the two totals must be those of the tensors."""
-    q, k = segments.queries.tolist(), segments.keys.tolist()
-    assert segments.longest_query == max(b - a for a, b in zip(q, q[1:]))
-    assert segments.longest_key == max(b - a for a, b in zip(k, k[1:]))
-    return [(slice(*a), slice(*b)) for a, b in zip(zip(q, q[1:]), zip(k, k[1:])) if a[0] < a[1]]
+    q, k = (list(pairwise(ends.tolist())) for ends in (segments.queries, segments.keys))
+    assert segments.longest_query == max(b - a for a, b in q)
+    assert segments.longest_key == max(b - a for a, b in k)
+    return [(slice(*a), slice(*b)) for a, b in zip(q, k)]
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, window: int | None) -> Tensor:

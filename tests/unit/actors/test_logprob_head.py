@@ -102,22 +102,42 @@ def test_without_a_request_it_is_a_linear_layer() -> None:
     assert torch.equal(head(hidden), torch.nn.functional.linear(hidden, head.weight, head.bias))
 
 
-def test_bf16() -> None:
-    head, hidden = make_head(dtype=torch.bfloat16)
+@pytest.mark.parametrize("bias", [False, True])
+def test_bf16_rounds_neither_logits_nor_sums(bias: bool) -> None:
+    """Log-probs are those of the bf16 weights in exact arithmetic; gradients are rounded once, over many chunks."""
+    head, hidden = make_head(bias=bias, dtype=torch.bfloat16)
     picks, _, _ = head(hidden, request(1))
-    logprobs = (torch.nn.functional.linear(hidden, head.weight).double() / TEMPERATURE).log_softmax(-1)
-    row, token = torch.tensor(PICKS).T
-    assert picks.dtype == torch.float32
-    torch.testing.assert_close(picks.double(), logprobs[row, token], rtol=0, atol=1e-5)
-    picks.sum().backward()
-    copy, inner = make_head()
+    copy, inner = make_head(bias=bias)
     with torch.no_grad():
-        copy.weight.copy_(head.weight)
+        for mine, theirs in zip(copy.parameters(), head.parameters()):
+            mine.copy_(theirs)
         inner.copy_(hidden)
-    want = torch.autograd.grad(exact(copy, inner)[0].sum(), (inner, copy.weight))
-    for mine, theirs in zip((hidden.grad, head.weight.grad), want):
-        assert mine is not None and mine.dtype == torch.bfloat16
-        assert float((mine.double() - theirs).norm() / theirs.norm()) < 0.02
+    wanted = exact(copy, inner)[0]
+    assert picks.dtype == torch.float32
+    torch.testing.assert_close(picks.double(), wanted, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        logits = head(hidden[None])
+    assert logits.dtype == torch.float32 and logits.shape == (1, ROWS, VOCABULARY)
+    torch.testing.assert_close(logits[0].double(), copy(inner), rtol=0, atol=1e-5)
+    picks.sum().backward()
+    want = torch.autograd.grad(wanted.sum(), (inner, *copy.parameters()))
+    for mine, theirs in zip((hidden, *head.parameters()), want, strict=True):
+        assert mine.grad is not None and mine.grad.dtype == torch.bfloat16
+        assert float((mine.grad.double() - theirs).norm() / theirs.norm()) < 0.004
+
+
+def test_gradients_of_many_chunks_add_up_in_fp32() -> None:
+    """Each chunk adds the same small number: summed in bf16, the total would stop growing at 256 times of it."""
+    head = LogprobHead(1, 2, bias=False, dtype=torch.bfloat16)
+    with torch.no_grad():
+        head.weight.zero_()
+    hidden = torch.ones(1000, 1, dtype=torch.bfloat16)
+    every = torch.arange(1000)
+    ask = Request(
+        layout=LAYOUT, logit_index=every, row=every, token=torch.zeros_like(every), temperature=1.0, max_bytes=1
+    )
+    head(hidden, ask)[0].sum().backward()
+    assert head.weight.grad is not None and head.weight.grad.flatten().tolist() == [500.0, -500.0]
 
 
 class Largest(TorchDispatchMode):

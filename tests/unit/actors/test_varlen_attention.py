@@ -42,14 +42,10 @@ def test_bf16_is_as_good_as_its_rounding() -> None:
     want = varlen_attention(*exact, layout, scale=SCALE, window=None, ops=PlainOps())
     assert got.dtype == torch.bfloat16
     upstream = torch.randn_like(got)
-    pairs = [(got, want)] + list(
-        zip(torch.autograd.grad(got, (q, k, v), upstream), torch.autograd.grad(want, exact, upstream.double()))
-    )
-    for mine, theirs in pairs:
-        assert (
-            float((mine.detach().double() - theirs.detach()).norm() / theirs.detach().norm())
-            < 2 * torch.finfo(torch.bfloat16).eps
-        )
+    mine = [got, *torch.autograd.grad(got, (q, k, v), upstream)]
+    theirs = [want, *torch.autograd.grad(want, exact, upstream.double())]
+    for a, b in zip(mine, theirs):
+        assert float(((a.double() - b).norm() / b.norm()).detach()) < 2 * torch.finfo(torch.bfloat16).eps
 
 
 def test_one_group_takes_two_calls_and_copies_nothing() -> None:
