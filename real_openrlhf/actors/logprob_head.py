@@ -53,7 +53,7 @@ class LogprobHead(nn.Linear):
         and of p^2 (log p + H)^2: the norm of any loss's gradient at the logits follows from them.
         """
         if request is None:
-            # Without gradients logits are in fp32 too, so that what is compared with them is not compared with their rounding.
+            # Without gradients in fp32 too: what is compared with them must not be compared with their rounding.
             return super().forward(input) if torch.is_grad_enabled() else _logits(input, self.weight, self.bias)
         keep = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
         return _Chunked.apply(input, self.weight, self.bias, request, keep)
