@@ -15,7 +15,7 @@ from real_openrlhf.actors.lora import Weight, add_adapters, save_adapter, weight
 from real_openrlhf.actors.policy_checkpoint import load_shards, restore_rng, rng_state, save_shards
 from real_openrlhf.actors.policy_model import PolicyModel
 from real_openrlhf.actors.policy_spec import PolicySpec
-from real_openrlhf.actors.policy_strategy import PolicyStrategy
+from real_openrlhf.actors.policy_strategy import PolicyStrategy, add_up_in_fp32
 from real_openrlhf.actors.policy_trainer import RealTrainer
 from real_openrlhf.actors.reference_actor import response_logprobs
 from real_openrlhf.actors.shared_memory import host_id
@@ -66,6 +66,7 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
             scheduler_steps=spec.max_steps,
         )
         self.actor, self.actor_optim, self.actor_scheduler = strategy.prepare((model, optimizer_config))
+        add_up_in_fp32(self.actor_optim)
         packed_gap = self.actor.check_packed_rows(spec.text)
         self.trainer = RealTrainer(
             strategy,

@@ -16,6 +16,7 @@ from typing import Any
 import deepspeed
 import torch
 import transformers
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from openrlhf.utils.deepspeed import DeepspeedStrategy
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -114,6 +115,29 @@ class PolicyStrategy(DeepspeedStrategy):
         packed = torch.tensor([value], dtype=torch.float64, device=self.device.current())
         dist.all_reduce(packed, op=dist.ReduceOp.MAX)
         return float(packed.item())
+
+
+def add_up_in_fp32(optimizer: Any) -> None:
+    """Make DeepSpeed's ZeRO 2 add up the gradients of an update's micro-batches in its own grad_accum_dtype.
+
+    DeepSpeed 0.19 keeps the first micro-batch's gradients as they are, in bf16, and adds the others to them
+    (zero/stage_1_and_2.py, independent_gradient_partition_epilogue): the setting has no effect there. Under ZeRO 3, with
+    --ds.adam_offload and in fp32 there is nothing to mend, and nothing is changed.
+    """
+    wanted = getattr(optimizer, "gradient_accumulation_dtype", None)
+    narrow = wanted is not None and getattr(optimizer, "dtype", wanted) != wanted
+    if not narrow or not isinstance(optimizer, DeepSpeedZeroOptimizer) or optimizer.cpu_offload:
+        return
+    plain = optimizer.get_all_grad_tensors
+
+    def wide(parameters: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+        gradients = plain(parameters, dtype)
+        group = next(i for i, mine in enumerate(optimizer.params_in_partition) if mine is parameters)
+        first = optimizer.all_grad_tensors.get(group) is None
+        # Those that come later are added to the first, which decides.
+        return [g.to(dtype) for g in gradients] if first else gradients
+
+    optimizer.get_all_grad_tensors = wide
 
 
 def equal_micro_batches(rows: Sequence[Row], strategy: PolicyStrategy) -> list[list[Row]]:

@@ -22,6 +22,9 @@ from typing import Any
 
 import torch
 
+# "cpu" runs a check on tiny shapes without a GPU: it then proves the script and answers nothing.
+DEVICE = os.environ.get("GPU_CHECK_DEVICE", "cuda")
+ON_GPU = DEVICE == "cuda"
 # By kind: the check passed, it failed, or it could not be asked here.
 EXIT_CODES = {"yes": 0, "no": 1, "skipped": 0, "error": 2}
 
@@ -80,6 +83,8 @@ def run(name: str, question: str, check: Callable[[Report], None], *, min_memory
 
 def card(min_memory_gib: float = 0.0) -> str:
     """Name and memory of the GPU. Raises Skip without one, with one older than sm_80, or with too little memory."""
+    if not ON_GPU:
+        return "none: a rehearsal on a CPU"
     if not torch.cuda.is_available():
         raise Skip("no GPU that torch can see")
     properties = torch.cuda.get_device_properties(0)
@@ -107,7 +112,11 @@ def milliseconds(call: Callable[[], Any], *, repeats: int = 10, warm_up: int = 3
     """Median time of a call on the GPU, by CUDA events, after warm_up calls that do not count."""
     for _ in range(warm_up):
         call()
-    times = []
+    times: list[float] = []
+    if not ON_GPU:
+        start_s = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start_s)
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -120,6 +129,9 @@ def milliseconds(call: Callable[[], Any], *, repeats: int = 10, warm_up: int = 3
 
 def peak_gib(call: Callable[[], Any]) -> float:
     """Highest memory of torch's allocator during a call, above what was held before."""
+    if not ON_GPU:
+        call()
+        return 0.0
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
