@@ -16,7 +16,7 @@ fi
 export OUT=${OUT:-runs/gpu} PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0
 limit=${LIMIT:-180}
 
-policy="attention head packed update sync"
+policy="attention head packed step update sync"
 engine="agreement score_logprobs compiler sleep throughput run resume"
 checks=("$@")
 [ ${#checks[@]} -gt 0 ] || read -ra checks <<<"$policy $engine"

@@ -121,8 +121,8 @@ def add_up_in_fp32(optimizer: Any) -> None:
     """Make DeepSpeed's ZeRO 2 add up the gradients of an update's micro-batches in its own grad_accum_dtype.
 
     DeepSpeed 0.19 keeps the first micro-batch's gradients as they are, in bf16, and adds the others to them
-    (zero/stage_1_and_2.py, independent_gradient_partition_epilogue): the setting has no effect there. Under ZeRO 3, with
-    --ds.adam_offload and in fp32 there is nothing to mend, and nothing is changed.
+    (zero/stage_1_and_2.py, independent_gradient_partition_epilogue): the setting has no effect there. Under ZeRO 3,
+    with --ds.adam_offload and in fp32 there is nothing to mend, and nothing is changed.
     """
     wanted = getattr(optimizer, "gradient_accumulation_dtype", None)
     narrow = wanted is not None and getattr(optimizer, "dtype", wanted) != wanted
