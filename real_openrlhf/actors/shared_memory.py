@@ -11,17 +11,29 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed import TCPStore
+from torch.distributed import Store, TCPStore
 
 _SLOTS = 2
 _PAGE = 4096
 # Stands at the start of the file: proves that a mapping is rank 0's.
 _TOKEN_BYTES = 16
+# What a transport returns that has begun a broadcast: waits until it is through, or raises.
+Wait = Callable[[], None]
+
+
+def nothing_left() -> None:
+    """A broadcast that was through when it returned."""
+
+
+def slot_bytes(buffer_bytes: int) -> int:
+    """Bytes of a slot that holds buffer_bytes: whole pages."""
+    return -(-max(1, buffer_bytes) // _PAGE) * _PAGE
 
 
 def host_id() -> str:
@@ -30,12 +42,60 @@ def host_id() -> str:
     return f"{boot} {os.readlink('/proc/self/ns/pid')} uid:{os.geteuid()}"
 
 
-class SharedMemory:
-    """The transport of a `SyncGroup`. Buckets are numbered through all syncs, bucket n lies in slot n % 2.
+class SlotStore:
+    """Who may touch which of two slots: one writer, some readers, and a store whose waits have a deadline.
 
-    Keys of the store: "map", where the file is; "mapped/<rank>"; "filled/<n>", rank 0 has written
-    bucket n; "loaded/<n>/<rank>", the rank needs it no longer.
+    Buckets are numbered through all syncs, bucket n lies in slot n % 2. Keys of the store: "filled/<n>", bucket n is
+    written; "loaded/<n>/<reader>", the reader needs it no longer.
     """
+
+    def __init__(self, store: Store, timeout: timedelta, *, readers: Iterable[int], reader: int | None = None) -> None:
+        """readers: all of them. reader: this side's number; None: this side writes."""
+        self._store, self._timeout = store, timeout
+        self._readers = tuple(readers)
+        self._reader = reader
+        self._n = 0  # the bucket at hand
+        self._free = _SLOTS  # the writer: buckets below this one have a free slot
+        self._given_back = 0  # a reader: buckets below this one are given back
+
+    @property
+    def slot(self) -> int:
+        """Of the bucket at hand."""
+        return self._n % _SLOTS
+
+    def claim(self) -> int:
+        """The slot of the bucket at hand. The writer waits until it is free, a reader gives the last bucket back."""
+        if self._reader is not None:
+            for n in range(self._given_back, self._n):
+                self._store.set(f"loaded/{n}/{self._reader}", "")
+            self._given_back = self._n
+        elif self._n >= self._free:
+            self._wait_until_loaded(self._n - _SLOTS)
+        return self.slot
+
+    def pass_on(self) -> None:
+        """The writer: the bucket at hand is filled. A reader: wait until it is. The next one is at hand then."""
+        if self._reader is not None:
+            self._store.wait([f"filled/{self._n}"], self._timeout)
+        else:
+            self._store.set(f"filled/{self._n}", "")
+        self._n += 1
+
+    def _wait_until_loaded(self, n: int) -> None:
+        keys = [f"loaded/{n}/{reader}" for reader in self._readers]
+        self._store.wait(keys, self._timeout)
+        self._free = n + _SLOTS + 1
+        for key in (*keys, f"filled/{n}"):
+            self._store.delete_key(key)
+
+
+class SharedMemory:
+    """The transport of a `SyncGroup`; the slots are a `SlotStore`'s.
+
+    Keys of the store beside it: "map", where the file is; "mapped/<rank>".
+    """
+
+    ahead = 0
 
     def __init__(
         self, address: str, port: int, rank: int, world_size: int, timeout_s: float, buffer_bytes: int
@@ -44,12 +104,11 @@ class SharedMemory:
         self._rank = rank
         self._others = range(1, world_size)
         self._timeout = timedelta(seconds=timeout_s)
-        self._slot_bytes = -(-max(1, buffer_bytes) // _PAGE) * _PAGE
-        self._n = 0  # the bucket at hand
-        self._free = _SLOTS  # rank 0: buckets below this one have a free slot
+        self._slot_bytes = slot_bytes(buffer_bytes)
         # Kept: rank 0's store is the server for everyone.
         self._store = TCPStore(address, port, world_size, is_master=rank == 0, timeout=self._timeout)
         self._memory = self._make() if rank == 0 else self._open()
+        self._slots = SlotStore(self._store, self._timeout, readers=self._others, reader=rank or None)
 
     def buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
         """The next bucket's memory: rank 0 fills it, the others find it filled after `broadcast`.
@@ -59,36 +118,21 @@ class SharedMemory:
         size = numel * dtype.itemsize
         if size > self._slot_bytes:
             raise ValueError(f"a bucket of {size} bytes, but the shared memory has slots of {self._slot_bytes}")
-        if self._rank:
-            if self._n:
-                self._store.set(f"loaded/{self._n - 1}/{self._rank}", "")
-        elif self._n >= self._free:
-            self._wait_until_loaded(self._n - _SLOTS)
-        start = _PAGE + self._n % _SLOTS * self._slot_bytes
+        start = _PAGE + self._slots.claim() * self._slot_bytes
         return self._memory[start : start + size].view(dtype)
 
-    def broadcast(self, tensor: Tensor, src: int) -> None:
-        """Rank 0: the bucket is filled. The others: wait until it is. tensor: what `buffer` gave."""
+    def broadcast(self, tensor: Tensor, src: int) -> Wait:
+        """Rank 0: the bucket is filled. The others: wait until it is, now. tensor: what `buffer` gave."""
         if src:
             raise ValueError(f"shared memory is filled by rank 0, not by rank {src}")
-        start = self._memory.data_ptr() + _PAGE + self._n % _SLOTS * self._slot_bytes
+        start = self._memory.data_ptr() + _PAGE + self._slots.slot * self._slot_bytes
         if tensor.data_ptr() != start:
             raise ValueError("shared memory carries the tensors of buffer() only")
-        if self._rank:
-            self._store.wait([f"filled/{self._n}"], self._timeout)
-        else:
-            self._store.set(f"filled/{self._n}", "")
-        self._n += 1
+        self._slots.pass_on()
+        return nothing_left
 
     def destroy(self) -> None:
-        del self._memory, self._store
-
-    def _wait_until_loaded(self, n: int) -> None:
-        keys = [f"loaded/{n}/{rank}" for rank in self._others]
-        self._store.wait(keys, self._timeout)
-        self._free = n + _SLOTS + 1
-        for key in (*keys, f"filled/{n}"):
-            self._store.delete_key(key)
+        del self._memory, self._slots, self._store
 
     def _make(self) -> Tensor:
         fd = os.memfd_create("real_openrlhf_sync")

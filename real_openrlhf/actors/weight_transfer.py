@@ -2,12 +2,14 @@
 
 Both ends use this module, so that they cannot drift apart. Rank 0 is the policy's rank 0, the
 engines' workers are ranks 1, 2, ...; every bucket of the plan is one flat broadcast, or one slot
-of memory that all have mapped. Torch only: it is imported in vLLM workers, before the model is loaded.
+of memory that all have mapped. By CUDA IPC all ranks of the policy send, each to the engine worker
+on its GPU. Torch only: it is imported in vLLM workers, before the model is loaded.
 
     policy rank 0                                     each engine worker
     plan = make_plan(...)
-    engine.receive_weights(to_wire(plan), version) -> receive_bucket(group, bucket) per bucket
+    engine.receive_weights(to_wire(plan), version) -> for bucket, weights in receive_buckets(group, plan)
     send_bucket(group, bucket, tensors) per bucket
+    group.flush()                                     group.flush()
 """
 
 from __future__ import annotations
@@ -15,25 +17,25 @@ from __future__ import annotations
 import logging
 import math
 import socket
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from real_openrlhf.actors.shared_memory import SharedMemory
+from real_openrlhf.actors.cuda_ipc import CudaIpc, CudaMemory, Unpaired
+from real_openrlhf.actors.nccl_broadcast import nccl
+from real_openrlhf.actors.shared_memory import SharedMemory, Wait, nothing_left
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # The version of an engine before its first complete sync, and after one that failed halfway.
 NO_VERSION = -1
-T = TypeVar("T")
+BACKENDS = ("gloo", "shared_memory", "ipc", "nccl")
 
 
 class SyncError(RuntimeError):
@@ -122,10 +124,16 @@ def free_port(address: str = "") -> int:
         return int(probe.getsockname()[1])
 
 
-class _Transport(Protocol):
+class Transport(Protocol):
+    """What carries the buckets of a `SyncGroup`. Its errors are RuntimeError and TimeoutError."""
+
+    # How many broadcasts may be under way while the bucket before them is loaded, or the one after them is filled.
+    ahead: int
+
     def buffer(self, numel: int, dtype: torch.dtype) -> Tensor: ...
 
-    def broadcast(self, tensor: Tensor, src: int) -> None: ...
+    def broadcast(self, tensor: Tensor, src: int) -> Wait:
+        """Begin; what is returned waits for the end. With ahead 0 it may be through at once."""
 
     def destroy(self) -> None: ...
 
@@ -134,14 +142,17 @@ class SyncGroup:
     """A broadcast group beside the trainers' and the engines' own process groups.
 
     gloo: every call raises after the deadline. shared_memory: the same, for ranks on one host; a
-    bucket is written once and read where it lies. nccl: PyNccl, as OpenRLHF uses it. NCCL itself has
-    no deadline; here the host waits for the group's creation in a thread and for each broadcast
-    by polling an event, and raises when time is up. The stuck kernel stays on the GPU, so the
-    process must then end (which a failed sync makes it do in any case).
+    bucket is written once and read where it lies. ipc: the same in a GPU's memory, for an engine worker
+    and a policy rank that share the GPU (`cuda_ipc`). nccl: PyNccl, as OpenRLHF uses it, with two
+    buffers: one is on its way while the other is filled or loaded. NCCL itself has no deadline; here
+    the host waits for the group's creation in a thread and for each broadcast by polling an event, and
+    raises when time is up. The stuck kernel stays on the GPU, so the process must then end (which a
+    failed sync makes it do in any case).
     """
 
-    def __init__(self, transport: _Transport, rank: int, world_size: int, device: torch.device) -> None:
+    def __init__(self, transport: Transport, rank: int, world_size: int, device: torch.device) -> None:
         self._transport = transport
+        self._under_way: list[Wait] = []
         self.rank = rank
         self.world_size = world_size
         self.device = device
@@ -157,11 +168,13 @@ class SyncGroup:
         timeout_s: float,
         device: torch.device | None = None,
         buffer_bytes: int = 0,
+        senders: int = 1,
     ) -> SyncGroup:
         """Meet the other ranks; all must call within timeout_s seconds. Rank 0 listens on the port.
 
-        device: where broadcast tensors live; default the current GPU for nccl, else always the CPU.
-        buffer_bytes: of the largest bucket; rank 0 must say it for shared_memory.
+        device: where broadcast tensors live; default the current GPU for nccl and ipc, else always the CPU.
+        buffer_bytes: of the largest bucket; whoever sends must say it for shared_memory and ipc.
+        senders: with ipc, ranks 0 .. senders - 1 are the policy's; rank 0 must say it.
         Raises SyncError with the address and who was asked for.
         """
         if not 0 <= rank < world_size:
@@ -170,39 +183,94 @@ class SyncGroup:
         try:
             if backend == "gloo":
                 device = torch.device("cpu")
-                transport: _Transport = _Gloo(address, port, rank, world_size, timeout_s)
+                transport: Transport = _Gloo(address, port, rank, world_size, timeout_s)
             elif backend == "shared_memory":
                 device = torch.device("cpu")
                 transport = SharedMemory(address, port, rank, world_size, timeout_s, buffer_bytes)
+            elif backend == "ipc":
+                device = device or torch.device("cuda", torch.cuda.current_device())
+                memory = CudaMemory(device)
+                transport = CudaIpc(address, port, rank, world_size, timeout_s, buffer_bytes, senders, memory)
             elif backend == "nccl":
                 device = device or torch.device("cuda", torch.cuda.current_device())
-                transport = _Nccl(address, port, rank, world_size, timeout_s, device)
+                transport = nccl(address, port, rank, world_size, timeout_s, device)
             else:
-                raise ValueError(f"backend must be 'gloo', 'shared_memory' or 'nccl', got {backend!r}")
-        except (RuntimeError, OSError, TimeoutError) as error:
+                raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+        except (RuntimeError, OSError, TimeoutError, Unpaired) as error:
             raise SyncError(f"{where}: not formed within {timeout_s:g} s: {error}") from error
         logger.info("%s: formed", where)
         return cls(transport, rank, world_size, device)
 
+    @property
+    def ahead(self) -> bool:
+        """Whether a broadcast goes on while the next bucket is filled, or the one before it is loaded."""
+        return self._transport.ahead > 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody receives from this rank."""
+        return bool(getattr(self._transport, "idle", False))
+
     def buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """Flat memory for the next broadcast, valid until the next call. SyncError after the deadline."""
-        try:
+        """Flat memory for the next broadcast. SyncError after the deadline.
+
+        It is valid until the next call, or the one after that for a group with `ahead`.
+        """
+        while len(self._under_way) > self._transport.ahead:
+            self._under_way[0]()
+        with _failing(f"no memory for {numel} {dtype}"):
             return self._transport.buffer(numel, dtype)
-        except (RuntimeError, TimeoutError) as error:
-            raise SyncError(f"no memory for {numel} {dtype}: {error}") from error
+
+    def begin(self, tensor: Tensor, src: int = 0) -> Wait:
+        """Begin a `broadcast`, and return what waits for its end: at once for a group without `ahead`."""
+        what = f"broadcast of {tensor.numel()} {tensor.dtype} from rank {src} failed"
+        with _failing(what):
+            broadcast = _UnderWay(self._transport.broadcast(tensor, src), what, self._under_way)
+        if not self._transport.ahead:
+            broadcast()
+        return broadcast
 
     def broadcast(self, tensor: Tensor, src: int = 0) -> None:
         """Fill the contiguous tensor, on the group's device, with rank src's. SyncError after the deadline."""
-        try:
-            self._transport.broadcast(tensor, src)
-        except (RuntimeError, TimeoutError) as error:
-            raise SyncError(f"broadcast of {tensor.numel()} {tensor.dtype} from rank {src} failed: {error}") from error
+        self.begin(tensor, src)()
+
+    def flush(self) -> None:
+        """Wait for everything that was begun. SyncError after the deadline. The buffers of a sync are given back."""
+        while self._under_way:
+            self._under_way[0]()
+        flush = getattr(self._transport, "flush", None)
+        if flush is not None:
+            flush()
 
     def destroy(self) -> None:
         self._transport.destroy()
 
 
+class _UnderWay:
+    """A broadcast that was begun: called, it waits for the end; a second call finds that done."""
+
+    def __init__(self, wait: Wait, what: str, all_of_them: list[Wait]) -> None:
+        self._wait, self._what, self._all = wait, what, all_of_them
+        self._all.append(self)
+
+    def __call__(self) -> None:
+        if self in self._all:
+            self._all.remove(self)
+            with _failing(self._what):
+                self._wait()
+
+
+@contextmanager
+def _failing(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, TimeoutError) as error:
+        raise SyncError(f"{what}: {error}") from error
+
+
 class _Gloo:
+    ahead = 0
+
     def __init__(self, address: str, port: int, rank: int, world_size: int, timeout_s: float) -> None:
         from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
@@ -215,99 +283,66 @@ class _Gloo:
     def buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(numel, dtype=dtype)
 
-    def broadcast(self, tensor: Tensor, src: int) -> None:
+    def broadcast(self, tensor: Tensor, src: int) -> Wait:
         options = torch.distributed.BroadcastOptions()
         options.rootRank, options.rootTensor, options.timeout = src, 0, self._timeout
         self._group.broadcast([tensor], options).wait()
+        return nothing_left
 
     def destroy(self) -> None:
         del self._group, self._store
 
 
-class _Nccl:
-    def __init__(
-        self, address: str, port: int, rank: int, world_size: int, timeout_s: float, device: torch.device
-    ) -> None:
-        from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
-        from vllm.distributed.utils import StatelessProcessGroup
-
-        self._timeout_s = timeout_s
-        self._device = device
-        group = StatelessProcessGroup.create(
-            host=address, port=port, rank=rank, world_size=world_size, store_timeout=max(1, int(timeout_s))
-        )
-        self._comm = _within(timeout_s, "ncclCommInitRank", lambda: PyNcclCommunicator(group, device=device))
-        if not self._comm.available:
-            raise RuntimeError("the NCCL library could not be loaded")
-
-    def buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(numel, dtype=dtype, device=self._device)
-
-    def broadcast(self, tensor: Tensor, src: int) -> None:
-        stream = torch.cuda.current_stream(tensor.device)
-        self._comm.broadcast(tensor, src=src, stream=stream)
-        done = torch.cuda.Event()
-        done.record(stream)
-        deadline = time.monotonic() + self._timeout_s
-        while not done.query():
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"NCCL broadcast not done after {self._timeout_s:g} s")
-            time.sleep(2e-4)
-
-    def destroy(self) -> None:
-        self._comm.destroy()
-
-
-def _within(timeout_s: float, what: str, call: Callable[[], T]) -> T:
-    """The call's result, or TimeoutError; the thread is left behind, as nothing can interrupt it."""
-    result: list[T] = []
-    errors: list[BaseException] = []
-    device = torch.cuda.current_device()
-
-    def run() -> None:
-        try:
-            torch.cuda.set_device(device)  # the current device is per thread
-            result.append(call())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True, name=what)
-    thread.start()
-    thread.join(timeout_s)
-    if errors:
-        raise errors[0]
-    if not result:
-        raise TimeoutError(f"{what} not done after {timeout_s:g} s")
-    return result[0]
-
-
 def send_bucket(group: SyncGroup, bucket: Bucket, tensors: Sequence[Tensor]) -> None:
-    """Rank 0: broadcast one bucket. tensors: whole (gathered) parameters in the bucket's order."""
+    """A policy rank: broadcast one bucket. tensors: whole (gathered) parameters in the bucket's order.
+
+    It may still be under way on return (`SyncGroup.flush`), the tensors' memory is no longer needed.
+    """
+    if group.idle:
+        return
     if len(tensors) != len(bucket.parameters):
         raise ValueError(f"the bucket holds {len(bucket.parameters)} parameters, {len(tensors)} tensors were given")
-    flat = _buffer(group, bucket)
+    with _naming(bucket):
+        flat = group.buffer(bucket.numel, bucket.dtype)
     for parameter, view, tensor in zip(bucket.parameters, _views(flat, bucket), tensors):
         if tuple(tensor.shape) != parameter.shape:
             raise ValueError(f"{parameter.name} has shape {tuple(tensor.shape)}, the plan says {parameter.shape}")
         view.copy_(tensor.detach())
-    _broadcast(group, bucket, flat)
+    with _naming(bucket):
+        group.begin(flat)
 
 
 def receive_bucket(group: SyncGroup, bucket: Bucket) -> list[tuple[str, Tensor]]:
     """An engine worker: receive one bucket as (name, view) pairs, valid until the next one is asked for."""
-    flat = _buffer(group, bucket)
-    _broadcast(group, bucket, flat)
+    flat, wait = _expect(group, bucket)
+    return _received(bucket, flat, wait)
+
+
+def receive_buckets(group: SyncGroup, plan: Sequence[Bucket]) -> Iterator[tuple[Bucket, list[tuple[str, Tensor]]]]:
+    """An engine worker: all buckets in turn, each valid until the next one is asked for.
+
+    With a group that has `ahead`, the next one arrives meanwhile.
+    """
+    if not group.ahead:
+        for bucket in plan:
+            yield bucket, receive_bucket(group, bucket)
+        return
+    coming = [_expect(group, bucket) for bucket in plan[:1]]
+    for i, bucket in enumerate(plan):
+        coming += [_expect(group, following) for following in plan[i + 1 : i + 2]]
+        yield bucket, _received(bucket, *coming.pop(0))
+
+
+def _expect(group: SyncGroup, bucket: Bucket) -> tuple[Tensor, Wait]:
+    with _naming(bucket):
+        flat = group.buffer(bucket.numel, bucket.dtype)
+        return flat, group.begin(flat)
+
+
+def _received(bucket: Bucket, flat: Tensor, wait: Wait) -> list[tuple[str, Tensor]]:
+    with _naming(bucket):
+        wait()
     return [(p.name, view) for p, view in zip(bucket.parameters, _views(flat, bucket))]
-
-
-def _buffer(group: SyncGroup, bucket: Bucket) -> Tensor:
-    with _naming(bucket):
-        return group.buffer(bucket.numel, bucket.dtype)
-
-
-def _broadcast(group: SyncGroup, bucket: Bucket, flat: Tensor) -> None:
-    with _naming(bucket):
-        group.broadcast(flat, src=0)
 
 
 @contextmanager
