@@ -48,6 +48,10 @@ CPU_ALLOCATOR_ENV = {
 }
 
 
+# A weight sync for which it is not known yet whether every engine worker shares its GPU with a rank of the policy.
+IPC_ELSE_GLOO = "ipc_else_gloo"
+
+
 class DeviceError(ValueError):
     """The requested device or dtype does not exist here."""
 
@@ -174,19 +178,21 @@ class Device:
         return {"GPU": 1, "CPU": 1} if self.is_cuda else {"CPU": 1}
 
     def sync_backend(self, requested: str = "auto", *, colocated: bool, one_host: bool) -> str:
-        """Of the weight sync: "shared_memory" on one CPU host, "gloo" where that or NCCL cannot be, else "nccl".
+        """Of the weight sync.
 
         requested: a backend or "auto" (--sync.backend). one_host: policy rank 0 and all engine workers are on one.
-        NCCL refuses two processes of one group on the same GPU; the others go by CPU memory.
-        vLLM's own engine for colocated GPUs (ipc) loads layer by layer, and says that of tied weights
-        it processes only one layer's: a stale head is what the agreement check is there to find.
+        auto on CPUs: "shared_memory" on one host, else "gloo". On GPUs: "nccl"; colocated, where NCCL refuses two
+        processes of one group on the same GPU, IPC_ELSE_GLOO: `RayWeightSync`, which knows the GPUs, takes "ipc" if
+        every engine worker is on the GPU of a policy rank, else "gloo", through CPU memory.
+        vLLM's own engine for colocated GPUs (also called ipc) is not used. It loads layer by layer, and says that of
+        tied weights it processes only one layer's: a stale head is what the agreement check is there to find.
 
         Raises DeviceError for shared memory between hosts; config.validate has refused NCCL where it cannot be.
         """
         if requested == "auto":
             if not self.is_cuda:
                 return "shared_memory" if one_host else "gloo"
-            return "gloo" if colocated else "nccl"
+            return IPC_ELSE_GLOO if colocated else "nccl"
         if requested == "shared_memory" and not one_host:
             raise DeviceError(
                 "--sync.backend shared_memory: policy rank 0 and the engines do not share one host, or live in "

@@ -11,6 +11,7 @@ import torch
 from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
 from torch import Tensor, distributed
 
+from real_openrlhf.actors.cuda_ipc import place
 from real_openrlhf.actors.lora import Weight, add_adapters, save_adapter, weights_of, without_adapters
 from real_openrlhf.actors.policy_checkpoint import load_shards, restore_rng, rng_state, save_shards
 from real_openrlhf.actors.policy_model import PolicyModel
@@ -18,7 +19,6 @@ from real_openrlhf.actors.policy_spec import PolicySpec
 from real_openrlhf.actors.policy_strategy import PolicyStrategy, add_up_in_fp32
 from real_openrlhf.actors.policy_trainer import RealTrainer
 from real_openrlhf.actors.reference_actor import response_logprobs
-from real_openrlhf.actors.shared_memory import host_id
 from real_openrlhf.actors.weight_transfer import Bucket, SyncGroup, make_plan, send_bucket
 from real_openrlhf.algo.types import TrainGroup
 from real_openrlhf.checkpoint import durable
@@ -132,7 +132,7 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
         network.train()
         return result
 
-    # Weight sync: rank 0 broadcasts to the engines, the other ranks help to gather.
+    # Weight sync: rank 0 broadcasts to the engines, the other ranks help to gather. By CUDA IPC every rank sends.
 
     def free_port(self) -> int:
         """A free port on this rank's node."""
@@ -144,16 +144,23 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
         return make_plan(named, self.spec.bucket_bytes)
 
     def sync_host(self) -> str:
-        """`shared_memory.host_id` of this rank."""
-        return host_id()
+        """`cuda_ipc.place` of this rank."""
+        return place(self.spec.device.current())
 
     def join_sync_group(
         self, address: str, port: int, world_size: int, backend: str, timeout_s: float, buffer_bytes: int = 0
     ) -> None:
-        """Rank 0 becomes rank 0 of the group that spans the policy and all engine workers."""
-        if self._rank == 0:
+        """Rank 0 becomes rank 0 of the group that spans the policy and all engine workers; with ipc, all ranks join."""
+        if self._rank == 0 or backend == "ipc":
             self._sync_group = SyncGroup.create(
-                address, port, 0, world_size, backend, timeout_s, buffer_bytes=buffer_bytes
+                address,
+                port,
+                self._rank,
+                world_size,
+                backend,
+                timeout_s,
+                buffer_bytes=buffer_bytes,
+                senders=self._world_size,
             )
 
     def send_weights(self, plan: Sequence[Bucket]) -> int:
@@ -162,9 +169,13 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
         for bucket in plan:
             members = [weights[p.name] for p in bucket.parameters]
             with self._gathered(members):
-                if self._sync_group is not None:
+                if self._sync_group is not None and not self._sync_group.idle:
                     send_bucket(self._sync_group, bucket, [w.value() for w in members])
+        if self._sync_group is not None:
+            self._sync_group.flush()
         self.spec.device.synchronize()
+        # Where an engine shares the GPU, its KV cache wakes next and takes what is free to the driver.
+        self.spec.device.empty_cache()
         distributed.barrier()
         return self.weight_version
 

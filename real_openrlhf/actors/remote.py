@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +14,8 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
-from real_openrlhf.actors.device import Device
+from real_openrlhf.actors.cuda_ipc import Unpaired, gpu_of, host_of, pair
+from real_openrlhf.actors.device import IPC_ELSE_GLOO, Device
 from real_openrlhf.actors.engine_handles import EngineHandles, generate_on
 from real_openrlhf.actors.engine_spec import EngineSpec
 from real_openrlhf.actors.lazy import lazy_actor
@@ -27,6 +29,8 @@ from real_openrlhf.data.prompt import Prompt
 
 if TYPE_CHECKING:
     from real_openrlhf.actors.evaluator import EvaluatorSpec
+
+logger = logging.getLogger(__name__)
 
 # How often an evaluation that is waited for is asked how far it is.
 _WATCH_S = 5.0
@@ -242,11 +246,15 @@ def on_one_host(policy: RayPolicyGroup, groups: Sequence[RayRolloutGroup]) -> bo
     """Whether policy rank 0 and all engine workers can map each other's memory."""
     workers = [engine.sync_hosts.remote() for group in groups for engine in group.engines]
     sender, *found = ray.get([policy.ranks[0].sync_host.remote(), *workers])
-    return {host for hosts in found for host in hosts} <= {sender}
+    return {host_of(place) for places in found for place in places} <= {host_of(sender)}
 
 
 class RayWeightSync:
-    """Policy -> engines: one call per actor and sync, one broadcast per bucket, then the agreement check."""
+    """Policy -> engines: one call per actor and sync, one broadcast per bucket, then the agreement check.
+
+    backend: `Device.sync_backend`'s. Raises `cuda_ipc.Unpaired` for "ipc" with an engine worker that has no policy rank
+    on its GPU.
+    """
 
     def __init__(
         self,
@@ -271,16 +279,35 @@ class RayWeightSync:
         return [engine for group in self.groups for engine in group.engines]
 
     def _join(self, backend: str) -> None:
+        if backend in ("ipc", IPC_ELSE_GLOO):
+            backend = self._paired(backend)
+        # By CUDA IPC all ranks of the policy send, otherwise only the first.
+        senders = len(self.policy.ranks) if backend == "ipc" else 1
         largest = max((bucket.nbytes for bucket in self.plan), default=0)
         address, _ = ray.get(self.policy.ranks[0].get_master_addr_port.remote())
         port = ray.get(self.policy.ranks[0].free_port.remote())
         offsets, world = sync_ranks([group.width for group in self.groups for _ in group.engines])
+        world += senders - 1
         refs = [
-            engine.init_sync_group.remote(address, port, offset, world, backend, self.deadline_s, largest)
+            engine.init_sync_group.remote(address, port, offset + senders - 1, world, backend, self.deadline_s, largest)
             for engine, offset in zip(self._engines(), offsets)
         ]
         refs += self.policy.call("join_sync_group", address, port, world, backend, self.deadline_s, largest)
         self._get(refs, "joining the weight-sync group")
+
+    def _paired(self, backend: str) -> str:
+        """ "ipc" if every engine worker shares its GPU with a rank of the policy."""
+        workers = ray.get([engine.sync_hosts.remote() for engine in self._engines()])
+        ranks = ray.get(self.policy.call("sync_host"))
+        try:
+            pair([gpu_of(rank) for rank in ranks], [gpu_of(worker) for found in workers for worker in found])
+        except Unpaired as reason:
+            if backend == "ipc":
+                raise
+            logger.warning("weights travel by gloo, through the hosts' memory: %s", reason)
+            return "gloo"
+        logger.info("weights travel by ipc")
+        return "ipc"
 
     def sync(self, version: int) -> SyncReport:
         with timed() as transfer:

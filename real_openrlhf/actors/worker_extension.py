@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from real_openrlhf.actors.cuda_ipc import place
 from real_openrlhf.actors.engine_owner import end_with_owner
-from real_openrlhf.actors.shared_memory import host_id
-from real_openrlhf.actors.weight_transfer import NO_VERSION, Bucket, SyncError, SyncGroup, from_wire, receive_bucket
+from real_openrlhf.actors.weight_transfer import NO_VERSION, Bucket, SyncError, SyncGroup, from_wire, receive_buckets
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +76,8 @@ class SyncWorkerExtension:
         return rank
 
     def sync_host(self) -> str:
-        """`shared_memory.host_id` of this worker."""
-        return host_id()
+        """`cuda_ipc.place` of this worker."""
+        return place(self.device)
 
     def receive_weights(self, plan: Sequence[Sequence[Sequence[Any]]], version: int) -> int:
         """Receive all buckets of the plan (`weight_transfer.to_wire`) and load them into the model.
@@ -91,14 +91,14 @@ class SyncWorkerExtension:
         self._sync_version = NO_VERSION
         loaded: set[str] | None = set()
         failure: Exception | None = None
-        for bucket in from_wire(plan):
-            weights = receive_bucket(group, bucket)
+        for bucket, weights in receive_buckets(group, from_wire(plan)):
             if failure is not None:
                 continue  # go on receiving: a sender with nobody to send to would wait for its deadline
             try:
                 loaded = self._load(bucket, weights, loaded)
             except SyncError as error:
                 failure = error
+        group.flush()
         if failure is not None:
             raise failure
         if self.device.type == "cuda":

@@ -326,8 +326,9 @@ class SyncConfig(Section):
     check_sequences: int = flag(4, "sequences on which engine and policy are compared after each sync", ge=1)
     check_tokens: int = flag(128, "tokens of each of these sequences", ge=2)
     max_mean_difference: float | None = flag(None, "largest mean log-prob difference; none: by dtype", gt=0)
-    backend: Literal["auto", "gloo", "shared_memory", "nccl"] = flag(
-        "auto", "how weights travel; auto: shared memory on one CPU host, NCCL between GPUs, else gloo"
+    backend: Literal["auto", "gloo", "shared_memory", "ipc", "nccl"] = flag(
+        "auto",
+        "how weights travel; auto: shared memory on one CPU host, CUDA IPC on a shared GPU, NCCL between GPUs, or gloo",
     )
     bucket_mb: int = flag(256, "megabytes of weights sent at a time", ge=1)
 

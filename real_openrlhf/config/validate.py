@@ -177,6 +177,11 @@ def _colocated(config: Config) -> list[str]:
                 raise ConfigError(
                     f"--{name} gives up memory for whoever shares the GPU, but nobody does; add --train.colocate_all"
                 )
+        if config.sync.backend == "ipc":
+            raise ConfigError(
+                "--sync.backend ipc hands weights over inside a GPU, which policy and engines must share; use auto, or "
+                "add --train.colocate_all"
+            )
         return []
     if config.train.async_enable:
         raise ConfigError(
@@ -265,8 +270,8 @@ def _device(config: Config, device: str) -> list[str]:
         raise ConfigError(
             "--train.colocate_all needs GPUs: on a CPU there is no GPU memory to share, and vLLM has no sleep mode"
         )
-    if config.sync.backend == "nccl":
-        raise ConfigError("--sync.backend nccl needs GPUs; on a CPU use auto, gloo or shared_memory")
+    if config.sync.backend in ("ipc", "nccl"):
+        raise ConfigError(f"--sync.backend {config.sync.backend} needs GPUs; on a CPU use auto, gloo or shared_memory")
     if config.vllm.tensor_parallel_size > 1:
         raise ConfigError(f"--vllm.tensor_parallel_size {config.vllm.tensor_parallel_size} needs GPUs")
     if "flash_attention" in config.ds.attn_implementation:
