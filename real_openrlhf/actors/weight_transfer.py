@@ -42,6 +42,10 @@ class SyncError(RuntimeError):
     """A weight sync did not complete. The group is of no use afterwards."""
 
 
+class _Named(SyncError):
+    """One that says already whose weights did not arrive."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
     """name: as in the Hugging Face checkpoint. shape: the whole tensor's, not a shard's."""
@@ -221,11 +225,14 @@ class SyncGroup:
         with _failing(f"no memory for {numel} {dtype}"):
             return self._transport.buffer(numel, dtype)
 
-    def begin(self, tensor: Tensor, src: int = 0) -> Wait:
-        """Begin a `broadcast`, and return what waits for its end: at once for a group without `ahead`."""
+    def begin(self, tensor: Tensor, src: int = 0, names: str = "") -> Wait:
+        """Begin a `broadcast`, and return what waits for its end: at once for a group without `ahead`.
+
+        names: whose weights they are, for errors that come later.
+        """
         what = f"broadcast of {tensor.numel()} {tensor.dtype} from rank {src} failed"
         with _failing(what):
-            broadcast = _UnderWay(self._transport.broadcast(tensor, src), what, self._under_way)
+            broadcast = _UnderWay(self._transport.broadcast(tensor, src), what, names, self._under_way)
         if not self._transport.ahead:
             broadcast()
         return broadcast
@@ -249,15 +256,18 @@ class SyncGroup:
 class _UnderWay:
     """A broadcast that was begun: called, it waits for the end; a second call finds that done."""
 
-    def __init__(self, wait: Wait, what: str, all_of_them: list[Wait]) -> None:
-        self._wait, self._what, self._all = wait, what, all_of_them
+    def __init__(self, wait: Wait, what: str, names: str, all_of_them: list[Wait]) -> None:
+        self._wait, self._what, self._names, self._all = wait, what, names, all_of_them
         self._all.append(self)
 
     def __call__(self) -> None:
         if self in self._all:
             self._all.remove(self)
-            with _failing(self._what):
+            try:
                 self._wait()
+            except (RuntimeError, TimeoutError) as error:
+                text = f"{self._what}: {error}"
+                raise (_Named(f"{self._names}: {text}") if self._names else SyncError(text)) from error
 
 
 @contextmanager
@@ -309,7 +319,7 @@ def send_bucket(group: SyncGroup, bucket: Bucket, tensors: Sequence[Tensor]) -> 
             raise ValueError(f"{parameter.name} has shape {tuple(tensor.shape)}, the plan says {parameter.shape}")
         view.copy_(tensor.detach())
     with _naming(bucket):
-        group.begin(flat)
+        group.begin(flat, names=_names(bucket))
 
 
 def receive_bucket(group: SyncGroup, bucket: Bucket) -> list[tuple[str, Tensor]]:
@@ -336,7 +346,7 @@ def receive_buckets(group: SyncGroup, plan: Sequence[Bucket]) -> Iterator[tuple[
 def _expect(group: SyncGroup, bucket: Bucket) -> tuple[Tensor, Wait]:
     with _naming(bucket):
         flat = group.buffer(bucket.numel, bucket.dtype)
-        return flat, group.begin(flat)
+        return flat, group.begin(flat, names=_names(bucket))
 
 
 def _received(bucket: Bucket, flat: Tensor, wait: Wait) -> list[tuple[str, Tensor]]:
@@ -349,9 +359,14 @@ def _received(bucket: Bucket, flat: Tensor, wait: Wait) -> list[tuple[str, Tenso
 def _naming(bucket: Bucket) -> Iterator[None]:
     try:
         yield
+    except _Named:
+        raise  # of a bucket before this one
     except SyncError as error:
-        names = f"{bucket.parameters[0].name} .. {bucket.parameters[-1].name}"
-        raise SyncError(f"weights {names}: {error}") from error
+        raise _Named(f"{_names(bucket)}: {error}") from error
+
+
+def _names(bucket: Bucket) -> str:
+    return f"weights {bucket.parameters[0].name} .. {bucket.parameters[-1].name}"
 
 
 def _views(flat: Tensor, bucket: Bucket) -> list[Tensor]:

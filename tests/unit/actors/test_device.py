@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from real_openrlhf.actors import device as module
-from real_openrlhf.actors.device import SYNC_TOLERANCE, Device, DeviceError
+from real_openrlhf.actors.device import IPC_ELSE_GLOO, SYNC_TOLERANCE, Device, DeviceError
 
 
 @pytest.fixture
@@ -163,11 +163,14 @@ def test_module_names_every_dtype():
     assert set(module._TORCH_DTYPES) == set(module._VLLM_DTYPES) == set(SYNC_TOLERANCE)
 
 
-def test_colocated_weights_go_by_cpu_memory():
+def test_colocated_weights_stay_on_their_gpu_if_they_can():
     cpu, cuda = Device(name="cpu", dtype_name="fp32"), Device(name="cuda", dtype_name="bf16")
     for one_host in (False, True):
         assert cuda.sync_backend(colocated=False, one_host=one_host) == "nccl"
-        assert cuda.sync_backend(colocated=True, one_host=one_host) == "gloo"
+        # RayWeightSync looks at the GPUs and decides; what was asked for stays.
+        assert cuda.sync_backend(colocated=True, one_host=one_host) == IPC_ELSE_GLOO
+        assert cuda.sync_backend("gloo", colocated=True, one_host=one_host) == "gloo"
+        assert cuda.sync_backend("ipc", colocated=True, one_host=one_host) == "ipc"
     assert cpu.sync_backend(colocated=False, one_host=False) == "gloo"
 
 

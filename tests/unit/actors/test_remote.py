@@ -15,7 +15,8 @@ pytest.importorskip("openrlhf")
 pytest.importorskip("vllm")
 
 from real_openrlhf.actors import remote
-from real_openrlhf.actors.device import Device
+from real_openrlhf.actors.cuda_ipc import Unpaired
+from real_openrlhf.actors.device import IPC_ELSE_GLOO, Device
 from real_openrlhf.actors.protocols import Sampling
 from real_openrlhf.actors.remote import RayPolicyGroup, RayRolloutGroup, RayWeightSync, on_one_host
 from real_openrlhf.algo.objectives import RealObjective
@@ -234,6 +235,32 @@ def test_one_host_is_one_for_all_workers(cluster: Cluster) -> None:
     assert not on_one_host(policy, groups)
     cluster.engines[2].hosts, cluster.ranks[0].host = ["a"], "b"
     assert not on_one_host(policy, groups)
+    # What GPU they have does not matter for that.
+    cluster.engines[0].hosts, cluster.engines[2].hosts = ["b gpu:A"], ["b gpu:C"]
+    cluster.engines[1].hosts, cluster.ranks[0].host = ["b"], "b gpu:B"
+    assert on_one_host(policy, groups)
+
+
+@pytest.mark.parametrize("backend", ["ipc", IPC_ELSE_GLOO])
+def test_all_ranks_send_where_every_worker_shares_a_gpu_with_one(cluster: Cluster, backend: str) -> None:
+    policy, groups = policy_group(2), [rollout_group(tensor_parallel_size=2)(1)]
+    for rank, gpu in zip(cluster.ranks, "AB", strict=True):
+        rank.host = f"a gpu:{gpu}"
+    cluster.engines[0].hosts = ["a gpu:B", "a gpu:A"]
+    weight_sync(policy, groups, backend=backend)
+    # Ranks 0 and 1 are the policy's; the workers are 2 and 3 of 4.
+    assert cluster.engines[0].joined == ("host", 2, 2, 4, "ipc", 9.0, 0)
+    assert [rank.joined for rank in cluster.ranks] == [("host", 2, 4, "ipc", 9.0, 0)] * 2
+
+
+def test_a_worker_on_a_gpu_of_its_own_takes_all_to_cpu_memory_or_is_named(cluster: Cluster) -> None:
+    """As the evaluator's engine is."""
+    policy, groups = policy_group(1), [rollout_group()(1), rollout_group()(1)]
+    cluster.ranks[0].host, cluster.engines[0].hosts, cluster.engines[1].hosts = "a gpu:A", ["a gpu:A"], ["a gpu:X"]
+    weight_sync(policy, groups, backend=IPC_ELSE_GLOO)
+    assert [engine.joined for engine in cluster.engines] == [("host", 2, i, 3, "gloo", 9.0, 0) for i in (1, 2)]
+    with pytest.raises(Unpaired, match=r"GPUs \['X'\] have no policy rank"):
+        weight_sync(policy, groups, backend="ipc")
 
 
 def test_colocated_engines_and_policy_take_turns(cluster: Cluster) -> None:

@@ -80,6 +80,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"train.colocate_all": True, "train.async_enable": True}, None, "take turns on the same GPUs"),
     ({"train.colocate_all": True, "sync.backend": "nccl"}, None, "--sync.backend nccl: .* two processes on one GPU"),
     ({"sync.backend": "nccl"}, "cpu", "--sync.backend nccl needs GPUs; on a CPU use auto"),
+    ({"sync.backend": "ipc"}, None, "--sync.backend ipc .* must share; use auto, or add --train.colocate_all"),
     ({"train.colocate_all": True, "vllm.num_engines": 2}, None, "2 workers and .* = 1 ranks"),
     ({**COLOCATED, "ds.zero_stage": 0}, None, "--ds.enable_sleep moves ZeRO's optimizer states"),
     (COLOCATED, "cpu", "--train.colocate_all needs GPUs: .* vLLM has no sleep mode"),
