@@ -176,7 +176,7 @@ def policy_spec(inputs: Inputs, plan: BatchPlan, device: Device) -> PolicySpec:
         term_grad_norm_steps=config.logger.term_grad_norm_steps,
         max_steps=max(1, plan.total_updates),
         bucket_bytes=config.sync.bucket_mb * 2**20,
-        logits_mb=config.real.logits_mb or device.logits_mb,
+        logits_mb=config.real.logits_mb,
         lora=lora_of(config),
         text=inputs.train_set.prompts[0].token_ids if inputs.train_set.prompts else (),
     )

@@ -49,7 +49,7 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
             attn_implementation=spec.attention,
             ds_config=strategy.get_ds_train_config(),
             temperature=args.rollout.temperature,
-            max_logit_bytes=spec.logits_mb * 2**20,
+            max_logit_bytes=spec.max_logit_bytes,
             use_liger_kernel=spec.args.ds.use_liger_kernel,
         )
         if spec.lora is not None:
@@ -89,13 +89,16 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
             "packed_gap": packed_gap,
             "dtype": spec.device.dtype_name,
             "attention": spec.attention,
+            "layers": "Liger's" if self.actor.use_liger_kernel else "the model's own",
             "threads": torch.get_num_threads(),
         }
 
     def train(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
         """Train on this rank's groups; the policy's weights are a new version afterwards."""
         metrics = self.trainer.ppo_train(groups)
-        self.spec.device.empty_cache()
+        if self.spec.args.train.colocate_all:
+            # Engines on the same GPU need the room. Where nobody does, asking for it again costs the next step.
+            self.spec.device.empty_cache()
         self.weight_version += 1
         return metrics
 

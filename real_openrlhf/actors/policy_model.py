@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from real_openrlhf.actors.logprob_head import LogprobHead, Request
 from real_openrlhf.actors.prompt_attention import PROMPT_ATTENTION
 from real_openrlhf.algo.batch import RealBatch, pack
 from real_openrlhf.errors import RunError
+
+logger = logging.getLogger(__name__)
 
 # Tokens of the check of packed rows: enough of them for a mean that bf16's noise does not decide.
 CHECKED_PROMPT, CHECKED_RESPONSES = 16, (40, 29)
@@ -51,7 +54,7 @@ class PolicyModel(Actor):
     its names and its own forward; it takes packed rows besides.
 
     max_logit_bytes   what logits may take at a time, see `Request`
-    use_liger_kernel  Liger's layers in place of the model's, see `_with_liger`
+    use_liger_kernel  Liger's layers in place of the model's, see `_with_liger`; None: on a GPU where they can be had
     """
 
     def __init__(
@@ -63,13 +66,16 @@ class PolicyModel(Actor):
         ds_config: dict[str, Any],
         temperature: float,
         max_logit_bytes: int,
-        use_liger_kernel: bool = False,
+        use_liger_kernel: bool | None = False,
     ) -> None:
         zero3 = ds_config["zero_optimization"]["stage"] == 3
         if zero3:
             _patch_zero3_weight_mapping()
         # Alive while from_pretrained runs: it is how transformers learns of ZeRO-3.
         hf_config = HfDeepSpeedConfig(ds_config) if zero3 else None
+        if use_liger_kernel is None:
+            use_liger_kernel = device.is_cuda and _liger_knows(path)
+        self.use_liger_kernel = use_liger_kernel
         load = _with_liger(path) if use_liger_kernel else AutoModelForCausalLM.from_pretrained
         model = load(path, dtype=device.torch_dtype, attn_implementation=attn_implementation, trust_remote_code=False)
         del hf_config
@@ -158,6 +164,15 @@ def _with_liger(path: str) -> Callable[..., PreTrainedModel]:
     if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise RunError(f"--ds.use_liger_kernel: Liger has no kernels for {kind} models; leave the flag out")
     return partial(AutoLigerKernelForCausalLM.from_pretrained, fused_linear_cross_entropy=False)
+
+
+def _liger_knows(path: str) -> bool:
+    try:
+        _with_liger(path)
+    except RunError as reason:
+        logger.info("the model's own layers are used: %s", reason)
+        return False
+    return True
 
 
 def outputs_of(

@@ -28,7 +28,7 @@ class PolicySpec:
     attn_implementation  "auto": the device's default
     values               the score scale's values
     max_steps            optimizer steps of the whole run, for the learning-rate schedule
-    logits_mb            megabytes that logits may take in training
+    logits_mb            megabytes that logits may take in training; None: the device's share for them
     lora                 None: all parameters are trained
     text                 tokens of a training prompt, for the check of packed rows
     """
@@ -44,9 +44,14 @@ class PolicySpec:
     term_grad_norm_steps: int
     max_steps: int
     bucket_bytes: int
-    logits_mb: int
+    logits_mb: int | None
     lora: Lora | None = None
     text: tuple[int, ...] = ()
+
+    @property
+    def max_logit_bytes(self) -> int:
+        """Asked for in the actor, whose GPU decides."""
+        return (self.logits_mb or self.device.logits_mb()) * 2**20
 
     @property
     def attention(self) -> str:

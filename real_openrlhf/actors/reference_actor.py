@@ -63,7 +63,7 @@ class ReferenceActor(_OpenRLHFReferenceActor):  # type: ignore[misc, valid-type]
             attn_implementation=spec.attention,
             ds_config=strategy.get_ds_eval_config(offload=offload),
             temperature=spec.args.rollout.temperature,
-            max_logit_bytes=spec.logits_mb * 2**20,
+            max_logit_bytes=spec.max_logit_bytes,
             use_liger_kernel=spec.args.ds.use_liger_kernel,
         )
         # The strategy asks the model.

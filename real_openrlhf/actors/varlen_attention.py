@@ -228,8 +228,10 @@ class _TwoCalls(torch.autograd.Function):
             far, far_lse = ops.forward(q[at], k[to], v[to], plan.far, causal=False, scale=scale, window=None)
             near, near_lse = out[at], lse[:, at]
             share = (far_lse - near_lse).sigmoid().T[..., None]
-            # The share is in fp32, and so is the sum: it is rounded once.
-            out[at] = torch.addcmul(near, share, far - near).to(out.dtype)
+            # The share is in fp32, and so is the sum: it is rounded once. One group's part is a view, merged in place.
+            torch.addcmul(near, share, far - near, out=near)
+            if not isinstance(at, slice):
+                out[at] = near
             lse[:, at] = torch.logaddexp(far_lse, near_lse)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.scale, ctx.ops = plan, scale, ops

@@ -116,9 +116,13 @@ class DsConfig(Section):
     adam_offload: bool = flag(False, "keep the optimizer in CPU memory")
     zpg: int = flag(1, "ZeRO++: size of the groups that hold a secondary copy of the shards", ge=1)
     overlap_comm: bool = flag(False, "overlap gradient reduction with the backward pass")
-    grad_accum_dtype: Literal["fp32", "bf16"] | None = flag(None, "dtype of accumulated gradients; none: fp32 under ZeRO 2, 3")
+    grad_accum_dtype: Literal["fp32", "bf16"] | None = flag(
+        None, "dtype of accumulated gradients; none: fp32 under ZeRO 2 and 3"
+    )
     enable_sleep: bool = flag(False, "the policy keeps its optimizer in CPU memory while it does not train")
-    use_liger_kernel: bool = flag(False, "Liger's RMSNorm, rotary embedding and SwiGLU in the policy; GPUs only")
+    use_liger_kernel: bool | None = flag(
+        None, "Liger's RMSNorm, rotary embedding and SwiGLU in the policy; none: on GPUs, where liger-kernel knows it"
+    )
     packing_samples: bool = flag(False, "has no effect: micro-batches never hold padding; kept for OpenRLHF's scripts")
     lora: LoraConfig = field(default_factory=LoraConfig)
 

@@ -1,6 +1,7 @@
 """Forward and backward of one packed row at Qwen3-1.7B's shape: how much of the card's matrix rate does it reach?
 
-The profile says where the time goes. Optimizer and DeepSpeed are left out; `examples.benchmark.gpu` measures whole steps.
+The profile says where the time goes. Optimizer and DeepSpeed are left out; `examples.benchmark.gpu` measures whole
+steps.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SIZES: dict[str, int] = dict(hidden=2048, layers=28, heads=16, kv_heads=8, head_
 TINY: dict[str, int] = dict(hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, vocabulary=512)
 CASE = Case(prompt=2048, response=512, samples=16, micro_batch=16)
 SMALL = Case(prompt=24, response=8, samples=4, micro_batch=4)
-LOGITS_MB = 4096
+LOGITS_MB = 8192  # about a tenth of an 80 GB card, see Device.logits_mb
 
 
 def matrix_rate(rows: int, inputs: int, outputs: int) -> float:

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from real_openrlhf.actors.device import Device
-from real_openrlhf.actors.policy_model import PolicyModel, accept_packed_rows, outputs_of
+from real_openrlhf.actors.policy_model import PolicyModel, _liger_knows, accept_packed_rows, outputs_of
 from real_openrlhf.actors.policy_trainer import loss_inputs
 from real_openrlhf.algo.batch import RealBatch, Row, collate, denominators_of, rows_of
 from real_openrlhf.algo.label_trie import TokenTrie
@@ -298,7 +298,7 @@ def test_no_separate_copy_of_the_prompt_is_computed() -> None:
 # -- loading, and models that are refused ---------------------------------------------------------------------
 
 
-def load(folder: Path, attention: str = "sdpa", liger: bool = False) -> PolicyModel:
+def load(folder: Path, attention: str = "sdpa", liger: bool | None = False) -> PolicyModel:
     return PolicyModel(
         str(folder),
         device=Device(name="cpu", dtype_name="fp32"),
@@ -371,3 +371,16 @@ def test_liger_layers_leave_the_output_layer_alone(tmp_path: Path, monkeypatch: 
     liger = FakeLiger(monkeypatch, {"llama"})
     load(tmp_path, liger=True).check_packed_rows()
     assert liger.asked["fused_linear_cross_entropy"] is False and liger.asked["trust_remote_code"] is False
+
+
+def test_liger_by_itself_is_taken_only_on_a_gpu_and_where_it_knows_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model("llama_tied").save_pretrained(tmp_path)
+    for kinds, known in (({"llama"}, True), ({"gemma"}, False)):
+        with monkeypatch.context() as patch:
+            liger = FakeLiger(patch, kinds)
+            assert _liger_knows(str(tmp_path)) is known
+            assert not load(tmp_path, liger=None).use_liger_kernel and not liger.asked
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    assert not _liger_knows(str(tmp_path))
