@@ -1,9 +1,9 @@
 """flash-attn's Python part on torch's copy of its kernels, for machines where its own were not compiled.
 
-flash_attn 2.8.3 calls a compiled module `flash_attn_2_cuda`. Where that is an empty stand-in, `install` gives it the four
-functions that training needs, by the operators that torch itself ships (FlashAttention 2, `varlen_attention.FlashOps`).
-OpenRLHF, transformers and flash_attn stay as they are. What nobody here asks for (dropout, windows, softcap, ALiBi,
-paged keys) is refused.
+flash_attn 2.8.3 calls a compiled module `flash_attn_2_cuda`. Where that is an empty stand-in, `install` gives it the
+four functions that training needs, by the operators that torch itself ships (FlashAttention 2, see
+`varlen_attention.FlashOps`). OpenRLHF, transformers and flash_attn stay as they are. What nobody here asks for
+(dropout, windows, softcap, ALiBi, paged keys) is refused.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from real_openrlhf.actors.device import flash_attn_available
 from real_openrlhf.actors.varlen_attention import FlashOps, Segments, VarlenOps
 
 OVERRIDE = (
-    "flash_attn_2_cuda: flash-attn's kernels are not compiled here; the same FlashAttention 2 kernels from torch's copy "
-    "(torch.ops.aten._flash_attention_forward and _backward) stand in, with one copy of each gradient more"
+    "flash_attn_2_cuda: flash-attn's kernels are not compiled here; the same FlashAttention 2 kernels from torch's "
+    "copy (torch.ops.aten._flash_attention_forward and _backward) stand in, with one copy of each gradient more"
 )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from examples.benchmark.flops import Shape
+from examples.benchmark.timers import Timers
 from real_openrlhf.actors.device import Device
 
 ROWS = 1024  # tokens per product: as many as a step's chunks have, few enough for 151,936 outputs
@@ -33,16 +33,21 @@ def rate(shapes: list[tuple[int, int, int]], timed: Callable[[int, int], float],
 def measure(shape: Shape, device: Device, *, rows: int = ROWS, repeats: int = REPEATS) -> dict[str, Any]:
     """{"flops_per_second", "rows", "repeats", "threads", "dtype"}."""
 
+    # The GPU runs behind the Python code, and one product is over before the next is launched.
+    calls = 10 if device.is_cuda else 1
+
     def timed(inputs: int, outputs: int) -> float:
         x, weight = (torch.randn(n, inputs, dtype=device.torch_dtype, device=device.current()) for n in (rows, outputs))
         out = x.new_empty(rows, outputs)
-        seconds = []
+        timers, seconds = Timers(device), []
         for _ in range(repeats + 1):
             device.synchronize()
-            start = time.perf_counter()
-            torch.mm(x, weight.T, out=out)
+            start = timers.mark()
+            for _ in range(calls):
+                torch.mm(x, weight.T, out=out)
+            end = timers.mark()
             device.synchronize()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(timers.between(start, end) / calls)
         return median(seconds[1:])  # the first one maps memory and starts threads
 
     shapes = [*shape.linears(), (shape.hidden, shape.vocabulary, 1)]

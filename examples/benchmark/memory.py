@@ -43,7 +43,6 @@ class PeakMemory:
         self.peaks: dict[str, int] = {}
         release()
         if device.is_cuda:
-            torch.cuda.empty_cache()
             torch.cuda.synchronize()
             self._reset()
             self.baseline = int(torch.cuda.memory_allocated())

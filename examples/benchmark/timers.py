@@ -26,11 +26,11 @@ class Timers:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        start = self._mark()
+        start = self.mark()
         try:
             yield
         finally:
-            self._spans.append((name, start, self._mark()))
+            self._spans.append((name, start, self.mark()))
             if self.on_end is not None:
                 self.on_end(name)
 
@@ -49,16 +49,18 @@ class Timers:
         self.device.synchronize()
         seconds: dict[str, float] = {}
         for name, start, end in self._spans:
-            seconds[name] = seconds.get(name, 0.0) + self._between(start, end)
+            seconds[name] = seconds.get(name, 0.0) + self.between(start, end)
         self._spans = []
         return seconds
 
-    def _mark(self) -> Any:
+    def mark(self) -> Any:
+        """A moment: of the clock, or of the GPU's work."""
         if not self.device.is_cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def _between(self, start: Any, end: Any) -> float:
+    def between(self, start: Any, end: Any) -> float:
+        """Seconds between two moments, which a GPU must have reached: synchronise first."""
         return start.elapsed_time(end) / 1000.0 if self.device.is_cuda else end - start

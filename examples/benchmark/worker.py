@@ -20,7 +20,6 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -46,7 +45,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class Worker:
-    """A contestant and what is measured around its steps."""
+    """A contestant and what is measured around its steps.
+
+    gives_back  free GPU memory goes back after a step: other contestants wait in their processes and need the room
+    """
+
+    gives_back = True
 
     def __init__(self, args: argparse.Namespace) -> None:
         from real_openrlhf.actors.device import Device
@@ -68,6 +72,7 @@ class Worker:
                 seed=args.seed,
                 learning_rate=args.learning_rate,
                 logits_mb=args.logits_mb,
+                liger=getattr(args, "liger", None),
             ),
         )
         network = self.contestant.network
@@ -80,6 +85,7 @@ class Worker:
             "device": self.device.name,
             "dtype": self.device.dtype_name,
             "attention": self.device.attn_implementation,
+            "liger": bool(self.contestant.args.ds.use_liger_kernel),
             "threads": torch.get_num_threads(),
             "parameters": sum(p.numel() for p in network.parameters()),
             "gradient_bytes": self.gradient_bytes,
@@ -97,16 +103,18 @@ class Worker:
         timers.take()
         memory = PeakMemory(self.device)
         timers.on_end = memory.mark
-        start = time.perf_counter()
+        start = timers.mark()
         outcome = self.contestant.step()
+        end = timers.mark()
         self.device.synchronize()
-        total = time.perf_counter() - start
+        total = timers.between(start, end)
         memory.mark("experience")
         peaks = {name: max(0, peak - self.gradient_bytes) for name, peak in memory.peaks.items()}
         seconds = timers.take()
         seconds["experience"] = max(0.0, total - sum(seconds.values()))
-        # Other contestants wait in their processes and need the room.
         release()
+        if self.gives_back:
+            self.device.empty_cache()
         return Measured(
             contestant=self.name,
             case=case,

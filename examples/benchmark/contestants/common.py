@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -20,13 +21,18 @@ ADDRESS = "127.0.0.1"
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a contestant is built from. logits_mb: of this project's step only, see `--real.logits_mb`."""
+    """What a contestant is built from.
+
+    logits_mb  of this project's step only, see `--real.logits_mb`; None: the device's default
+    liger      --ds.use_liger_kernel of all contestants that know it; None: on a GPU where the package is
+    """
 
     model: str
     device: Device
     seed: int
     learning_rate: float
-    logits_mb: int
+    logits_mb: int | None
+    liger: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +47,7 @@ class Contestant(Protocol):
     """overrides  what was changed in somebody else's code, and why. network: the transformers model that trains."""
 
     overrides: list[str]
+    args: SimpleNamespace
     timers: Timers
 
     @property
@@ -67,12 +74,15 @@ def arguments(setup: Setup) -> SimpleNamespace:
             "ckpt.output_dir": "unused",
         }
     )
-    return to_openrlhf_args(
+    args = to_openrlhf_args(
         config,
         device_dtype=setup.device.dtype_name,
         attn=setup.device.attn_implementation,
         sync_backend=setup.device.dist_backend,
     )
+    found = setup.device.is_cuda and importlib.util.find_spec("liger_kernel") is not None
+    args.ds.use_liger_kernel = found if setup.liger is None else setup.liger
+    return args
 
 
 def set_sizes(args: SimpleNamespace, case: Case) -> None:

@@ -47,7 +47,9 @@ def overrides_of(device: Device) -> list[str]:
     always = [
         "DeepspeedStrategy.setup_distributed: this project's, which takes backend and mesh from the device",
         "DeepspeedStrategy.get_ds_train_config: this project's, without a fixed train_batch_size, which DeepSpeed is "
-        "told for each case; otherwise OpenRLHF's",
+        "told for each case, and with torch's fused AdamW, as for all contestants, whose kernel needs no compilation; "
+        "its grad_accum_dtype of fp32 is ignored by DeepSpeed's ZeRO 2, as OpenRLHF's own setting is",
+        "--vllm.sync_backend gloo: with nccl the actor imports vLLM, which has no part in a step",
         "ray.put, ray.get and RayActorGroup around experiences: one process, so values are handed over as they are; "
         "the cost of moving them is left out",
         "get_tokenizer: token ids are synthetic, only an id for padding is asked for",
@@ -59,13 +61,11 @@ def overrides_of(device: Device) -> list[str]:
         return always
     return [
         *always,
-        "optimizer: torch's AdamW, as for all contestants, whose kernel needs no compilation",
         "torch.cuda.current_device and torch.cuda.synchronize: answer for the CPU; the replay buffer, ppo_train, "
         "all_reduce, fit and forward call them",
         "convert_to_torch_dtype: knows fp32 too; bf16 is about ten times slower on a CPU without AVX512-BF16",
         "flash_attn.ops.triton.cross_entropy: hidden, since its kernel needs a GPU; OpenRLHF's own fallback runs",
         "--ds.attn_implementation sdpa and --ds.packing_samples off: flash attention needs a GPU",
-        "--vllm.sync_backend gloo: with nccl the actor imports vLLM",
     ]
 
 
@@ -97,6 +97,7 @@ class Contestant:
         self.timers = Timers(setup.device)
         self.args = arguments(setup)
         self.args.ds.packing_samples = setup.device.attn_implementation == "flash_attention_2"
+        self.args.vllm.sync_backend = "gloo"
         _replace_ray()
         if not setup.device.is_cuda:
             _answer_for_cpu()
