@@ -157,8 +157,12 @@ class _Kernels:
         """Fills dq, dk and dv."""
         _refuse((alibi, generator), dropout, (left, right), causal, softcap, deterministic)
         flat_lse = lse.transpose(0, 1).reshape(q.shape[2], -1).contiguous()
-        rows = [_flat(x) for x in (grad, q, k, v, out)]
-        found = self.ops.backward(*rows, flat_lse, _whole_rows(q, k), causal=causal, scale=scale, window=None)
+        found = self.ops.backward(
+            *(_flat(grad), _flat(q), _flat(k), _flat(v), _flat(out), flat_lse, _whole_rows(q, k)),
+            causal=causal,
+            scale=scale,
+            window=None,
+        )
         for given, gradient in zip((dq, dk, dv), found, strict=True):
             given.copy_(gradient.view(given.shape))
         return dq, dk, dv, q.new_empty(0, dtype=torch.float32)
@@ -174,8 +178,10 @@ def _segments(ends_q: Tensor, ends_k: Tensor, longest_q: int, longest_k: int) ->
 
 def _whole_rows(q: Tensor, k: Tensor) -> Segments:
     """Every row of a batch is a segment."""
-    ends = [torch.arange(0, (len(x) + 1) * x.shape[1], x.shape[1], dtype=torch.int32, device=x.device) for x in (q, k)]
-    return _segments(*ends, q.shape[1], k.shape[1])
+    of_q, of_k = (
+        torch.arange(0, (len(x) + 1) * x.shape[1], x.shape[1], dtype=torch.int32, device=x.device) for x in (q, k)
+    )
+    return _segments(of_q, of_k, q.shape[1], k.shape[1])
 
 
 def _placeholders(q: Tensor) -> tuple[Tensor, Tensor]:

@@ -131,7 +131,7 @@ class Contest:
         last: Measured = measured[-1]
         if point.kind != "memory":
             self.seconds_per_flop = median(seconds) / executed(self.shape, self.task.contestant, case)
-        step = {
+        step: dict[str, Any] = {
             "kind": point.kind,
             "case": asdict(case),
             "seconds": seconds,

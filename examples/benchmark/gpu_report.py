@@ -312,9 +312,9 @@ def _missing(runs: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _rows(head: str, rows: Iterable[Sequence[Any]]) -> list[str]:
-    rows = [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows]
+    lines = [f"| {' | '.join(str(cell) for cell in row)} |" for row in rows]
     names = head.split("|")
-    return ["", f"| {' | '.join(names)} |", f"|{'---|' * len(names)}", *rows] if rows else ["", "nothing"]
+    return ["", f"| {' | '.join(names)} |", f"|{'---|' * len(names)}", *lines] if lines else ["", "nothing"]
 
 
 def _size(case: Mapping[str, Any]) -> str:
