@@ -61,6 +61,7 @@ def describe(inputs: Inputs) -> str:
         [str(request) for request in placement_requests(config, device)],
         device=device.name,
         dtype=device.dtype_name,
+        reward_tolerance=device.reward_tolerance,
         decode=lambda token: inputs.tokenizer.decode([token]),
         warnings=inputs.warnings,
     )
@@ -124,7 +125,7 @@ def make_controller(
     return Controller(
         controller_settings(config, plan),
         scale=config.real.score_scale,
-        objective=make_objective(config),
+        objective=make_objective(config, actors.device),
         prompts=PromptStream(inputs.train_set.prompts, seed=config.train.seed, num_episodes=config.train.num_episodes),
         rollouts=actors.rollouts,
         policy=actors.policy,
@@ -165,6 +166,7 @@ def render_start(inputs: Inputs, plan: BatchPlan, device: Device) -> str:
         [str(request) for request in placement_requests(inputs.config, device)],
         device=device.name,
         dtype=device.dtype_name,
+        reward_tolerance=device.reward_tolerance,
         warnings=(),
     )
 
@@ -183,6 +185,7 @@ class _Actors:
         )
 
         config = inputs.config
+        self.device = device
         env = passed_environment()
         groups = reserve(placement_requests(config, device), config.ray.placement_timeout)
         spec = engine_spec(inputs, device)

@@ -15,8 +15,15 @@ logger = logging.getLogger(__name__)
 # Variables of the driver that actors get too. Ray passes nothing on by itself, and a setting that
 # stays behind (NCCL's interface, a proxy of the hub) shows up as a hang much later.
 PASSED_PREFIXES = ("NCCL_", "GLOO_", "VLLM_", "HF_", "WANDB_", "UCX_", "FI_")
-PASSED = ("TOKENIZERS_PARALLELISM", "CUDA_DEVICE_MAX_CONNECTIONS", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
-NEVER_PASSED = ("WANDB_API_KEY", "HF_TOKEN")
+PASSED = (
+    "TOKENIZERS_PARALLELISM",
+    "CUDA_DEVICE_MAX_CONNECTIONS",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_ALLOC_CONF",
+)
+# Secrets, and the driver's own address, which is wrong on every other node.
+NEVER_PASSED = ("WANDB_API_KEY", "HF_TOKEN", "VLLM_HOST_IP")
 
 
 @dataclass(frozen=True, kw_only=True)

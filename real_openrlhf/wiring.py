@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from real_openrlhf.train_real import Inputs
 
 
-def make_objective(config: Config) -> Objective:
+def make_objective(config: Config, device: Device) -> Objective:
     real = config.real
     return RealObjective(
         lam=real.lam,
@@ -33,7 +33,7 @@ def make_objective(config: Config) -> Objective:
         answer_reward=real.answer_reward,
         standardise=real.standardise,
         clip=real.advantage_clip,
-        tolerance=real.tolerance,
+        tolerance=device.reward_tolerance if real.tolerance is None else real.tolerance,
         invalid_penalty=real.invalid_penalty,
         renormalise=real.renormalise,
     )
@@ -148,9 +148,12 @@ def engine_spec(inputs: Inputs, device: Device) -> EngineSpec:
         enable_prefix_caching=config.vllm.enable_prefix_caching,
         # Without a GPU there are no graphs to capture.
         enforce_eager=config.vllm.enforce_eager or not device.is_cuda,
-        gpu_memory_utilization=config.vllm.gpu_memory_utilization,
+        gpu_memory_utilization=config.engine_utilisation,
         seed=config.train.seed,
         enable_sleep=config.vllm.enable_sleep,
+        max_num_seqs=config.vllm.max_num_seqs,
+        max_num_batched_tokens=config.vllm.max_num_batched_tokens,
+        fp32_head=config.vllm.fp32_head,
         logprobs_mode=logprobs_mode_for(config.rollout.temperature, config.rollout.top_p),
     )
 
@@ -172,7 +175,7 @@ def policy_spec(inputs: Inputs, plan: BatchPlan, device: Device) -> PolicySpec:
         ranks_per_node=config.actor.num_gpus_per_node,
         values=config.real.score_scale.values,
         options=loss_options(config),
-        trains_score_token=make_objective(config).trains_score_token,
+        trains_score_token=make_objective(config, device).trains_score_token,
         term_grad_norm_steps=config.logger.term_grad_norm_steps,
         max_steps=max(1, plan.total_updates),
         bucket_bytes=config.sync.bucket_mb * 2**20,

@@ -23,9 +23,19 @@ _VLLM_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 # Mean |engine log-prob - policy log-prob| per token, right after a weight sync, above which the
 # weights count as not synced. fp32: the two implementations differ by about 1e-5 in the mean;
-# a single stale matrix (a tied head) gives 0.08 and more. bf16 keeps 8 bits of mantissa: honest
-# differences reach a few 1e-2 in the mean, stale weights lie an order above that.
-SYNC_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
+# a single stale matrix (a tied head) gives 0.08 and more. bf16 keeps 8 bits of mantissa: between two
+# implementations, or a packed row and its separate rows, 0.03 to 0.06 per token were seen with honest weights, output
+# layers in fp32 (tests/gpu/results/h100). Dummy or stale weights differ by nats.
+SYNC_TOLERANCE = {"fp32": 1e-3, "bf16": 0.2}
+
+# Rewards of a group that lie closer together than this count as equal (--real.tolerance). In bf16, log p(y) of one text
+# differs by 0.03 to 0.06 between two honest computations, so the rewards of rollouts that agree spread over about 0.1;
+# divided by their own standard deviation, that noise would become advantages of +-1.
+REWARD_TOLERANCE = {"fp32": 1e-6, "bf16": 0.1}
+
+# vLLM's own sizes leave a large GPU idle: 256 sequences and 2,048 to 8,192 tokens per step, by version and card.
+GPU_SEQUENCES = 512
+GPU_BATCHED_TOKENS = 8192
 
 # GiB of KV cache per engine on a CPU: some 90,000 tokens of a 135M-parameter model in fp32, so that 256 requests of a
 # few hundred tokens run at once and none is preempted and computed again.
@@ -129,6 +139,11 @@ class Device:
     def sync_tolerance(self) -> float:
         return SYNC_TOLERANCE[self.dtype_name]
 
+    @property
+    def reward_tolerance(self) -> float:
+        """Default of --real.tolerance."""
+        return REWARD_TOLERANCE[self.dtype_name]
+
     # -- this process ----------------------------------------------------------------------------
 
     def current(self) -> torch.device:
@@ -214,7 +229,10 @@ class Device:
     def engine_env(self, tensor_parallel_size: int = 1) -> dict[str, str]:
         """For a process about to start vLLM. What the environment already sets is kept as it is."""
         env = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-        if not self.is_cuda:
+        if self.is_cuda:
+            # FlashInfer compiles its sampler at every start, for which it needs nvcc.
+            env["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+        else:
             env |= {
                 # vLLM's default leaves one core out; on two cores that is half the machine.
                 "VLLM_CPU_OMP_THREADS_BIND": "|".join(_split_cores(tensor_parallel_size)),
@@ -225,18 +243,37 @@ class Device:
             }
         return {key: os.environ.get(key) or value for key, value in env.items()}
 
-    def engine_options(self, max_model_len: int) -> dict[str, Any]:
-        """vLLM engine arguments that only one of the stacks needs.
+    def engine_options(
+        self,
+        max_model_len: int,
+        *,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        fp32_head: bool = True,
+    ) -> dict[str, Any]:
+        """vLLM engine arguments that depend on the device; None: its default.
+
+        fp32_head: in bf16, logits are products with sums in fp32 that are not rounded, as the policy's are
+        (`LogprobHead`). vLLM reads head_dtype in model_executor/layers/logits_processor.py; the
+        weight stays the model's own, so that a sync loads it as ever.
 
         On CPU a seeded request must never have its prompt cut into chunks: vLLM 0.29 takes back the
         sample drawn for an unfinished chunk by Generator.set_offset (gpu_model_runner.py), which CPU
         generators do not have, and the engine dies of it.
         """
+        options: dict[str, Any] = {}
+        if self.dtype_name == "bf16" and fp32_head:
+            options["hf_overrides"] = {"head_dtype": "float32"}
         if self.is_cuda:
-            return {}
-        return {
+            sequences = max_num_seqs or GPU_SEQUENCES
+            # vLLM wants room for a token of every sequence.
+            tokens = max_num_batched_tokens or max(GPU_BATCHED_TOKENS, sequences)
+            return options | {"max_num_seqs": sequences, "max_num_batched_tokens": tokens}
+        if max_num_seqs:
+            options["max_num_seqs"] = max_num_seqs
+        return options | {
             "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(max_model_len, CPU_BATCHED_TOKENS),
+            "max_num_batched_tokens": max_num_batched_tokens or max(max_model_len, CPU_BATCHED_TOKENS),
             "block_size": CPU_BLOCK_TOKENS,
         }
 

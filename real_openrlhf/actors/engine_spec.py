@@ -41,6 +41,7 @@ class EngineSpec:
     load_format             "dummy": random weights, so that the first sync is proven; "auto": the model's
     logprobs_mode           see `logprobs_mode_for`
     enable_sleep            the engine can give up its GPU memory between generation and weight sync
+    max_num_seqs, max_num_batched_tokens, fp32_head   see `Device.engine_options`
     """
 
     model: str
@@ -56,6 +57,9 @@ class EngineSpec:
     logprobs_mode: str = "raw_logprobs"
     trust_remote_code: bool = False
     enable_sleep: bool = False
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    fp32_head: bool = True
 
     def __post_init__(self) -> None:
         if self.load_format not in ("dummy", "auto"):

@@ -91,7 +91,12 @@ class RolloutEngine(_Base):
                 skip_tokenizer_init=True,
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
-                **spec.device.engine_options(spec.max_model_len),
+                **spec.device.engine_options(
+                    spec.max_model_len,
+                    max_num_seqs=spec.max_num_seqs,
+                    max_num_batched_tokens=spec.max_num_batched_tokens,
+                    fp32_head=spec.fp32_head,
+                ),
             )
         )
 

@@ -98,14 +98,20 @@ def render_plan(
     *,
     device: str,
     dtype: str,
+    reward_tolerance: float,
     decode: Callable[[int], str] | None = None,
     warnings: Sequence[str] = (),
 ) -> str:
-    """The resolved plan as plain text. decode: token id -> its text."""
+    """The resolved plan as plain text. reward_tolerance: the device's, unless a flag says another one.
+
+    decode: token id -> its text.
+    """
+    tolerance = reward_tolerance if config.real.tolerance is None else config.real.tolerance
+    equal = f"rewards of one prompt that differ by less than {tolerance:g} count as equal"
     sections = [
         ("Model", _model_lines(config, device, dtype)),
         ("Placement", list(placement_lines) or _placement_lines(config)),
-        ("Batch", _batch_lines(config, plan, bound_scale)),
+        ("Batch", [*_batch_lines(config, plan, bound_scale), equal]),
         ("Steps", _step_lines(config, plan)),
         ("Score tokens", _score_lines(bound_scale, decode)),
         ("Preset", _preset_lines(config)),

@@ -88,8 +88,13 @@ class VllmConfig(Section):
     tensor_parallel_size: int = flag(1, "GPUs per engine", ge=1)
     enable_prefix_caching: bool = flag(True, "compute a prompt's cache once for its rollouts")
     enforce_eager: bool = flag(False, "no CUDA graphs in the engines")
-    gpu_memory_utilization: float = flag(0.9, "share of GPU memory that an engine may take", gt=0, le=1)
+    gpu_memory_utilization: float | None = flag(
+        None, "share of GPU memory that an engine may take; none: 0.9, or the most that colocation allows", gt=0, le=1
+    )
     enable_sleep: bool = flag(False, "engines release GPU memory while the policy trains")
+    max_num_seqs: int | None = flag(None, "rollouts that an engine writes at a time; none: 512 on a GPU", ge=1)
+    max_num_batched_tokens: int | None = flag(None, "tokens of an engine's pass; none: 8192 on a GPU", ge=1)
+    fp32_head: bool = flag(True, "logits of bf16 engines in fp32, as the policy's are")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +267,9 @@ class RealConfig(Section):
     )
     standardise: bool = flag(True, "divide advantages by their standard deviation within the group")
     advantage_clip: float | None = flag(1.0, "clip advantages to [-this, this]; none: off", gt=0)
-    tolerance: float = flag(1e-6, "a group whose rewards differ by less gets advantages of exactly 0", ge=0)
+    tolerance: float | None = flag(
+        None, "a group whose rewards differ by less gets advantages of 0; none: 1e-6 in fp32, 0.1 in bf16", ge=0
+    )
     invalid_penalty: float = flag(0.0, "taken off the reward of a rollout without a score", ge=0)
     renormalise: bool = flag(False, "E[score] from the probabilities on the scale alone, made to sum to 1")
     aggregation: Aggregation = flag("token_sum", "Term 1: sum over tokens per rollout, or mean over all tokens")
@@ -377,6 +384,19 @@ class Config(Section):
         if self.algo.kl.init_coef == 0 or self.ds.lora.rank > 0:
             return 0
         return self.ref.num_nodes * self.ref.num_gpus_per_node
+
+    @property
+    def colocated_utilisation(self) -> float:
+        """The most of a GPU that an engine may take beside the policy: more where both give it up in turn.
+
+        The rest is for the policy's weights, for whatever of it stays awake, and for two CUDA contexts; an estimate.
+        """
+        return 0.75 if self.vllm.enable_sleep and self.ds.enable_sleep else 0.5
+
+    @property
+    def engine_utilisation(self) -> float:
+        """--vllm.gpu_memory_utilization, or what stands for it."""
+        return self.vllm.gpu_memory_utilization or (self.colocated_utilisation if self.train.colocate_all else 0.9)
 
     @property
     def samples_per_step(self) -> int:

@@ -190,6 +190,13 @@ def _colocated(config: Config) -> list[str]:
         )
     if config.sync.backend == "nccl":
         raise ConfigError("--sync.backend nccl: NCCL refuses two processes on one GPU (--train.colocate_all); use auto")
+    share, limit = config.engine_utilisation, config.colocated_utilisation
+    if share > limit:
+        more = "" if limit > 0.5 else ", or take turns: --vllm.enable_sleep and --ds.enable_sleep, up to 0.75"
+        raise ConfigError(
+            f"--vllm.gpu_memory_utilization {share:g} leaves the policy on the same GPUs (--train.colocate_all) too "
+            f"little; use at most {limit:g}{more}"
+        )
     workers = config.vllm.num_engines * config.vllm.tensor_parallel_size
     if workers != config.ranks:
         raise ConfigError(
@@ -200,11 +207,6 @@ def _colocated(config: Config) -> list[str]:
         )
     if config.ds.enable_sleep and config.ds.zero_stage == 0:
         raise ConfigError("--ds.enable_sleep moves ZeRO's optimizer states; it needs --ds.zero_stage 1, 2 or 3")
-    if not config.vllm.enable_sleep and config.vllm.gpu_memory_utilization > 0.6:
-        return [
-            f"--train.colocate_all without --vllm.enable_sleep: engines keep {config.vllm.gpu_memory_utilization:g} of "
-            "each GPU's memory while the policy trains (--vllm.gpu_memory_utilization)"
-        ]
     return []
 
 

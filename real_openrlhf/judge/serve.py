@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -39,7 +40,7 @@ def serve_command(
         if isinstance(value, bool):
             command.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            command += [f"--{flag}", str(value)]
+            command += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return [*command, *extra], device.engine_env(tensor_parallel_size)
 
 

@@ -85,14 +85,15 @@ def test_the_presets_objectives() -> None:
     common: dict[str, Any] = dict(lam=1.0, standardise=True, clip=1.0, tolerance=1e-6, invalid_penalty=0.0)
     paper = RealObjective(beta=0.01, answer_reward="logprob", renormalise=False, **common)
     reference = RealObjective(beta=0.0, answer_reward="prob", renormalise=False, **common)
-    assert make_objective(config_of()) == make_objective(config_of("--real.preset", "paper")) == paper
-    assert make_objective(config_of("--real.preset", "reference")) == reference
+    assert make_objective(config_of(), CPU) == make_objective(config_of("--real.preset", "paper"), CPU) == paper
+    assert make_objective(config_of(), CUDA) == replace(paper, tolerance=0.1)
+    assert make_objective(config_of("--real.preset", "reference"), CPU) == reference
 
 
 def test_every_setting_of_the_objective_arrives() -> None:
     flags = "--real.lam 2 --real.beta 0.5 --no-real.standardise --real.advantage_clip none --real.tolerance 0.01"
     flags += " --real.invalid_penalty 3 --real.renormalise --real.answer_reward prob"
-    assert make_objective(config_of(*flags.split())) == RealObjective(
+    assert make_objective(config_of(*flags.split()), CUDA) == RealObjective(
         lam=2.0,
         beta=0.5,
         answer_reward="prob",
@@ -114,7 +115,7 @@ def test_the_papers_reward_on_numbers() -> None:
         sampled=torch.tensor([2, 3]),
         target=scale.target(3),
     )
-    result = make_objective(config_of())(scores)
+    result = make_objective(config_of(), CPU)(scores)
     assert result.rewards.tolist() == pytest.approx([math.log(0.4), -0.25 + math.log(0.5)], rel=1e-5)
     assert result.squared_error.tolist() == [0.01, 0.01] and result.likelihood.tolist() == [0.01, 0.01]
 

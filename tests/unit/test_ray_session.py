@@ -136,7 +136,9 @@ def test_the_environment_that_actors_get(monkeypatch: pytest.MonkeyPatch) -> Non
     assert passed_environment() == {"TOKENIZERS_PARALLELISM": "false"}
     passed = {"NCCL_SOCKET_IFNAME": "eth0", "HF_HOME": "/x", "VLLM_LOGGING_LEVEL": "INFO", "WANDB_MODE": "offline"}
     passed |= {"TOKENIZERS_PARALLELISM": "true", "GLOO_SOCKET_IFNAME": "eth0"}
+    passed |= {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "VLLM_USE_V2_MODEL_RUNNER": "0"}
     kept_back = {"WANDB_API_KEY": "secret", "HF_TOKEN": "secret", "PATH": "/bin", "CUDA_VISIBLE_DEVICES": "0"}
+    kept_back |= {"VLLM_HOST_IP": "10.0.0.1"}
     for name, value in (passed | kept_back).items():
         monkeypatch.setenv(name, value)
     assert passed_environment() == passed

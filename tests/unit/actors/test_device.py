@@ -68,7 +68,8 @@ def test_dtypes(build, caplog):
     build(True, 1)
     fp32, bf16 = Device.resolve("cuda", "fp32"), Device.resolve("cuda")
     assert (fp32.torch_dtype, fp32.vllm_dtype, fp32.sync_tolerance) == (torch.float32, "float32", 1e-3)
-    assert (bf16.torch_dtype, bf16.vllm_dtype, bf16.sync_tolerance) == (torch.bfloat16, "bfloat16", 5e-2)
+    assert (bf16.torch_dtype, bf16.vllm_dtype, bf16.sync_tolerance) == (torch.bfloat16, "bfloat16", 0.2)
+    assert (fp32.reward_tolerance, bf16.reward_tolerance) == (1e-6, 0.1)
     assert set(SYNC_TOLERANCE) == {"fp32", "bf16"}
     assert Device.resolve("cpu", "bf16").torch_dtype == torch.bfloat16 and "slower" in caplog.text
 
@@ -116,13 +117,25 @@ def test_engine_env_binds_the_cores_there_are(monkeypatch, cores, workers, bind)
     assert module.CPU_ALLOCATOR_ENV.keys() <= env.keys()
     gpu = Device(name="cuda", dtype_name="bf16").engine_env()
     assert not [key for key in gpu if "CPU" in key or "DYNAMO" in key or "MALLOC" in key]
+    assert gpu["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
+    monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "1")
+    assert Device(name="cuda", dtype_name="bf16").engine_env()["VLLM_USE_FLASHINFER_SAMPLER"] == "1"
 
 
 def test_engine_options():
     options = Device(name="cpu", dtype_name="fp32").engine_options(10_000)
     assert options["enable_chunked_prefill"] is False and options["max_num_batched_tokens"] == 10_000
     assert options["block_size"] % 32 == 0  # what vLLM's CPU attention takes
-    assert Device(name="cuda", dtype_name="bf16").engine_options(10_000) == {}
+    gpu = Device(name="cuda", dtype_name="bf16")
+    head = {"hf_overrides": {"head_dtype": "float32"}}
+    assert gpu.engine_options(10_000) == {"max_num_seqs": 512, "max_num_batched_tokens": 8192, **head}
+    assert gpu.engine_options(10_000, max_num_seqs=9000)["max_num_batched_tokens"] == 9000
+    sizes = {"max_num_seqs": 7, "max_num_batched_tokens": 99}
+    assert gpu.engine_options(10, **sizes, fp32_head=False) == sizes
+    # fp32 has nothing to widen, bf16 has on a CPU too.
+    assert "hf_overrides" not in Device(name="cuda", dtype_name="fp32").engine_options(10)
+    assert head.items() <= Device(name="cpu", dtype_name="bf16").engine_options(10).items()
+    assert sizes.items() <= Device(name="cpu", dtype_name="fp32").engine_options(10, **sizes).items()
 
 
 def test_trainer_env(monkeypatch):

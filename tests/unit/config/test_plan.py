@@ -78,6 +78,7 @@ def test_text_of_the_plan() -> None:
         ["node 0: policy rank 0"],
         device="cpu",
         dtype="fp32",
+        reward_tolerance=1e-6,
         decode=lambda token: f" {token - 10}",
         warnings=["mind this"],
     )
@@ -93,6 +94,7 @@ def test_text_of_the_plan() -> None:
           32 rollouts per update and rank, 1 rank(s); up to 2 rollouts and 16192 tokens per forward pass
           up to 2048 prompt and 1024 response tokens
           dynamic sampling: partial, refilled up to 10 times
+          rewards of one prompt that differ by less than 1e-06 count as equal
         Steps
           100 prompts x 1 episode(s): at most 12 steps, at most 12 updates
           evaluation before training, every 10 steps, and at the end
@@ -114,7 +116,7 @@ def test_text_without_placement_decoder_or_overrides() -> None:
     config = parse_args(["--actor.model_name_or_path", "m", "--data.prompt_dataset", "d.jsonl"])
     anchor = BoundAnchor(text="Score: ", prefix="Score:", labels=((11,), (12,)))
     bound = BoundScale(ScoreScale.parse("0,1"), (anchor,))
-    text = render_plan(config, batch_plan(config, 300), bound, device="cuda", dtype="bf16")
+    text = render_plan(config, batch_plan(config, 300), bound, device="cuda", dtype="bf16", reward_tolerance=0.1)
     assert "paper, nothing overridden" in text
     assert "policy: 1 node(s) x 1 rank(s)" in text
     assert "no evaluation" in text
@@ -125,7 +127,15 @@ def test_labels_of_several_tokens_in_the_plan() -> None:
     config = parse_args(["--actor.model_name_or_path", "m", "--data.prompt_dataset", "d.jsonl"])
     anchor = BoundAnchor(text="Score: ", prefix="Score:", labels=((11,), (12,), (11, 13)))
     bound = BoundScale(ScoreScale.parse("1,2,10"), (anchor,))
-    text = render_plan(config, batch_plan(config, 300), bound, device="cuda", dtype="bf16", decode=lambda i: f"<{i}>")
+    text = render_plan(
+        config,
+        batch_plan(config, 300),
+        bound,
+        device="cuda",
+        dtype="bf16",
+        reward_tolerance=0.1,
+        decode=lambda i: f"<{i}>",
+    )
     assert "'2' (value 2) -> token 12 '<12>'" in text
     assert "'10' (value 10) -> tokens 11 '<11>', 13 '<13>'" in text
     assert "up to 1 more sequence(s) per rollout" in text

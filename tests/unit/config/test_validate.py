@@ -82,6 +82,12 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"sync.backend": "nccl"}, "cpu", "--sync.backend nccl needs GPUs; on a CPU use auto"),
     ({"sync.backend": "ipc"}, None, "--sync.backend ipc .* must share; use auto, or add --train.colocate_all"),
     ({"train.colocate_all": True, "vllm.num_engines": 2}, None, "2 workers and .* = 1 ranks"),
+    ({**COLOCATED, "vllm.gpu_memory_utilization": 0.8}, None, "0.8 leaves the policy .* use at most 0.75$"),
+    (
+        {"train.colocate_all": True, "vllm.enable_sleep": True, "vllm.gpu_memory_utilization": 0.6},
+        None,
+        "use at most 0.5, or take turns: --vllm.enable_sleep and --ds.enable_sleep",
+    ),
     ({**COLOCATED, "ds.zero_stage": 0}, None, "--ds.enable_sleep moves ZeRO's optimizer states"),
     (COLOCATED, "cpu", "--train.colocate_all needs GPUs: .* vLLM has no sleep mode"),
 ]
@@ -113,6 +119,9 @@ def test_contradictions(changes: dict[str, Any], device: Any, message: str) -> N
         {"algo.kl.init_coef": 0.1, "ds.lora.rank": 8, "ref.num_gpus_per_node": 3},  # nor a group with LoRA
         {"train.batch_size": 1024, "real.mini_batches": 3},  # the batch size has the word
         COLOCATED,
+        {**COLOCATED, "vllm.gpu_memory_utilization": 0.75},
+        {"train.colocate_all": True, "vllm.gpu_memory_utilization": 0.5},
+        {"vllm.gpu_memory_utilization": 0.95},  # alone on its GPU
         {"train.async_enable": True},
         {"train.async_enable": True, "real.ratio": "none", "algo.advantage.is_correction_level": "token"},
     ],
@@ -130,7 +139,6 @@ def test_neighbours_of_contradictions_are_valid(changes: dict[str, Any]) -> None
         ({"real.mini_batches": 2, "algo.advantage.is_correction_level": "token"}, None, "has no effect"),
         ({"actor.adam.lr": 0.0}, None, "nothing is learned"),
         ({"train.async_enable": True, "train.full_determinism_enable": True}, None, "not bitwise"),
-        ({**COLOCATED, "vllm.enable_sleep": False}, None, "engines keep 0.9 of each GPU's memory"),
         ({"data.input_template": "{}\\n"}, None, "backslash"),
         ({"ds.param_dtype": "bf16"}, "cpu", "about 10 times slower"),
         ({"ds.param_dtype": "fp32"}, "cuda", "fp32 on GPUs"),
