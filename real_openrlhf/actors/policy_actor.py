@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,7 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
                 world_size,
                 backend,
                 timeout_s,
+                device=self.spec.device.current(),
                 buffer_bytes=buffer_bytes,
                 senders=self._world_size,
             )
@@ -245,10 +247,17 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
     def _weights(self) -> list[Weight]:
         return weights_of(self._network)
 
-    def _gathered(self, weights: Sequence[Weight]) -> Any:
+    def _gathered(self, weights: Sequence[Weight]) -> ExitStack:
         """A context in which the weights are whole on every rank, also under ZeRO-3."""
         parts = [part for weight in weights for part in weight.parts]
-        return deepspeed.zero.GatheredParameters(parts, enabled=self.spec.args.ds.zero_stage == 3)
+        # DeepSpeed 0.19 gathers several parameters at once and waits for the last gather only
+        # (partition_parameters.py, _allgather_params_coalesced). NCCL does them in order; gloo has several threads, and
+        # a rank that is ahead of another read parameters that had not arrived. One by one it waits for each.
+        calls = [parts] if self.spec.device.is_cuda else [[part] for part in parts]
+        gathered = ExitStack()
+        for call in calls:
+            gathered.enter_context(deepspeed.zero.GatheredParameters(call, enabled=self.spec.args.ds.zero_stage == 3))
+        return gathered
 
 
 def _full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:

@@ -85,6 +85,34 @@ def receive(actor: Any) -> dict[str, Tensor]:
     return arrived
 
 
+def receive_by_ipc(actor: Any) -> dict[str, Tensor]:
+    """The same by CUDA IPC: every rank has a GPU, which is an anonymous file, and an engine on it, a thread."""
+    from real_openrlhf.actors import weight_transfer
+    from real_openrlhf.actors.weight_transfer import SyncGroup, free_port, receive_buckets
+    from tests.helpers.memfd_memory import MemfdMemory
+
+    rank, world = actor._rank, actor._world_size
+    weight_transfer.CudaMemory = lambda device: MemfdMemory(f"GPU {rank}")  # type: ignore[assignment,misc]
+    port = [free_port()]
+    torch.distributed.broadcast_object_list(port, src=0)
+    plan, arrived = actor.weight_plan(), {}
+    largest = max(bucket.nbytes for bucket in plan)
+
+    def engine() -> None:
+        here = torch.device("cpu")
+        group = SyncGroup.create("127.0.0.1", port[0], world + rank, 2 * world, "ipc", 60, device=here)
+        for _, weights in receive_buckets(group, plan):
+            arrived.update({name: view.clone() for name, view in weights})
+
+    thread = threading.Thread(target=engine)
+    thread.start()
+    actor.join_sync_group("127.0.0.1", port[0], 2 * world, "ipc", 60, largest)
+    assert not actor._sync_group.idle
+    actor.send_weights(plan)
+    thread.join()
+    return arrived
+
+
 def local_weights(actor: Any) -> list[Tensor]:
     """Copies of this rank's parameters, or of its shards of them."""
     return [getattr(p, "ds_tensor", p).detach().clone() for p in actor.actor.model.module.parameters()]
@@ -206,6 +234,7 @@ def main() -> None:
         assert actor.train(mine) == metrics[-1]
         assert all(a.equal(b) for a, b in zip(last, local_weights(actor), strict=True)), "resumed to other weights"
         torch.save(receive(actor), Path(args.out) / f"pushed_{args.rank}.pt")
+        torch.save(receive_by_ipc(actor), Path(args.out) / f"pushed_by_ipc_{args.rank}.pt")
     if reference is not None:
         assert same_logprobs(frozen, reference.reference_logprobs(mine)), "the reference moved with the policy"
     random_numbers = torch.rand(4).tolist()
