@@ -190,3 +190,25 @@ def test_a_failure_is_answered_and_the_next_step_is_whole(answers: dict[str, dic
     assert "authors" in error and '"micro_batch": 3' in error and "must divide" in error
     again, before = answers["authors"]["after"], answers["authors"]["micro"]
     assert again["loss"] == pytest.approx(before["loss"], rel=1e-4)
+
+
+def test_the_gpu_benchmark_end_to_end_on_a_cpu(tmp_path: Path) -> None:
+    """Two depths of a tiny model, both contestants, with a profile: the program is whole, its numbers say nothing."""
+    shapes = ["--models", "tiny", "--prompts", "24", "--responses", "8", "--samples", "4", "--centre", "24,8,4"]
+    command = [sys.executable, "-m", "examples.benchmark.gpu", "--device", "cpu", "--minutes", "5", "--layers", "1"]
+    subprocess.run([*command, *shapes, "--profile", "--output_dir", str(tmp_path)], check=True, timeout=600)
+    found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert [(r["contestant"], r["layers"]) for r in found["runs"]] == [
+        ("real", 1), ("openrlhf", 1), ("real", 2), ("openrlhf", 2)
+    ]  # fmt: skip
+    for run in found["runs"]:
+        assert run["failed"] == [] and {s["kind"] for s in run["steps"]} == {"centre", "memory"}, run
+        assert len(run["steps"][0]["seconds"]) == 3
+    assert [row["ratio"] > 0 for row in found["table"]] == [True, True]
+    # Both computed the same log-probs of the same rollouts under the same weights.
+    assert all(row["logprob_sum_gap"] < 1e-5 for row in found["table"])
+    assert len(found["memory"]) == 2
+    (whole,) = found["extrapolated"]
+    assert whole["layers"] == 4 and whole["from_layers"] == [1, 2]
+    assert "aten::mm" in (tmp_path / "profile-tiny.txt").read_text(encoding="utf-8")
+    assert "not run" in (tmp_path / "gpu.md").read_text(encoding="utf-8")
