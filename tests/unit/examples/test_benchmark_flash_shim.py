@@ -1,4 +1,4 @@
-"""The stand-in for flash-attn's kernels, through flash_attn, transformers and OpenRLHF, against separate rows in fp32."""
+"""flash-attn's stand-in, through flash_attn, transformers and OpenRLHF, against separate rows in fp32."""
 
 from __future__ import annotations
 
