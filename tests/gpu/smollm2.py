@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -63,6 +64,7 @@ def check(report: Report) -> None:
         raise Skip("set SMOLLM2 to the model's folder and STSB to a folder with stsb_{train,dev,test}.jsonl")
     rows, warmup, prompts, samples, steps, held_out = SIZES
     out = Path(os.environ.get("WORK") or "runs/gpu/smollm2")
+    shutil.rmtree(out, ignore_errors=True)
     call("examples/stsb/prepare.py", "--output_dir", str(out / "data"), "--data_dir", data)
     common = ["--apply_chat_template", "--max_len", "320"]
     seconds = call(

@@ -121,7 +121,10 @@ def child(folder: str, micro: int, accumulate: str, profile: bool) -> dict[str, 
 
 def without_a_compiler() -> dict[str, str]:
     """The environment with no nvcc on the PATH, and a place where nothing was ever compiled."""
-    folders = [p for p in os.environ["PATH"].split(os.pathsep) if not (Path(p) / "nvcc").exists()]
+    # A folder that holds other tools too stays; Triton, for one, compiles its launchers with gcc.
+    folders = [
+        p for p in os.environ["PATH"].split(os.pathsep) if not (Path(p) / "nvcc").exists() or (Path(p) / "gcc").exists()
+    ]
     env = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH")}
     return {**env, "PATH": os.pathsep.join(folders), "TORCH_EXTENSIONS_DIR": tempfile.mkdtemp()}
 
