@@ -226,18 +226,23 @@ def start(task: Task, folder: Path, args: argparse.Namespace) -> GpuProcess:
     command = [sys.executable, "-m", "examples.benchmark.gpu_worker", "--contestant", task.contestant]
     command += ["--model", str(model), "--device", args.device, "--logits_mb", str(args.logits_mb)]
     command += ["--no_liger"] if args.no_liger else []
-    env = {"PYTORCH_CUDA_ALLOC_CONF": args.alloc_conf, "TOKENIZERS_PARALLELISM": "false", **os.environ}
-    return GpuProcess(command, env=env, cwd=ROOT, log=args.output_dir / "logs" / f"{task.model}-{task.contestant}.txt")
+    env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    if args.alloc_conf:
+        env["PYTORCH_CUDA_ALLOC_CONF"] = args.alloc_conf
+    return GpuProcess(command, env=env, cwd=ROOT, log=args.output_dir / f"{task.contestant}.log")
 
 
 def gpu_bytes() -> int | None:
-    """Of the first GPU, without a CUDA context in this process, which would keep memory. None without nvidia-smi."""
+    """Of the first GPU, without a CUDA context in this process, which would keep memory. None where nobody knows."""
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-        return int(float(found.split()[0]) * 2**20)
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
+    asking_torch = "import torch; print(torch.cuda.get_device_properties(0).total_memory / 2**20)"
+    for command in (query, [sys.executable, "-c", asking_torch]):
+        try:
+            found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+            return int(float(found.split()[0]) * 2**20)
+        except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+            continue
+    return None
 
 
 def versions() -> dict[str, str]:
@@ -334,7 +339,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="one step of this project under torch's profiler")
     parser.add_argument("--no_liger", action="store_true", help="without Liger's layers, on both sides")
     parser.add_argument("--logits_mb", type=int, default=0, help="of this project's step; 0: the device's default")
-    parser.add_argument("--alloc_conf", default="expandable_segments:True", help="PYTORCH_CUDA_ALLOC_CONF, both sides")
+    parser.add_argument("--alloc_conf", default="", help="PYTORCH_CUDA_ALLOC_CONF of both sides; empty: as it is")
     parser.add_argument("--report", type=Path, help="write the table of this gpu.json again, and measure nothing")
     add_arguments(parser, SIZES)
     return parser.parse_args(argv)
@@ -349,7 +354,7 @@ def main() -> None:
     results: dict[str, Any] = {
         "command": f"python -m examples.benchmark.gpu {' '.join(sys.argv[1:])}",
         "started": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-        "alloc_conf": args.alloc_conf if args.device == "cuda" else "",
+        "alloc_conf": args.alloc_conf or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
         "centre": list(args.centre),
         "versions": versions(),
         "runs": [],

@@ -11,7 +11,7 @@ from examples.benchmark.flops import needed_tokens, rows
 from examples.benchmark.protocol import Case, Measured
 
 # Of the GPU's memory that nobody else has; the rest is left to the allocator's waste.
-USABLE = 0.94
+USABLE = 0.9
 # The parts of a step whose memory grows with the micro-batch; the optimizer's is the same for every contestant.
 PASSES = ("old_logprobs", "forward", "backward", "experience")
 COUNTED = {"centre": 3, "around": 2, "memory": 1}
