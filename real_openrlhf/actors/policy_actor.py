@@ -11,6 +11,7 @@ import deepspeed
 import torch
 from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
 from torch import Tensor, distributed
+from torch.nn.utils.rnn import pad_sequence
 
 from real_openrlhf.actors.cuda_ipc import place
 from real_openrlhf.actors.lora import Weight, add_adapters, save_adapter, weights_of, without_adapters
@@ -29,6 +30,8 @@ _OpenRLHFPolicyActor = PolicyModelActor.__ray_metadata__.modified_class.__ray_ac
 
 # Of an exported model: the folder of its adapter, for peft.
 _ADAPTER_FOLDER = "adapter"
+# Of one forward of the agreement check: 2.5 GB of fp32 logits with a vocabulary of 152,000.
+_PROBE_TOKENS = 4096
 
 
 class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
@@ -127,12 +130,7 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
         """Log-probs at temperature 1 of each sequence's tokens from the second on: [L - 1] float32 each."""
         network = self.actor.model
         network.eval()
-        result = []
-        for ids in sequences:
-            row = torch.tensor([list(ids)], device=self.spec.device.current())
-            logits = network(row, attention_mask=torch.ones_like(row), use_cache=False)["logits"].float()
-            logprobs = logits[0, :-1].log_softmax(-1)
-            result.append(logprobs.gather(-1, row[0, 1:, None])[:, 0].cpu())
+        result = padded_logprobs(network, sequences, self.spec.device.current())
         network.train()
         return result
 
@@ -258,6 +256,28 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
         for call in calls:
             gathered.enter_context(deepspeed.zero.GatheredParameters(call, enabled=self.spec.args.ds.zero_stage == 3))
         return gathered
+
+
+def padded_logprobs(
+    network: Any, sequences: Sequence[Sequence[int]], device: torch.device, max_tokens: int = _PROBE_TOKENS
+) -> list[Tensor]:
+    """Per sequence of L tokens: [L - 1] float32 on the CPU. One forward for all, padded on the right.
+
+    More than max_tokens, padding counted, take several: their logits are there at once. Ranks that hold shards of the
+    network must be given sequences of the same lengths.
+    """
+    found: list[Tensor] = []
+    per_pass = max(1, max_tokens // max((len(ids) for ids in sequences), default=1))
+    for start in range(0, len(sequences), per_pass):
+        part = [torch.tensor(list(ids)) for ids in sequences[start : start + per_pass]]
+        rows = pad_sequence(part, batch_first=True).to(device)
+        mask = pad_sequence([torch.ones_like(ids) for ids in part], batch_first=True).to(device)
+        logits = network(rows, attention_mask=mask, use_cache=False)["logits"]
+        for row, values, ids in zip(rows, logits, part, strict=True):
+            n = len(ids)
+            logprobs = values[: n - 1].float().log_softmax(-1)
+            found.append(logprobs.gather(-1, row[1:n, None])[:, 0].cpu())
+    return found
 
 
 def _full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
