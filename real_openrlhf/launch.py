@@ -96,7 +96,7 @@ def launch(inputs: Inputs, checkpoint: Checkpoint | None = None) -> dict[str, An
         # Inside: ray.init installs a SIGTERM handler of its own.
         StopRequest() as stop,
     ):
-        device = _device(config, session)
+        device = _device(inputs, session)
         logger.info("%s", render_start(inputs, plan, device))
         timer = PhaseTimer()
         with timer.phase("start"):
@@ -245,9 +245,13 @@ class _Actors:
             group.shutdown()
 
 
-def _device(config: Config, session: Session) -> Device:
+def _device(inputs: Inputs, session: Session) -> Device:
+    config = inputs.config
     device = Device.resolve(config.real.device, config.ds.param_dtype, cluster_gpus=math.floor(session.gpus))
-    validate(config, device="cuda" if device.is_cuda else "cpu")  # "auto" on a joined cluster is known only now
+    # "auto" on a joined cluster is known only now.
+    for warning in validate(config, device="cuda" if device.is_cuda else "cpu"):
+        if warning not in inputs.warnings:
+            logger.warning("%s", warning)
     return device
 
 

@@ -265,25 +265,30 @@ class Device:
         if self.dtype_name == "bf16" and fp32_head:
             options["hf_overrides"] = {"head_dtype": "float32"}
         if self.is_cuda:
-            sequences = max_num_seqs or GPU_SEQUENCES
             # vLLM wants room for a token of every sequence.
+            sequences = max_num_seqs or min(GPU_SEQUENCES, max_num_batched_tokens or GPU_SEQUENCES)
             tokens = max_num_batched_tokens or max(GPU_BATCHED_TOKENS, sequences)
             return options | {"max_num_seqs": sequences, "max_num_batched_tokens": tokens}
         if max_num_seqs:
             options["max_num_seqs"] = max_num_seqs
         return options | {
             "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max_num_batched_tokens or max(max_model_len, CPU_BATCHED_TOKENS),
+            "max_num_batched_tokens": max_num_batched_tokens
+            or max(max_model_len, CPU_BATCHED_TOKENS, max_num_seqs or 0),
             "block_size": CPU_BLOCK_TOKENS,
         }
 
-    def trainer_env(self, ranks_on_node: int) -> dict[str, str]:
-        """For a training rank. Ray sets OMP_NUM_THREADS to the actor's CPUs, hence one thread."""
+    def trainer_env(self, ranks_on_node: int, *, adam_offload: bool = False) -> dict[str, str]:
+        """For a training rank. Ray sets OMP_NUM_THREADS to the actor's CPUs, hence one thread.
+
+        On a GPU that is enough unless DeepSpeed's CPU Adam does the updates (adam_offload): it reads the variable when
+        it is loaded. The cores are counted in the driver's process; OMP_NUM_THREADS in its environment stands there.
+        """
         if ranks_on_node < 1:
             raise DeviceError(f"ranks_on_node must be at least 1, got {ranks_on_node}")
-        if self.is_cuda:
-            return {}
         threads = max(1, len(_cores()) // ranks_on_node)
+        if self.is_cuda:
+            return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads)} if adam_offload else {}
         allocator = {key: os.environ.get(key) or value for key, value in CPU_ALLOCATOR_ENV.items()}
         return {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu", **allocator}
 

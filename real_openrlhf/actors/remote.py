@@ -150,7 +150,7 @@ class _Ranks:
         share: float = 1.0,
     ) -> None:
         self.spec = spec
-        env = {**env, **device.trainer_env(spec.ranks_per_node)}
+        env = {**env, **device.trainer_env(spec.ranks_per_node, adam_offload=bool(spec.args.ds.adam_offload))}
 
         def start(rank: int, address: str | None, port: int | None) -> Any:
             return _remote(self.actor, group, rank, device, env, share).remote(n_ranks, rank, address, port)

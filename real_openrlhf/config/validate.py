@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from real_openrlhf.config.convert import flags_by_name, get_value
@@ -38,6 +39,7 @@ def validate(config: Config, *, device: Literal["cpu", "cuda"] | None = None) ->
         _lora,
         _deepspeed,
         _lengths,
+        _engines,
         _evaluation,
     ):
         warnings += check(config)
@@ -255,6 +257,16 @@ def _lengths(config: Config) -> list[str]:
     return []
 
 
+def _engines(config: Config) -> list[str]:
+    sequences, tokens = config.vllm.max_num_seqs, config.vllm.max_num_batched_tokens
+    if sequences and tokens and tokens < sequences:
+        raise ConfigError(
+            f"--vllm.max_num_batched_tokens {tokens} must be at least --vllm.max_num_seqs {sequences}: a pass of an "
+            "engine holds one token of every rollout"
+        )
+    return []
+
+
 def _evaluation(config: Config) -> list[str]:
     if config.eval.dataset is None:
         if config.eval.engine == "own":
@@ -267,7 +279,7 @@ def _device(config: Config, device: str) -> list[str]:
     if device == "cuda":
         if config.ds.param_dtype == "fp32":
             return ["--ds.param_dtype fp32 on GPUs: twice the memory and several times the time of bf16"]
-        return []
+        return _products(config)
     if config.train.colocate_all:
         raise ConfigError(
             "--train.colocate_all needs GPUs: on a CPU there is no GPU memory to share, and vLLM has no sleep mode"
@@ -280,7 +292,13 @@ def _device(config: Config, device: str) -> list[str]:
         raise ConfigError(f"--ds.attn_implementation {config.ds.attn_implementation} needs GPUs; use sdpa or auto")
     if config.ds.use_liger_kernel:
         raise ConfigError("--ds.use_liger_kernel needs GPUs: Liger's kernels are written in Triton")
-    warnings = []
+    tokens = config.vllm.max_num_batched_tokens
+    if tokens and tokens < config.data.max_len:
+        raise ConfigError(
+            f"--vllm.max_num_batched_tokens {tokens} must be at least --data.max_len {config.data.max_len} on a CPU, "
+            "where engines cannot cut a prompt into chunks"
+        )
+    warnings = _products(config) if config.ds.param_dtype == "bf16" else []
     if config.ds.param_dtype == "bf16":
         warnings.append("--ds.param_dtype bf16 on a CPU: about 10 times slower than fp32 unless it has AVX512-BF16")
     if config.ds.adam_offload:
@@ -291,3 +309,23 @@ def _device(config: Config, device: str) -> list[str]:
     if config.ref.offload and config.reference_ranks:
         warnings.append("--ref.offload on a CPU: the reference is in CPU memory anyway")
     return warnings
+
+
+# Log p of a token differs by so much between trainer and engine in bf16 with the same weights, as its standard
+# deviation: 0.03 to 0.05 in the mean were measured (actors/device.py).
+_BF16_TOKEN_NOISE = 0.05
+
+
+def _products(config: Config) -> list[str]:
+    """In bf16, importance weights of whole responses: their rounding errors add up over the tokens."""
+    on_term_2 = config.corrects_importance and resolve_ratio(config) != "clip" and config.real.beta > 0
+    # Of independent errors; a shared part of them would add up faster.
+    noise = _BF16_TOKEN_NOISE * math.sqrt(config.rollout.max_new_tokens)
+    if not on_term_2 or noise < 0.5:
+        return []
+    return [
+        f"--algo.advantage.is_correction_level {config.algo.advantage.is_correction_level} in bf16: the weight of "
+        f"Term 2 is a product over up to {config.rollout.max_new_tokens} tokens, of which rounding alone moves the "
+        f"logarithm by about {noise:.1f}, so that it is mostly noise; use --real.ratio clip, which leaves Term 2 "
+        "unweighted, or --real.beta 0"
+    ]

@@ -130,6 +130,9 @@ def test_engine_options():
     head = {"hf_overrides": {"head_dtype": "float32"}}
     assert gpu.engine_options(10_000) == {"max_num_seqs": 512, "max_num_batched_tokens": 8192, **head}
     assert gpu.engine_options(10_000, max_num_seqs=9000)["max_num_batched_tokens"] == 9000
+    few = gpu.engine_options(10_000, max_num_batched_tokens=100)  # a pass holds a token of every sequence
+    assert (few["max_num_seqs"], few["max_num_batched_tokens"]) == (100, 100)
+    assert Device(name="cpu", dtype_name="fp32").engine_options(10, max_num_seqs=9000)["max_num_batched_tokens"] == 9000
     sizes = {"max_num_seqs": 7, "max_num_batched_tokens": 99}
     assert gpu.engine_options(10, **sizes, fp32_head=False) == sizes
     # fp32 has nothing to widen, bf16 has on a CPU too.
@@ -147,7 +150,14 @@ def test_trainer_env(monkeypatch):
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "7")
     assert cpu.trainer_env(2)["MALLOC_MMAP_MAX_"] == "7"  # the environment has the last word
     assert cpu.trainer_env(99)["OMP_NUM_THREADS"] == "1"
-    assert Device(name="cuda", dtype_name="bf16").trainer_env(2) == {}
+    cuda = Device(name="cuda", dtype_name="bf16")
+    assert cuda.trainer_env(2) == {}
+    # The updates of --ds.adam_offload run on the cores: a rank gets its share of them, or what the user says.
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert cuda.trainer_env(2, adam_offload=True) == {"OMP_NUM_THREADS": "4"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert cuda.trainer_env(2, adam_offload=True) == {"OMP_NUM_THREADS": "3"}
+    assert cpu.trainer_env(2, adam_offload=True)["OMP_NUM_THREADS"] == "4"
     with pytest.raises(DeviceError, match="ranks_on_node"):
         cpu.trainer_env(0)
 

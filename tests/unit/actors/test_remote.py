@@ -193,7 +193,7 @@ def rollout_group(**fields: Any) -> Callable[..., RayRolloutGroup]:
 
 
 def policy_group(n: int, *, sleeps: bool = False, share: float = 1.0) -> RayPolicyGroup:
-    spec: Any = replace(Spec(), args=SimpleNamespace(ds=SimpleNamespace(enable_sleep=sleeps)))
+    spec: Any = replace(Spec(), args=SimpleNamespace(ds=SimpleNamespace(enable_sleep=sleeps, adam_offload=False)))
     return RayPolicyGroup(spec, n_ranks=n, group=None, device=CUDA, env={}, share=share)  # type: ignore[arg-type]
 
 

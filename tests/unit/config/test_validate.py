@@ -88,6 +88,8 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str | None, str]] = [
         None,
         "use at most 0.5, or take turns: --vllm.enable_sleep and --ds.enable_sleep",
     ),
+    ({"vllm.max_num_seqs": 9, "vllm.max_num_batched_tokens": 8}, None, "8 must be at least --vllm.max_num_seqs 9"),
+    ({"vllm.max_num_batched_tokens": 3071}, "cpu", "3071 must be at least --data.max_len 3072 on a CPU"),
     ({**COLOCATED, "ds.zero_stage": 0}, None, "--ds.enable_sleep moves ZeRO's optimizer states"),
     (COLOCATED, "cpu", "--train.colocate_all needs GPUs: .* vLLM has no sleep mode"),
 ]
@@ -121,6 +123,7 @@ def test_contradictions(changes: dict[str, Any], device: Any, message: str) -> N
         COLOCATED,
         {**COLOCATED, "vllm.gpu_memory_utilization": 0.75},
         {"train.colocate_all": True, "vllm.gpu_memory_utilization": 0.5},
+        {"vllm.max_num_seqs": 8, "vllm.max_num_batched_tokens": 8},
         {"vllm.gpu_memory_utilization": 0.95},  # alone on its GPU
         {"train.async_enable": True},
         {"train.async_enable": True, "real.ratio": "none", "algo.advantage.is_correction_level": "token"},
@@ -142,6 +145,13 @@ def test_neighbours_of_contradictions_are_valid(changes: dict[str, Any]) -> None
         ({"data.input_template": "{}\\n"}, None, "backslash"),
         ({"ds.param_dtype": "bf16"}, "cpu", "about 10 times slower"),
         ({"ds.param_dtype": "fp32"}, "cuda", "fp32 on GPUs"),
+        # 0.05 per token: 0.05 * sqrt(1024) = 1.6, and 0.5 at 100 tokens.
+        ({"algo.advantage.is_correction_level": "token"}, "cuda", "by about 1.6, so that it is mostly noise"),
+        (
+            {"algo.advantage.is_correction_level": "token", "rollout.max_new_tokens": 100},
+            "cuda",
+            "over up to 100 tokens, of which rounding alone moves the logarithm by about 0.5",
+        ),
         ({"ds.adam_offload": True}, "cpu", "compiles its CPU Adam"),
         ({"ds.lora.rank": 8, "ds.lora.dropout": 0.1}, None, "not quite on-policy"),
         (
@@ -154,6 +164,19 @@ def test_neighbours_of_contradictions_are_valid(changes: dict[str, Any]) -> None
 def test_warnings(changes: dict[str, Any], device: Any, message: str) -> None:
     warnings = validate(config_with(changes), device=device)
     assert len(warnings) == 1 and message in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "device"),
+    [
+        ({"ds.param_dtype": "auto"}, "cpu"),  # fp32
+        ({"rollout.max_new_tokens": 99}, "cuda"),
+        ({"real.beta": 0.0}, "cuda"),  # no Term 2
+        ({"vllm.max_num_batched_tokens": 3071, "real.beta": 0.0}, "cuda"),  # prompts are cut into chunks
+    ],
+)
+def test_what_is_right_on_this_device_is_not_warned_of(changes: dict[str, Any], device: Any) -> None:
+    assert validate(config_with({"algo.advantage.is_correction_level": "token", **changes}), device=device) == []
 
 
 def test_the_scale_error_names_its_flag() -> None:
