@@ -195,10 +195,8 @@ class _Actors:
         self.rollouts: RayRolloutGroup = RayRolloutGroup(
             spec, n_engines=config.vllm.num_engines, group=groups["rollout"], **shared
         )
-        if colocated:
-            # An engine sizes itself by the GPU's free memory: it comes first, then makes room.
-            ray.get(self.rollouts.ready())
-            self.rollouts.sleep()
+        # An engine sizes itself by the GPU's free memory: it comes first, then makes room.
+        shared["after"] = [*self.rollouts.ready(), *self.rollouts.fall_asleep()] if colocated else []
         engines = [self.rollouts]
         if "evaluator" in groups:
             own = replace(spec, enable_sleep=False)

@@ -40,8 +40,11 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
     def __init__(self, world_size: int, rank: int, master_addr: str | None, master_port: int | None) -> None:
         super().__init__(world_size, rank, master_addr, master_port)
 
-    def build(self, spec: PolicySpec) -> dict[str, Any]:
-        """Load the model, shard it, make the optimizer. Returns facts for the log (rank 0's are shown)."""
+    def build(self, spec: PolicySpec, *after: Any) -> dict[str, Any]:
+        """Load the model, shard it, make the optimizer. Returns facts for the log (rank 0's are shown).
+
+        after: what Ray waits for before it calls this; not looked at.
+        """
         self.spec = spec
         args = spec.args
         torch.set_num_threads(spec.device.trainer_threads(spec.ranks_per_node))

@@ -49,7 +49,7 @@ class ReferenceActor(_OpenRLHFReferenceActor):  # type: ignore[misc, valid-type]
         super().__init__(world_size, rank, master_addr, master_port)
         self.n_forwards = 0
 
-    def build(self, spec: PolicySpec) -> dict[str, Any]:
+    def build(self, spec: PolicySpec, *after: Any) -> dict[str, Any]:
         """Load the model, sharded like the policy under ZeRO-3 and whole on every rank otherwise."""
         self.spec = spec
         torch.set_num_threads(spec.device.trainer_threads(spec.ranks_per_node))

@@ -117,8 +117,11 @@ class RayRolloutGroup:
         return generate_on(self.engines, prompts, sampling)
 
     def sleep(self) -> None:
-        if self.sleeps:
-            ray.get([engine.sleep.remote() for engine in self.engines])
+        ray.get(self.fall_asleep())
+
+    def fall_asleep(self) -> list[Any]:
+        """Refs that resolve once the engines have started and given up their memory; none if they never sleep."""
+        return [engine.sleep.remote() for engine in self.engines] if self.sleeps else []
 
     def wake_up(self, tag: str) -> list[Any]:
         """Refs; tag "weights" or "kv_cache". Nothing for engines that do not sleep."""
@@ -148,7 +151,9 @@ class _Ranks:
         device: Device,
         env: dict[str, str],
         share: float = 1.0,
+        after: Sequence[Any] = (),
     ) -> None:
+        """after: refs that must resolve before a rank touches its GPU; its process starts and imports meanwhile."""
         self.spec = spec
         env = {**env, **device.trainer_env(spec.ranks_per_node, adam_offload=bool(spec.args.ds.adam_offload))}
 
@@ -160,7 +165,7 @@ class _Ranks:
         if n_ranks > 1:
             address, port = ray.get(first.get_master_addr_port.remote())
             self.ranks += [start(rank, address, port) for rank in range(1, n_ranks)]
-        self._built = self.call("build", spec)
+        self._built = self.call("build", spec, *after)
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """Refs of one method on every rank."""

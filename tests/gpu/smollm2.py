@@ -23,6 +23,10 @@ SCALE = ScoreScale.parse("0-5")
 # Rows per warm-up step, warm-up steps, prompts, rollouts, steps, held-out rows.
 SIZES = (32, 240, 32, 8, 20, 512) if ON_GPU else (8, 40, 2, 2, 2, 8)
 RATE = "1e-5"
+LOGGED = (
+    *("seconds/start", "seconds/generate", "seconds/train", "seconds/sync", "seconds/evaluate"),
+    *("sync/seconds", "sync/logprob_mean", "sync/logprob_max", "rollout_gap/logprob_mean", "memory/policy_peak_bytes"),
+)
 
 
 def call(*words: str) -> float:
@@ -35,7 +39,7 @@ def call(*words: str) -> float:
     return time.perf_counter() - start
 
 
-def objective(path: Path) -> dict[str, float]:
+def objective(path: Path, scale: ScoreScale) -> dict[str, float]:
     """What REAL maximises, on held-out rows: the mean of -(E - y)^2 + log pi(y); and what people look at."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     read = [row for row in rows if row["expected"] is not None and None not in row["distribution"]]
@@ -43,7 +47,7 @@ def objective(path: Path) -> dict[str, float]:
         raise RuntimeError(f"{path}: none of {len(rows)} held-out rows holds a score; the warm-up was too short")
     rewards, errors = [], []
     for row in read:
-        target = SCALE.target(row["label"])
+        target = scale.target(row["label"])
         low, high = (math.log(max(row["distribution"][i], 1e-12)) for i in (target.low, target.high))
         likelihood = (1 - target.weight) * low + target.weight * high
         errors.append((row["expected"] - row["label"]) ** 2)
@@ -56,6 +60,20 @@ def objective(path: Path) -> dict[str, float]:
         "mass": statistics.fmean(row["mass"] for row in read),
         "readable": len(read) / len(rows),
     }
+
+
+def show(report: Report, folder: Path, scale: ScoreScale) -> tuple[dict[str, float], dict[str, float]]:
+    """Figures of a run's log, and its objective before and after."""
+    log: list[dict[str, Any]] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for name in LOGGED:
+        values = [row[name] for row in log if row.get(name) is not None]
+        if values:
+            report.figure(f"{name}, median and largest of {len(values)}", [statistics.median(values), max(values)])
+    files = sorted((folder / "eval").glob("step_*.jsonl"), key=lambda p: int(p.stem.removeprefix("step_")))
+    before, after = objective(files[0], scale), objective(files[-1], scale)
+    for name in before:
+        report.figure(f"held out, {name}: before, after", [before[name], after[name]])
+    return before, after
 
 
 def check(report: Report) -> None:
@@ -96,15 +114,7 @@ def check(report: Report) -> None:
         *("--ckpt.output_dir", str(out / "real"), *(shared if ON_GPU else [])),
     )
     report.figure(f"REAL, {steps} steps of {prompts} x {samples} rollouts, start and evaluations included: s", seconds)
-    log: list[dict[str, Any]] = [json.loads(line) for line in (out / "real/metrics.jsonl").read_text().splitlines()]
-    for name in ("seconds/generate", "seconds/train", "seconds/sync", "sync/logprob_mean", "rollout_gap/logprob_mean"):
-        values = [row[name] for row in log if row.get(name) is not None]
-        if values:
-            report.figure(f"{name}, median and largest", [statistics.median(values), max(values)])
-    files = sorted((out / "real/eval").glob("step_*.jsonl"), key=lambda p: int(p.stem.removeprefix("step_")))
-    before, after = objective(files[0]), objective(files[-1])
-    for name in before:
-        report.figure(f"held out, {name}: before, after", [before[name], after[name]])
+    before, after = show(report, out / "real", SCALE)
     report.expect(after["reward"] > before["reward"], "the held-out reward did not rise")
 
 

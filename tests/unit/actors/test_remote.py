@@ -113,8 +113,9 @@ class Rank:
     def free_port(self) -> int:
         return 2
 
-    def build(self, spec: Any) -> dict[str, Any]:
+    def build(self, spec: Any, *after: Any) -> dict[str, Any]:
         self.at_hand = not spec.args.ds.enable_sleep
+        self.after = after
         return {}
 
     def weight_plan(self) -> list[Any]:
@@ -261,6 +262,17 @@ def test_a_worker_on_a_gpu_of_its_own_takes_all_to_cpu_memory_or_is_named(cluste
     assert [engine.joined for engine in cluster.engines] == [("host", 2, i, 3, "gloo", 9.0, 0) for i in (1, 2)]
     with pytest.raises(Unpaired, match=r"GPUs \['X'\] have no policy rank"):
         weight_sync(policy, groups, backend="ipc")
+
+
+def test_ranks_start_while_engines_do_and_build_once_those_sleep(cluster: Cluster) -> None:
+    rollouts = rollout_group(enable_sleep=True)(2)
+    asleep = rollouts.fall_asleep()
+    assert len(asleep) == 2 and rollout_group()(1).fall_asleep() == []
+    spec: Any = replace(Spec(), args=SimpleNamespace(ds=SimpleNamespace(enable_sleep=False, adam_offload=False)))
+    place: dict[str, Any] = dict(n_ranks=2, group=None, device=CUDA, env={})
+    RayPolicyGroup(spec, **place, after=asleep)
+    # Ray calls `build` when these have resolved.
+    assert [rank.after for rank in cluster.ranks] == [tuple(asleep)] * 2
 
 
 def test_colocated_engines_and_policy_take_turns(cluster: Cluster) -> None:
