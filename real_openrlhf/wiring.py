@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from real_openrlhf.actors.device import Device
 from real_openrlhf.actors.engine_spec import EngineSpec, EngineSpecError, check_sampling, logprobs_mode_for
@@ -123,17 +123,21 @@ def model_folder(config: Config) -> Path:
 def placement_requests(config: Config, device: Device) -> list[Request]:
     """One placement group for the policy, one for the engines, one each for a reference and the evaluator's engine.
 
-    Colocated, policy and engines share one: rank i and engine worker i live on bundle i.
+    Colocated, policy and engines share one: rank i and engine worker i live on bundle i. Engines of several GPUs have
+    a group each, whose bundles lie on one node.
     """
     bundle = device.bundle()
     width = config.vllm.tensor_parallel_size
-    policy = Request(name="policy", bundles=(bundle,) * config.ranks)
-    rollout = Request(name="rollout", bundles=(bundle,) * (config.vllm.num_engines * width))
-    requests = [replace(policy, name="policy+rollout")] if config.train.colocate_all else [policy, rollout]
+    engine: dict[str, Any] = dict(strategy="STRICT_PACK", width=width) if width > 1 else {}
+    workers = Request(name="rollout", bundles=(bundle,) * (config.vllm.num_engines * width), **engine)
+    if config.train.colocate_all:
+        requests = [replace(workers, name="policy+rollout")]
+    else:
+        requests = [Request(name="policy", bundles=(bundle,) * config.ranks), workers]
     if config.reference_ranks:
         requests.append(Request(name="reference", bundles=(bundle,) * config.reference_ranks))
     if config.eval.dataset and config.eval.engine == "own":
-        requests.append(Request(name="evaluator", bundles=(bundle,) * width))
+        requests.append(Request(name="evaluator", bundles=(bundle,) * width, **engine))
     return requests
 
 

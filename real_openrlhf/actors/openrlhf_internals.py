@@ -407,13 +407,6 @@ TOUCHES: tuple[Touch, ...] = (
         names=("tags",),
     ),
     Touch(
-        where="openrlhf.trainer.ray.utils:get_bundle_indices",
-        how="call",
-        by="actors.remote",
-        why="bundles of a tensor-parallel engine, those of one node beside each other",
-        names=("placement_group", "index", "length"),
-    ),
-    Touch(
         where=f"{_ENGINE}._configure_device_env",
         how="call",
         by="actors.rollout_engine",

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from real_openrlhf.actors.device import IPC_ELSE_GLOO, Device
 from real_openrlhf.actors.engine_handles import EngineHandles, generate_on
 from real_openrlhf.actors.engine_spec import EngineSpec
 from real_openrlhf.actors.lazy import lazy_actor
+from real_openrlhf.actors.placement import Bundle
 from real_openrlhf.actors.policy_spec import PolicySpec
 from real_openrlhf.actors.protocols import EvalReport, Sampling, SyncReport
 from real_openrlhf.actors.weight_sync import check_agreement, sync_ranks, timed
@@ -59,13 +59,13 @@ _EVALUATOR = lazy_actor(
 )
 
 
-def _remote(
-    cls: type, group: PlacementGroup, bundle: int, device: Device, env: dict[str, str], share: float | None = 1.0
-) -> Any:
+def _remote(cls: type, bundle: Bundle, device: Device, env: dict[str, str], share: float | None = 1.0) -> Any:
     """cls as an actor on one bundle, of which it takes its share; None: nothing, its own workers do."""
     options: dict[str, Any] = dict(
         scheduling_strategy=PlacementGroupSchedulingStrategy(
-            placement_group=group, placement_group_bundle_index=bundle, placement_group_capture_child_tasks=True
+            placement_group=bundle.group,
+            placement_group_bundle_index=bundle.index,
+            placement_group_capture_child_tasks=True,
         ),
         runtime_env={"env_vars": env},
         max_restarts=0,
@@ -74,15 +74,10 @@ def _remote(
     return ray.remote(cls).options(**options)
 
 
-def _bundles(group: PlacementGroup, engine: int, width: int) -> list[int]:
-    from openrlhf.trainer.ray.utils import get_bundle_indices  # takes vLLM with it
-
-    return list(get_bundle_indices(group, engine, width))
-
-
 class RayRolloutGroup:
     """Several engines as one: prompts are shared out (`generate_on`), results come back in order.
 
+    group: the bundles that `placement.reserve` gave them, one per worker; an engine's are of one placement group.
     share: of each bundle, for engines that live beside policy ranks (`placement.COLOCATED_SHARE`).
     """
 
@@ -93,7 +88,7 @@ class RayRolloutGroup:
         spec: EngineSpec,
         *,
         n_engines: int,
-        group: PlacementGroup,
+        group: Sequence[Bundle],
         device: Device,
         env: dict[str, str],
         share: float = 1.0,
@@ -102,9 +97,9 @@ class RayRolloutGroup:
         self.sleeps = spec.enable_sleep
 
         def start(i: int) -> Any:
-            # The workers of one engine lie on one node where that is possible; Ray numbers bundles as it likes.
-            bundles = _bundles(group, i, width) if width > 1 else None
-            actor = _remote(self.actor, group, bundles[0] if bundles else i, device, env, None if bundles else share)
+            mine = group[i * width : (i + 1) * width]
+            bundles = [bundle.index for bundle in mine] if width > 1 else None
+            actor = _remote(self.actor, mine[0], device, env, None if bundles else share)
             return actor.remote(replace(spec, seed=spec.seed + i), bundle_indices=bundles, num_gpus=share)
 
         self.engines = [start(i) for i in range(n_engines)]
@@ -138,7 +133,11 @@ class RayRolloutGroup:
 
 
 class _Ranks:
-    """The ranks of one DeepSpeed model as one. share: of each bundle, for ranks that live beside engines."""
+    """The ranks of one DeepSpeed model as one.
+
+    group: the bundles that `placement.reserve` gave them, one per rank.
+    share: of each bundle, for ranks that live beside engines.
+    """
 
     actor: type
 
@@ -147,7 +146,7 @@ class _Ranks:
         spec: PolicySpec,
         *,
         n_ranks: int,
-        group: PlacementGroup,
+        group: Sequence[Bundle],
         device: Device,
         env: dict[str, str],
         share: float = 1.0,
@@ -158,7 +157,7 @@ class _Ranks:
         env = {**env, **device.trainer_env(spec.ranks_per_node, adam_offload=bool(spec.args.ds.adam_offload))}
 
         def start(rank: int, address: str | None, port: int | None) -> Any:
-            return _remote(self.actor, group, rank, device, env, share).remote(n_ranks, rank, address, port)
+            return _remote(self.actor, group[rank], device, env, share).remote(n_ranks, rank, address, port)
 
         first = start(0, None, None)
         self.ranks = [first]

@@ -17,6 +17,7 @@ pytest.importorskip("vllm")
 from real_openrlhf.actors import remote
 from real_openrlhf.actors.cuda_ipc import Unpaired
 from real_openrlhf.actors.device import IPC_ELSE_GLOO, Device
+from real_openrlhf.actors.placement import Bundle
 from real_openrlhf.actors.protocols import Sampling
 from real_openrlhf.actors.remote import RayPolicyGroup, RayRolloutGroup, RayWeightSync, on_one_host
 from real_openrlhf.algo.objectives import RealObjective
@@ -168,8 +169,8 @@ class Handle:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     made = Cluster()
 
-    def place(cls: type, group: Any, bundle: int, device: Device, env: dict[str, str], share: float | None) -> Any:
-        made.options.append((cls.__name__, bundle, share))
+    def place(cls: type, bundle: Bundle, device: Device, env: dict[str, str], share: float | None) -> Any:
+        made.options.append((cls.__name__, bundle.index, share))
 
         def engine(spec: Spec, *, bundle_indices: list[int] | None, num_gpus: float) -> Handle:
             made.engines.append(Engine(made, bundle_indices, num_gpus, spec.seed))
@@ -183,19 +184,29 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
     monkeypatch.setattr(remote, "_remote", place)
     monkeypatch.setattr(remote.ray, "get", lambda refs, timeout=None: refs)
-    # Ray numbers bundles as it likes; here those of one node are 0 and 2, 1 and 3.
-    monkeypatch.setattr(remote, "_bundles", lambda group, i, n: [0, 2, 1, 3][i * n : (i + 1) * n])
     return made
+
+
+def bundles(n: int, order: Sequence[int] = range(9)) -> list[Bundle]:
+    group: Any = None
+    return [Bundle(group=group, index=index, node="a") for index in order[:n]]
 
 
 def rollout_group(**fields: Any) -> Callable[..., RayRolloutGroup]:
     spec: Any = replace(Spec(), **fields)
-    return lambda n, share=1.0: RayRolloutGroup(spec, n_engines=n, group=None, device=CUDA, env={}, share=share)  # type: ignore[arg-type]
+    # Ray numbers bundles as it likes; here those of one node are 0 and 2, 1 and 3.
+    wide = (0, 2, 1, 3) if spec.tensor_parallel_size > 1 else range(9)
+
+    def start(n: int, share: float = 1.0) -> RayRolloutGroup:
+        group = bundles(n * spec.tensor_parallel_size, wide)
+        return RayRolloutGroup(spec, n_engines=n, group=group, device=CUDA, env={}, share=share)
+
+    return start
 
 
 def policy_group(n: int, *, sleeps: bool = False, share: float = 1.0) -> RayPolicyGroup:
     spec: Any = replace(Spec(), args=SimpleNamespace(ds=SimpleNamespace(enable_sleep=sleeps, adam_offload=False)))
-    return RayPolicyGroup(spec, n_ranks=n, group=None, device=CUDA, env={}, share=share)  # type: ignore[arg-type]
+    return RayPolicyGroup(spec, n_ranks=n, group=bundles(n), device=CUDA, env={}, share=share)
 
 
 def weight_sync(policy: RayPolicyGroup, groups: list[RayRolloutGroup], backend: str = "nccl") -> RayWeightSync:
