@@ -59,7 +59,8 @@ def commands(text: str) -> Iterator[list[str]]:
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
         if line.lstrip().startswith("#") or MODULE not in line:
             continue
-        tail = line.partition(MODULE)[2].replace('"$@"', " ")
+        tail = line.partition(MODULE)[2]
+        tail = re.sub(r'"\$(@|\{\w+\[@\]\})"', " ", tail)  # arrays of further arguments
         tail = re.sub(r'"?\$(\{[^}]*\}|\w+)"?', "1", tail)
         words = shlex.split(tail, comments=True)
         yield words[: words.index("&")] if "&" in words else words

@@ -9,8 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import pytest
+
+from real_openrlhf.config.cli import parse_args
+from real_openrlhf.config.schema import Config
+from real_openrlhf.config.validate import validate
 
 ROOT = Path(__file__).parents[2]
 MODULE = "-m real_openrlhf.train_real"
@@ -71,10 +76,46 @@ def test_the_batch_script_passes_the_exit_code_on_and_cleans_up(slurm: dict[str,
     assert 20000 <= port < 32000
     assert "--num-gpus=8" in head and "--include-dashboard=false" in head and "--dashboard-host=127.0.0.1" in head
     assert f"127.0.0.1:{port} {MODULE}" in notes
-    assert "--actor.num_gpus_per_node 4 --vllm.num_engines 4" in notes and "--real.anchor The score is " in notes
+    assert "--real.anchor The score is " in notes
     assert Path(slurm["NOTES"] + ".mode").read_text().strip() == "600"
     assert len(Path(slurm["NOTES"] + ".token").read_text().strip()) == 64
     assert nothing_is_left(slurm)
+
+
+def layout(env: dict[str, str]) -> Config:
+    """The configuration that the script starts, with the least that a user adds."""
+    user = ["--actor.model_name_or_path", "m", "--data.prompt_dataset", "d", "--ckpt.output_dir", "o"]
+    user += ["--rollout.batch_size", "48"]
+    assert run_batch(env, *user).returncode == 0
+    line = next(line for line in Path(env["NOTES"]).read_text().splitlines() if MODULE in line)
+    config = parse_args(line.partition(MODULE)[2].split())
+    device: Literal["cpu", "cuda"] = "cpu" if env.get("GPUS_PER_NODE") == "0" else "cuda"
+    validate(config, device=device)
+    return config
+
+
+def test_all_gpus_train_and_generate_in_turns(slurm: dict[str, str]) -> None:
+    config = layout({**slurm, "SLURM_JOB_NUM_NODES": "2"})
+    assert (config.actor.num_nodes, config.actor.num_gpus_per_node, config.ranks) == (2, 8, 16)
+    assert (config.vllm.num_engines, config.vllm.tensor_parallel_size) == (8, 2)
+    assert config.train.colocate_all and config.vllm.enable_sleep and config.ds.enable_sleep
+    assert config.engine_utilisation == 0.75 and config.train.micro_batch_size is None
+    # The longest prompt that --data.max_len leaves room for, with all its rollouts, is one pass.
+    rollouts, response = config.rollout.n_samples_per_prompt, config.rollout.max_new_tokens
+    assert config.train.max_tokens_per_gpu == config.data.max_len - response + rollouts * response
+
+
+@pytest.mark.parametrize(("gpus", "ranks", "engines", "width"), [("1", 1, 1, 1), ("3", 3, 3, 1), ("4", 4, 2, 2)])
+def test_engines_share_out_the_gpus_of_a_node(
+    slurm: dict[str, str], gpus: str, ranks: int, engines: int, width: int
+) -> None:
+    config = layout({**slurm, "GPUS_PER_NODE": gpus})
+    assert (config.ranks, config.vllm.num_engines, config.vllm.tensor_parallel_size) == (ranks, engines, width)
+
+
+def test_without_gpus_nothing_is_shared(slurm: dict[str, str]) -> None:
+    config = layout({**slurm, "GPUS_PER_NODE": "0", "SLURM_JOB_NUM_NODES": "2"})
+    assert (config.ranks, config.vllm.num_engines, config.train.colocate_all) == (2, 2, False)
 
 
 def nothing_is_left(env: dict[str, str]) -> bool:
