@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+import torch
 
+from real_openrlhf.actors.cards import Card, local_cards
 from real_openrlhf.actors.device import Device
 from real_openrlhf.actors.placement import COLOCATED_SHARE, reserve
 from real_openrlhf.checkpoint.signals import StopRequest
 from real_openrlhf.checkpoint.store import Checkpoint, CheckpointStore
 from real_openrlhf.config.cli import config_to_dict
+from real_openrlhf.config.flags import ConfigError
+from real_openrlhf.config.memory import memory_problem
 from real_openrlhf.config.plan import BatchPlan, batch_plan, render_plan
 from real_openrlhf.config.schema import Config
 from real_openrlhf.config.validate import validate
@@ -63,7 +68,7 @@ def describe(inputs: Inputs) -> str:
         dtype=device.dtype_name,
         reward_tolerance=device.reward_tolerance,
         decode=lambda token: inputs.tokenizer.decode([token]),
-        warnings=inputs.warnings,
+        warnings=[*inputs.warnings, *check_memory(config, local_cards())],
     )
 
 
@@ -73,7 +78,7 @@ def launch(inputs: Inputs, checkpoint: Checkpoint | None = None) -> dict[str, An
     checkpoint: resume from there.
     """
     config = inputs.config
-    for warning in inputs.warnings:
+    for warning in (*inputs.warnings, *check_memory(config, local_cards())):
         logger.warning("%s", warning)
     plan = batch_plan(config, len(inputs.train_set))
     store = make_store(config.ckpt.folder, keep=config.ckpt.max_num, metric=config.ckpt.best_metric)
@@ -116,6 +121,37 @@ def launch(inputs: Inputs, checkpoint: Checkpoint | None = None) -> dict[str, An
             metrics = controller.fit()
         actors.shutdown()
     return metrics
+
+
+def check_memory(config: Config, cards: Sequence[Card]) -> list[str]:
+    """ConfigError for a model that cannot fit into GPUs like this machine's; a warning where a cluster has others.
+
+    Nothing without GPUs here, as on a head node.
+    """
+    if config.real.device == "cpu" or not cards or torch.version.cuda is None:
+        return []
+    parameters = count_parameters(config.actor.model_name_or_path)
+    if parameters is None:
+        return []
+    weight_bytes = 4 if config.ds.param_dtype == "fp32" else 2
+    problem = memory_problem(config, parameters, weight_bytes, max(card.memory for card in cards))
+    if problem is None:
+        return []
+    if cluster_to_join(config.ray.address):
+        return [f"if the cluster's GPUs are like this machine's: {problem}"]
+    raise ConfigError(problem)
+
+
+def count_parameters(path: str) -> int | None:
+    """Of the model by its config, a tied head once, no weights read; None if that is not known here."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    except (OSError, ValueError, KeyError):
+        return None  # what is wrong with it, the policy's own loading says
+    return sum(p.numel() for p in network.parameters())
 
 
 def make_controller(

@@ -11,10 +11,13 @@ import importlib
 import logging
 import os
 import resource
+import socket
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from real_openrlhf.actors.cards import local_cards, why_no_bf16, why_unusable
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +93,8 @@ class Device:
         cluster_gpus: GPUs of the Ray cluster, where one is joined or about to be started. It then
         decides instead of this process's own GPUs: the driver often sits on a head node without any.
 
-        Raises DeviceError for unknown names, and for "cuda" where there is none.
+        Raises DeviceError for unknown names, for "cuda" where there is none, and for GPUs of this process that torch
+        cannot use, or not in this dtype; those of other nodes are looked at by `check_card`, there.
         """
         if requested not in ("auto", "cpu", "cuda"):
             raise DeviceError(f"device must be 'auto', 'cpu' or 'cuda', got {requested!r}")
@@ -107,6 +111,8 @@ class Device:
             logger.warning("the cluster declares %d GPUs, but torch is a CPU build: running on CPU", gpus)
         name = requested if requested != "auto" else ("cuda" if built and gpus > 0 else "cpu")
         dtype = param_dtype if param_dtype != "auto" else ("bf16" if name == "cuda" else "fp32")
+        if cluster_gpus is None and requested != "cpu":
+            _look_at_cards(name, dtype)
         if name == "cpu" and dtype == "bf16":
             logger.warning("bf16 on a CPU without AVX512-BF16 is about ten times slower than fp32")
         return cls(name=name, dtype_name=dtype)
@@ -148,6 +154,16 @@ class Device:
 
     def current(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if self.is_cuda else torch.device("cpu")
+
+    def check_card(self) -> None:
+        """Raises DeviceError if this process's GPU cannot compute in the dtype."""
+        if not self.is_cuda or self.dtype_name != "bf16" or torch.version.hip is not None:
+            return
+        found = why_no_bf16(
+            f"{torch.cuda.get_device_name()} on {socket.gethostname()}", torch.cuda.get_device_capability()
+        )
+        if found:
+            raise DeviceError(found)
 
     def set_local_rank(self, local_rank: int) -> None:
         """Choose this process's GPU; nothing to choose on a CPU."""
@@ -291,6 +307,18 @@ class Device:
             return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads)} if adam_offload else {}
         allocator = {key: os.environ.get(key) or value for key, value in CPU_ALLOCATOR_ENV.items()}
         return {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu", **allocator}
+
+
+def _look_at_cards(name: str, dtype: str) -> None:
+    """DeviceError for GPUs here that cannot do what was resolved; a warning where they are left idle."""
+    cards = local_cards()
+    if name == "cpu":
+        if cards:
+            logger.warning("running on CPU: torch %s cannot use this machine's %s", torch.__version__, cards[0].name)
+        return
+    why = why_unusable(cards, dtype_name=dtype, cuda=torch.version.cuda, starts=torch.cuda.is_available)
+    if why:
+        raise DeviceError(why)
 
 
 def flash_attn_available() -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from real_openrlhf.actors.cards import Card
 from real_openrlhf.actors.device import Device, DeviceError
 from real_openrlhf.actors.engine_spec import EngineSpecError
 from real_openrlhf.actors.placement import Request
@@ -21,7 +22,7 @@ from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.config.plan import batch_plan
 from real_openrlhf.config.schema import Config
-from real_openrlhf.launch import describe, split_metrics
+from real_openrlhf.launch import check_memory, count_parameters, describe, split_metrics
 from real_openrlhf.train_real import Inputs, load_inputs
 from real_openrlhf.wiring import (
     check_samplings,
@@ -398,3 +399,43 @@ def test_split_metrics() -> None:
         "all": {"mass": 0.9},
     }
     assert split_metrics({}) == {}
+
+
+# -- memory of the GPUs here -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, int]:
+    """A folder with a model's config alone, and its number of parameters: the tied head counts once."""
+    from transformers import LlamaConfig
+
+    folder = tmp_path_factory.mktemp("config")
+    sizes = dict(vocab_size=50, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2)
+    LlamaConfig(**sizes, num_key_value_heads=1, head_dim=4, tie_word_embeddings=True).save_pretrained(folder)
+    layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 12 + 2 * 8
+    return str(folder), 50 * 8 + 2 * layer + 8
+
+
+def test_parameters_are_counted_without_weights(small: tuple[str, int], tmp_path: Any) -> None:
+    folder, n = small
+    assert count_parameters(folder) == n
+    assert count_parameters(str(tmp_path)) is None
+
+
+def test_a_model_that_cannot_fit_is_refused(small: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, n = small
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    enough = Card(name="A", capability=(9, 0), memory=16 * n, driver="580")
+    little = replace(enough, memory=16 * n - 1)
+    config = config_of("--actor.model_name_or_path", folder, "--vllm.gpu_memory_utilization", "1")
+    assert check_memory(config, [enough]) == check_memory(config, [little, enough]) == check_memory(config, []) == []
+    with pytest.raises(ConfigError, match=r"on each of 1 GPU\(s\) .* the largest GPU here"):
+        check_memory(config, [little])
+    # fp32: as many bytes, but four of them weights. The CPU has no cards, and an unknown model no size.
+    with pytest.raises(ConfigError, match="on each of 1"):
+        check_memory(config_of("--actor.model_name_or_path", folder, "--ds.param_dtype", "fp32"), [little])
+    assert check_memory(config_of("--actor.model_name_or_path", folder, "--real.device", "cpu"), [little]) == []
+    assert check_memory(config_of("--actor.model_name_or_path", "/no/such/folder"), [little]) == []
+    # The cluster that is joined may have other GPUs.
+    (warning,) = check_memory(replace(config, ray=replace(config.ray, address="10.0.0.1:1")), [little])
+    assert warning.startswith("if the cluster's GPUs are like this machine's: the policy of 0.0 billion")

@@ -4,12 +4,16 @@ import os
 import pickle
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 
 from real_openrlhf.actors import device as module
+from real_openrlhf.actors.cards import Card
 from real_openrlhf.actors.device import IPC_ELSE_GLOO, SYNC_TOLERANCE, Device, DeviceError
+
+H100 = Card(name="H100", capability=(9, 0), memory=80 * 2**30, driver="580.65.06")
 
 
 @pytest.fixture
@@ -20,6 +24,7 @@ def build(monkeypatch):
         monkeypatch.setattr(torch.version, "cuda", "12.8" if cuda else None)
         monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(module, "local_cards", lambda: (H100,) * gpus)
 
     return set_build
 
@@ -56,6 +61,40 @@ def test_cuda_where_there_is_none(build, cuda, local, cluster, says):
     build(cuda, local)
     with pytest.raises(DeviceError, match=says):
         Device.resolve("cuda", "auto", cluster)
+
+
+def test_cards_that_cannot_do_it_are_refused_before_anything_starts(build, monkeypatch):
+    build(True, 1)
+    monkeypatch.setattr(module, "local_cards", lambda: (replace(H100, name="T4", capability=(7, 5)),))
+    for requested in ("auto", "cuda"):
+        with pytest.raises(
+            DeviceError, match=r"T4 \(compute capability 7.5\) does not compute in bf16: .* 8.0 or higher"
+        ):
+            Device.resolve(requested)
+    assert Device.resolve("auto", "fp32").name == "cuda"
+    assert Device.resolve("cpu").name == "cpu"
+    # The cluster's cards are not these: its nodes look at their own.
+    assert Device.resolve("cuda", "auto", 4).name == "cuda"
+
+
+def test_cards_that_are_left_idle_are_named(build, monkeypatch, caplog):
+    build(False, 0)
+    assert Device.resolve("auto").name == "cpu" and "idle" not in caplog.text and "H100" not in caplog.text
+    monkeypatch.setattr(module, "local_cards", lambda: (H100,))
+    assert Device.resolve("auto").name == "cpu"
+    assert "cannot use this machine's H100" in caplog.text
+
+
+def test_an_actor_looks_at_its_own_card(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(DeviceError, match=r"T4 on .* does not compute in bf16"):
+        Device(name="cuda", dtype_name="bf16").check_card()
+    Device(name="cuda", dtype_name="fp32").check_card()
+    Device(name="cpu", dtype_name="bf16").check_card()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    Device(name="cuda", dtype_name="bf16").check_card()
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("gpu", "auto"), ("cpu", "fp16"), ("", "fp32")])

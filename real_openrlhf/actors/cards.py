@@ -1,0 +1,101 @@
+"""What this machine's GPUs are, and why they cannot be used. nvidia-smi is asked, so that no CUDA context is made."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+logger = logging.getLogger(__name__)
+
+# bf16 in hardware, and torch's flash attention.
+BF16_CAPABILITY = (8, 0)
+# By the CUDA major version that torch is built for: the oldest driver, and the oldest cards that it has kernels for.
+OLDEST_DRIVER = {12: 525, 13: 580}
+OLDEST_CAPABILITY = {12: (5, 0), 13: (7, 5)}
+_QUERY = "name,compute_cap,memory.total,driver_version"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """capability: as (9, 0). memory: bytes."""
+
+    name: str
+    capability: tuple[int, int]
+    memory: int
+    driver: str
+
+    def __str__(self) -> str:
+        return f"{self.name} (compute capability {_dotted(self.capability)})"
+
+
+def local_cards() -> tuple[Card, ...]:
+    """This machine's NVIDIA GPUs; none without nvidia-smi, where CUDA_VISIBLE_DEVICES hides all, or if it says nothing.
+
+    One that is hidden while others are not is among them: whoever judges by this must judge by the best card.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return ()
+    command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+        return parse_cards(answer)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        logger.debug("nothing is known of the GPUs here: %s", error)
+        return ()
+
+
+def parse_cards(answer: str) -> tuple[Card, ...]:
+    """nvidia-smi's CSV without header and units. Raises ValueError for another form, as of a MIG slice."""
+    cards = []
+    for line in filter(str.strip, answer.splitlines()):
+        name, capability, memory, driver = (part.strip() for part in line.rsplit(",", 3))
+        major, minor = capability.split(".")
+        cards.append(
+            Card(name=name, capability=(int(major), int(minor)), memory=int(float(memory) * 2**20), driver=driver)
+        )
+    return tuple(cards)
+
+
+def why_unusable(cards: Sequence[Card], *, dtype_name: str, cuda: str | None, starts: Callable[[], bool]) -> str | None:
+    """Why torch cannot train in this dtype on any of the cards, and what would work; None: nothing speaks against it.
+
+    cuda: the CUDA version that torch is built for. starts: whether torch reaches the GPUs; asked only under a driver
+    that is too old, which NVIDIA's compatibility package makes up for.
+    """
+    if not cards or cuda is None:
+        return None
+    major, best = int(cuda.split(".")[0]), max(cards, key=lambda card: card.capability)
+    oldest = OLDEST_DRIVER.get(major, 0)
+    if _major(best.driver) < oldest and not starts():
+        return (
+            f"the NVIDIA driver {best.driver} is too old for torch's CUDA {cuda}; update it to {oldest} or newer (on "
+            f"data-center cards the package cuda-compat-{cuda.replace('.', '-')} does as well), or train on the CPU"
+        )
+    if best.capability < OLDEST_CAPABILITY.get(major, (0, 0)):
+        needed = _dotted(OLDEST_CAPABILITY[major])
+        return f"torch for CUDA {cuda} has no kernels for {best}: {needed} is its oldest; use a newer GPU, or the CPU"
+    if dtype_name == "bf16":
+        return why_no_bf16(str(best), best.capability)
+    return None
+
+
+def why_no_bf16(card: str, capability: tuple[int, int]) -> str | None:
+    if capability >= BF16_CAPABILITY:
+        return None
+    return (
+        f"{card} does not compute in bf16: compute capability {_dotted(BF16_CAPABILITY)} or higher is needed (A100, "
+        "L4, RTX 30, H100 and later); use such a GPU, or fp32, at twice the memory and several times the time"
+    )
+
+
+def _major(version: str) -> int:
+    """Of a driver; a version that cannot be read counts as new."""
+    head = version.split(".")[0]
+    return int(head) if head.isdigit() else 10**9
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
