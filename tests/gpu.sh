@@ -17,7 +17,7 @@ export OUT=${OUT:-runs/gpu} PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false RAY_
 limit=${LIMIT:-180}
 
 policy="attention head packed step update sync"
-engine="engine run smollm2"
+engine="engine run resume smollm2"
 checks=("$@")
 [ ${#checks[@]} -gt 0 ] || read -ra checks <<<"$policy $engine"
 

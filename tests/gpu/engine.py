@@ -1,7 +1,8 @@
 """vLLM with this project's engine options, nvcc hidden: agreement with the policy, score log-probs, sleep, throughput.
 
 Takes SmolLM2-135M from the folder $SMOLLM2 (examples/stsb/get_model.py), or random weights of its shape. Each engine is
-a child (`python -m tests.gpu.engine --child ...`), so that one that fails hides nothing of the other.
+a child (`python -m tests.gpu.engine --child ...`), so that one that fails hides nothing of the other; ENGINES=2 asks a
+second one, with bf16 logits and fewer sequences, which takes as long again.
 """
 
 from __future__ import annotations
@@ -162,10 +163,8 @@ def check(report: Report) -> None:
             path = folder
             random_model(**(sizes if ON_GPU else tiny)).to(torch.bfloat16).save_pretrained(path)
         report.figure("model", "SmolLM2-135M" if os.environ.get("SMOLLM2") else "random weights")
-        for name, head, sequences_at_once, sleeps in (
-            ("fp32 head, 512 sequences", True, 512, True),
-            ("bf16 head, 128 sequences", False, 128, False),
-        ):
+        engines = [("fp32 head, 512 sequences", True, 512, True), ("bf16 head, 128 sequences", False, 128, False)]
+        for name, head, sequences_at_once, sleeps in engines[: int(os.environ.get("ENGINES") or 1)]:
             command = [
                 sys.executable,
                 "-m",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import sys
 import time
@@ -27,6 +28,10 @@ DEVICE = os.environ.get("GPU_CHECK_DEVICE", "cuda")
 ON_GPU = DEVICE == "cuda"
 # By kind: the check passed, it failed, or it could not be asked here.
 EXIT_CODES = {"yes": 0, "no": 1, "skipped": 0, "error": 2}
+
+
+class Ended(BaseException):
+    """Somebody else ended the check: `tests/gpu.sh` does when its time is up."""
 
 
 class Skip(Exception):
@@ -64,11 +69,14 @@ def run(name: str, question: str, check: Callable[[Report], None], *, min_memory
     report = Report(name=name, question=question, command=f"python -m tests.gpu.{name}")
     print(f"== {name}: {question}", flush=True)
     start = time.perf_counter()
+    signal.signal(signal.SIGTERM, _ended)
     try:
         report.card, report.versions = card(min_memory_gib), versions()
         check(report)
     except Skip as reason:
         report.verdict, report.advice = "skipped", str(reason)
+    except Ended:
+        report.verdict, report.advice = "error", "ended from outside, the time was up; the figures so far stand"
     except Exception as error:
         traceback.print_exc()
         report.verdict, report.advice = "error", f"{type(error).__name__}: {error}"
@@ -79,6 +87,10 @@ def run(name: str, question: str, check: Callable[[Report], None], *, min_memory
         (folder / f"{name}.json").write_text(json.dumps(vars(report), indent=1) + "\n", encoding="utf-8")
     print(f"-- {name}: {report.verdict}, {report.seconds:.0f} s. {report.advice}", flush=True)
     sys.exit(EXIT_CODES[report.verdict])
+
+
+def _ended(number: int, frame: object) -> None:
+    raise Ended
 
 
 def card(min_memory_gib: float = 0.0) -> str:

@@ -45,14 +45,19 @@ def check(report: Report) -> None:
     command += os.environ.get("RUN_FLAGS", "").split()
     start = time.perf_counter()
     with (out / "run_train.log").open("w", encoding="utf-8") as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
-    report.figure("seconds, start to end", time.perf_counter() - start)
-    report.figure("exit code", done.returncode)
-    if (work / "real/metrics.jsonl").is_file():
-        shutil.copy(work / "real/metrics.jsonl", out / "run_metrics.jsonl")
-    if done.returncode:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            code = process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+            report.figure("seconds, start to end", time.perf_counter() - start)
+            if (work / "real/metrics.jsonl").is_file():
+                shutil.copy(work / "real/metrics.jsonl", out / "run_metrics.jsonl")
+    report.figure("exit code", code)
+    if code:
         print((out / "run_train.log").read_text(encoding="utf-8")[-4000:])
-        raise RuntimeError(f"train_real ended with {done.returncode}")
+        raise RuntimeError(f"train_real ended with {code}")
     before, after = show(report, work / "real", ScoreScale.parse("1-5"))
     report.figure("exported", sorted(p.name for p in (work / "real/model").iterdir()))
     report.figure("dtype of the export", json.loads((work / "real/model/config.json").read_text())["dtype"])
