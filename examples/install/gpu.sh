@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the GPU stack (OpenRLHF 0.11.2 with its pins, vLLM, DeepSpeed) in a venv, or reuses it.
+# Builds the GPU stack (OpenRLHF 0.11.2 with its pins, vLLM, DeepSpeed, Liger) in a venv, or reuses it.
 #
 #   bash examples/install/gpu.sh            # makes .venv in the checkout
 #   VENV=/some/where bash examples/install/gpu.sh
