@@ -1,8 +1,8 @@
 """vLLM with this project's engine options, nvcc hidden: agreement with the policy, score log-probs, sleep, throughput.
 
 Takes SmolLM2-135M from the folder $SMOLLM2 (examples/stsb/get_model.py), or random weights of its shape. Each engine is
-a child (`python -m tests.gpu.engine --child ...`), so that one that fails hides nothing of the other; ENGINES=2 asks a
-second one, with bf16 logits and fewer sequences, which takes as long again.
+a child (`python -m tests.gpu.engine --child ...`), so that one that fails hides nothing of the other; ENGINES=4
+asks three more (`ENGINES` below), each of which takes as long again.
 """
 
 from __future__ import annotations
@@ -23,6 +23,13 @@ from tests.gpu.harness import DEVICE, ON_GPU, Report, run
 from tests.gpu.update import without_a_compiler
 
 READ = [4, 5, 6, 7, 8]
+# Name, logits in fp32, sequences at a time, sleeps, head tied to the embedding (random weights only).
+ENGINES = (
+    ("fp32 head, 512 sequences", True, 512, True, True),
+    ("bf16 head, 128 sequences", False, 128, False, True),
+    ("fp32 head, 1024 sequences, untied", True, 1024, False, False),
+    ("bf16 head, 512 sequences, untied", False, 512, False, False),
+)
 # Prompts and tokens that a rollout writes; rollouts per prompt.
 ROLLOUTS, RESPONSE, SAMPLES = (512, 128, 16) if ON_GPU else (4, 8, 2)
 TEXT = (
@@ -150,21 +157,26 @@ def child(path: str, fp32_head: bool, max_num_seqs: int, sleeps: bool) -> dict[s
     return found
 
 
+def make_model(folder: str, *, tied: bool) -> str:
+    """Random weights of SmolLM2-135M's shape."""
+    from tests.gpu.small_models import random_model
+
+    sizes = dict(hidden=576, layers=30, heads=9, kv_heads=3, head_dim=64, vocabulary=49_152)
+    tiny = dict(hidden=64, layers=2, heads=2, kv_heads=1, head_dim=32, vocabulary=512)
+    path = Path(folder) / ("tied" if tied else "untied")
+    if not path.exists():
+        random_model(**(sizes if ON_GPU else tiny), tied=tied).to(torch.bfloat16).save_pretrained(path)
+    return str(path)
+
+
 def check(report: Report) -> None:
     from real_openrlhf.actors.device import SYNC_TOLERANCE
 
     with tempfile.TemporaryDirectory() as folder:
-        path = os.environ.get("SMOLLM2")
-        if not path:
-            from tests.gpu.small_models import random_model
-
-            sizes = dict(hidden=576, layers=30, heads=9, kv_heads=3, head_dim=64, vocabulary=49_152)
-            tiny = dict(hidden=64, layers=2, heads=2, kv_heads=1, head_dim=32, vocabulary=512)
-            path = folder
-            random_model(**(sizes if ON_GPU else tiny)).to(torch.bfloat16).save_pretrained(path)
-        report.figure("model", "SmolLM2-135M" if os.environ.get("SMOLLM2") else "random weights")
-        engines = [("fp32 head, 512 sequences", True, 512, True), ("bf16 head, 128 sequences", False, 128, False)]
-        for name, head, sequences_at_once, sleeps in engines[: int(os.environ.get("ENGINES") or 1)]:
+        real = os.environ.get("SMOLLM2")
+        report.figure("model", "SmolLM2-135M" if real else "random weights")
+        for name, head, sequences_at_once, sleeps, tied in ENGINES[: int(os.environ.get("ENGINES") or 1)]:
+            path = real or make_model(folder, tied=tied)
             command = [
                 sys.executable,
                 "-m",

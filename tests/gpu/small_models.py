@@ -30,6 +30,7 @@ def random_model(
     head_dim: int = 128,
     vocabulary: int = 8192,
     seed: int = 0,
+    tied: bool = True,
 ) -> PreTrainedModel:
     """A Qwen3 in fp32 on the GPU whose log-probs differ from token to token by some nats."""
     config = Qwen3Config(
@@ -41,7 +42,7 @@ def random_model(
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         max_position_embeddings=8192,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=1,
         pad_token_id=0,
