@@ -61,7 +61,14 @@ def make_model(folder: Path, tied: bool) -> torch.nn.Module:
 class Stack:
     """One engine and the policy whose weights it gets."""
 
-    def __init__(self, folder: Path, tied: bool, logprobs_mode: str = "raw_logprobs") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tied: bool,
+        logprobs_mode: str = "raw_logprobs",
+        dtype: str = "fp32",
+        fp32_head: bool = True,
+    ) -> None:
         from transformers import AutoTokenizer
 
         from real_openrlhf.actors.rollout_engine import RolloutEngine
@@ -70,10 +77,11 @@ class Stack:
         self.bound = bind_scale(ScoreScale.parse("1-5"), AutoTokenizer.from_pretrained(folder), [ANCHOR])
         self.spec = EngineSpec(
             model=str(folder),
-            device=Device.resolve("cpu"),
+            device=Device.resolve("cpu", dtype),
             bound=self.bound,
             max_model_len=MAX_LEN,
             logprobs_mode=logprobs_mode,
+            fp32_head=fp32_head,
         )
         self.loop = asyncio.new_event_loop()
         self.engine = RolloutEngine(self.spec)
@@ -112,10 +120,11 @@ class Stack:
         assert ranks == [1]
 
     def sync(self, version: int, rename: tuple[str, str] | None = None, drop: str | None = None) -> int:
-        tensors = {n: p for n, p in self.model.named_parameters() if n != drop}
+        device = self.spec.device
+        tensors = {n: p.detach().to(device.torch_dtype) for n, p in self.model.named_parameters() if n != drop}
         if rename:
             tensors = {rename[1] if n == rename[0] else n: p for n, p in tensors.items()}
-        plan = make_plan([(n, p.shape, "float32") for n, p in tensors.items()], bucket_bytes=BUCKET_BYTES)
+        plan = make_plan([(n, p.shape, device.vllm_dtype) for n, p in tensors.items()], bucket_bytes=BUCKET_BYTES)
         assert len(plan) > 3
 
         def sender():
