@@ -204,6 +204,7 @@ def lora_of(config: Config) -> Lora | None:
 
 def evaluator_spec(inputs: Inputs) -> EvaluatorSpec:
     from real_openrlhf.actors.evaluator import EvaluatorSpec
+    from real_openrlhf.evals.objective import RewardSettings
 
     config = inputs.config
     return EvaluatorSpec(
@@ -211,6 +212,12 @@ def evaluator_spec(inputs: Inputs) -> EvaluatorSpec:
         reader=ScoreReader.build(inputs.bound, inputs.tokenizer, inputs.end_ids),
         sampling=evaluation_sampling(config),
         renormalise=config.real.renormalise,
+        reward=RewardSettings(
+            lam=config.real.lam,
+            answer_reward=config.real.answer_reward,
+            invalid_penalty=config.real.invalid_penalty,
+            renormalise=config.real.renormalise,
+        ),
         output_dir=config.ckpt.output_dir,
         force=config.eval.force_anchor,
         n_samples=config.logger.samples,

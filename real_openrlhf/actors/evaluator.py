@@ -17,8 +17,9 @@ from real_openrlhf.algo.score_scale import decode
 from real_openrlhf.algo.types import Group
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.evals.benchmarks import Benchmark
+from real_openrlhf.evals.objective import RewardSettings, mean_reward
 from real_openrlhf.evals.predictions import Prediction
-from real_openrlhf.evals.results import Settings, average_metrics, flat_metrics
+from real_openrlhf.evals.results import REWARD, Settings, average_metrics, flat_metrics
 from real_openrlhf.judge.predict import predict
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class Generator(Protocol):
 class EvaluatorSpec:
     """
     benchmarks   one or several; see `evaluate` for the names of their metrics
+    reward       of the run's objective, whose mean over the held-out prompts is a metric too
     force        continue a response without a score once behind a forced anchor
     output_dir   predictions go to <output_dir>/eval/step_<version>.jsonl
     n_samples    judgements per benchmark that come back to be read
@@ -42,6 +44,7 @@ class EvaluatorSpec:
     reader: ScoreReader
     sampling: Sampling
     renormalise: bool
+    reward: RewardSettings
     output_dir: str
     force: bool = False
     n_samples: int = 4
@@ -78,7 +81,10 @@ class EvaluatorActor:
             )
             for b in spec.benchmarks
         }
-        tables = {name: flat_metrics(rows, settings) for name, rows in judged.items()}
+        tables = {
+            name: {**flat_metrics(rows, settings), REWARD: mean_reward(rows, settings.scale, spec.reward)}
+            for name, rows in judged.items()
+        }
         metrics = average_metrics(list(tables.values()))
         if len(tables) > 1:
             metrics |= {f"{name}/{key}": value for name, table in tables.items() for key, value in table.items()}

@@ -38,6 +38,8 @@ READINGS = {"expected": "RAIL", "decoded": "Standard"}
 CORRELATIONS = ("pearson", "spearman", "kendall")
 SCORE_METRICS = (*METRICS, "accuracy", "ece")
 RATES = ("invalid_rate", "forced_rate", "undecoded_rate")
+# Of a training run's evaluations alone: the mean reward, see `objective.mean_reward`.
+REWARD = "reward"
 AVERAGE = "average"
 
 Column = tuple[list["float | None"], list[float]]
@@ -167,9 +169,10 @@ def average_metrics(tables: Sequence[dict[str, float | None]]) -> dict[str, floa
 
 
 def metric_names(benchmarks: Sequence[str]) -> list[str]:
-    """Names of a training run's evaluation metrics: those of `flat_metrics`, and with several benchmarks also each
-    one's own behind "<benchmark>/"."""
+    """Names of a training run's evaluation metrics: those of `flat_metrics`, the objective, and with several benchmarks
+    also each one's own after "<benchmark>/"."""
     names = [*(f"{reading}/{metric}" for reading in READINGS for metric in (*SCORE_METRICS, "n")), *RATES, "mass", "n"]
+    names.append(REWARD)
     prefixes = [f"{benchmark}/" for benchmark in benchmarks] if len(benchmarks) > 1 else []
     return [prefix + name for prefix in ["", *prefixes] for name in names]
 

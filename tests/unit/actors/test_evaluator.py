@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,12 +20,14 @@ from real_openrlhf.algo.types import Group, Rollout
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.evals.benchmarks import Benchmark
 from real_openrlhf.evals.metrics import judge_metrics
+from real_openrlhf.evals.objective import RewardSettings
 from real_openrlhf.evals.results import metric_names
 from tests.helpers.algo_factory import make_rollout, merged_tokenizer, reader_of
 from tests.helpers.tokenizers import word_tokenizer
 
 TOKENIZER = merged_tokenizer()
 READER = reader_of(TOKENIZER, "1-3")
+REWARD_SETTINGS = RewardSettings(lam=1.0, answer_reward="logprob", invalid_penalty=0.0, renormalise=False)
 SAMPLING = Sampling(n=2, temperature=1.0, top_p=1.0, max_new_tokens=4, seed=3)
 
 
@@ -74,6 +77,7 @@ def actor(folder: Path, generator: Generator | None = None, **changes: Any) -> E
         reader=READER,
         sampling=SAMPLING,
         renormalise=False,
+        reward=REWARD_SETTINGS,
         output_dir=str(folder),
         n_samples=2,
     )
@@ -121,6 +125,25 @@ def test_metrics_are_those_of_the_rows(tmp_path: Path) -> None:
     assert report.metrics["expected/mae"] == pytest.approx((0.25 + 0.5 + 0.5) / 3)
     assert report.version == 4 and report.samples == written(tmp_path)[:2]
     assert evaluator.history == {4: report.metrics}
+
+
+def test_the_objective_on_held_out_prompts(tmp_path: Path) -> None:
+    """-(E - y)^2 + lambda log p(y) by hand; what cannot be read gets the floor, as in training."""
+    tiny, quarter, floor = math.log(torch.finfo(torch.float32).tiny), math.log(0.25), math.log(1e-6)
+    rewards = [
+        (-(0.25**2) + quarter, -(0.75**2) + quarter),
+        (-(2.0**2) + floor, -(0.5**2) + quarter),
+        (-(3.0**2) + floor, -(3.0**2) + floor),
+        # Label 2.5 lies between two scores; the first has probability 0 of one of them, the second of the other.
+        (-(1.5**2) + (math.log(0.5) + tiny) / 2, -(0.5**2) + tiny / 2),
+    ]
+    want = sum(sum(pair) / 2 for pair in rewards) / 4
+    assert actor(tmp_path).evaluate(4).metrics["reward"] == pytest.approx(want, rel=1e-6)
+    # Other settings: the answer's probability, half as much, and a penalty.
+    settings = RewardSettings(lam=0.5, answer_reward="prob", invalid_penalty=7.0, renormalise=False)
+    only = {"benchmarks": (benchmark("flask", LABELS[1:2]),), "reward": settings}
+    got = actor(tmp_path / "more", Generator(ROLLOUTS[1:2]), **only).evaluate(4).metrics["reward"]
+    assert got == pytest.approx((-(2.0**2) - 7.0 + 0.5e-6 - 0.5**2 + 0.5 * 0.25) / 2, rel=1e-6)
 
 
 def test_nothing_readable_gives_none_and_no_guess(tmp_path: Path) -> None:

@@ -1,0 +1,56 @@
+"""The objective on held-out prompts: the mean of the reward that training maximises."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from real_openrlhf.algo.rewards import AnswerReward, real_rewards
+from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.algo.types import GroupScores
+from real_openrlhf.evals.predictions import Prediction
+
+# Log-probs come as float32; a probability below its smallest normal number has become 0 on the way.
+SMALLEST = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSettings:
+    """What of a run's flags its reward depends on; see `RealObjective`."""
+
+    lam: float
+    answer_reward: AnswerReward
+    invalid_penalty: float
+    renormalise: bool
+
+
+def mean_reward(predictions: Sequence[Prediction], scale: ScoreScale, settings: RewardSettings) -> float | None:
+    """Mean of r = -(E - y)^2 + lambda log p(y) (paper, Eq. 5) over all generations, prompts counting alike.
+
+    A generation without a score counts with the floor that it gets in training. None without predictions.
+    """
+    rewards = [_of_prompt(prediction, scale, settings) for prediction in predictions]
+    return sum(rewards) / len(rewards) if rewards else None
+
+
+def _of_prompt(prediction: Prediction, scale: ScoreScale, settings: RewardSettings) -> float:
+    distributions = [
+        None if s.distribution is None or None in s.distribution else s.distribution for s in prediction.samples
+    ]
+    nothing = (1.0,) * len(scale)  # not looked at
+    probs = torch.tensor([d or nothing for d in distributions], dtype=torch.float64)
+    parts = real_rewards(
+        GroupScores(
+            values=scale.tensor(),
+            label_logprobs=probs.clamp(min=SMALLEST).log(),
+            readable=torch.tensor([d is not None for d in distributions]),
+            sampled=torch.full((len(distributions),), -1),
+            target=scale.target(prediction.label),
+        ),
+        answer=settings.answer_reward,
+        invalid_penalty=settings.invalid_penalty,
+        renormalise=settings.renormalise,
+    )
+    return float((parts.regression + settings.lam * parts.answer).mean())
