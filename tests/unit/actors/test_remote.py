@@ -280,7 +280,7 @@ def test_ranks_start_while_engines_do_and_build_once_those_sleep(cluster: Cluste
     asleep = rollouts.fall_asleep()
     assert len(asleep) == 2 and rollout_group()(1).fall_asleep() == []
     spec: Any = replace(Spec(), args=SimpleNamespace(ds=SimpleNamespace(enable_sleep=False, adam_offload=False)))
-    place: dict[str, Any] = dict(n_ranks=2, group=None, device=CUDA, env={})
+    place: dict[str, Any] = dict(n_ranks=2, group=bundles(2), device=CUDA, env={})
     RayPolicyGroup(spec, **place, after=asleep)
     # Ray calls `build` when these have resolved.
     assert [rank.after for rank in cluster.ranks] == [tuple(asleep)] * 2
