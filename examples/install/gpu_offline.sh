@@ -10,10 +10,11 @@
 #   bash PARTS/N/unpack.sh && . /tmp/site/env.sh   # SITE=... for another folder
 #   bash tests/gpu.sh
 #
-#   PARTS=.gpu          where the parts go (an ignored folder)
+#   PARTS=.gpu          where the parts go: an ignored folder that holds nothing else
 #   PART_MB=58          largest part
 #   PYTHON_VERSION=3.12 of the other machine
 #   TRIM=1              keeps only the kernels of sm_90 (H100, H200) in vLLM's files; 0: all of them, several times larger
+#   CARRY="runs/model"  files and folders of the checkout that git ignores, such as a model, as further parts
 #   WORK=/tmp/gpu-kit   downloads and archives, reused by the next call
 #
 # Part 1 holds Ray, DeepSpeed, OpenRLHF, transformers, Liger and the policy's side of vLLM, part 2 the rest of vLLM.
@@ -40,6 +41,10 @@ say() { echo "gpu_offline [${SECONDS} s]: $*"; }
 [ -x "$py" ] || fail "no $venv: run examples/install/cpu.sh first; the parts have its versions"
 case $part_mb in '' | *[!0-9]* | 0) fail "PART_MB is a number of megabytes, got '$part_mb'" ;; esac
 case $trim in 0 | 1) ;; *) fail "TRIM is 0 or 1, got '$trim'" ;; esac
+for name in ${CARRY:-}; do
+  case $name in /* | *..*) fail "CARRY names paths inside the checkout, got '$name'" ;; esac
+  [ -e "$name" ] || fail "CARRY: there is no $root/$name"
+done
 case $python_version in 3.1[0-9]) ;; *) fail "PYTHON_VERSION is a version such as 3.12, got '$python_version'" ;; esac
 limit=$((part_mb * 1024 * 1024))
 site=$work/site
@@ -130,7 +135,7 @@ compress() {
 }
 
 "$py" -m pip list --format=freeze 2>/dev/null >"$work/freeze"
-stamp=$({ cat "$root/examples/install/gpu_offline.sh" "$here"/* "$work/freeze"; echo "$trim $python_version"; } | sha256sum)
+stamp=$({ cat "$root/examples/install/gpu_offline.sh" "$here/trim.py" "$work/freeze"; echo "$trim $python_version"; } | sha256sum)
 if [ "$(cat "$work/stamp" 2>/dev/null)" != "$stamp" ]; then
   rm -rf "$work/pack" "$site" "$work/stamp"
   mkdir -p "$work/pack/1" "$work/pack/2" "$site/1" "$site/2"
@@ -140,34 +145,14 @@ if [ "$(cat "$work/stamp" 2>/dev/null)" != "$stamp" ]; then
   echo "$stamp" >"$work/stamp"
 fi
 
-rm -rf "$parts"
-mkdir -p "$parts"
-part=0
-used=$limit
-place() { # file, first of a layer?
-  local size
-  size=$(stat -c %s "$1")
-  if [ "${2:-}" = new ] || [ $((used + size)) -gt $limit ]; then
-    part=$((part + 1)) used=0
-    mkdir -p "$parts/$part"
-    cp "$here/unpack.sh" "$parts/$part/"
-  fi
-  cp "$1" "$parts/$part/$(basename "$(dirname "$1")")-$(basename "$1")"
-  used=$((used + size))
-}
-for layer in 1 2; do
-  first=new
-  for file in "$work/pack/$layer"/*.tar.xz; do
-    if [ "$(stat -c %s "$file")" -gt $limit ]; then
-      rm -rf "$work/split" && mkdir -p "$work/split/$layer"
-      split -b $limit -d "$file" "$work/split/$layer/$(basename "$file")."
-      for piece in "$work/split/$layer"/*; do place "$piece" $first; first=; done
-    else
-      place "$file" $first; first=
-    fi
-  done
-done
-say "$part parts in $parts; carry each over with the checkout and run there, in this order:"
-for n in $(seq 1 $part); do
-  echo "  bash $parts/$n/unpack.sh && . /tmp/site/env.sh   # $(du -sm "$parts/$n" | cut -f1) MB"
-done
+folders=("$work/pack/1" "$work/pack/2")
+if [ -n "${CARRY:-}" ]; then
+  rm -rf "$work/pack/carry"
+  mkdir -p "$work/pack/carry"
+  # Weights compress badly: the quickest setting, on all cores.
+  # shellcheck disable=SC2086
+  tar --owner=0 --group=0 -cf - $CARRY | xz -T0 -1 >"$work/pack/carry/files.tar.xz"
+  folders+=("$work/pack/carry")
+fi
+say "dividing"
+bash "$here/divide.sh" "$parts" $limit "${folders[@]}"

@@ -3,8 +3,9 @@
     python examples/quickstart/repeat.py --seeds 0 1 2 --repeats 3 --output_dir runs/repeat --flags --real.beta 1
     python examples/quickstart/repeat.py --table runs/repeat/results.json
 
-Every seed has its own data, model and warm-up, made once; its repeats start from there with the same flags and differ in
-what the engine happened to sample. results.json is written after every run, and a second call leaves out what is in it.
+Every seed has its own data, model and warm-up, made once; its repeats start from there with the same flags and differ
+in what the engine happened to sample. results.json is written after every run, and a second call leaves out what is in
+it.
 """
 
 from __future__ import annotations

@@ -1,43 +1,83 @@
 #!/usr/bin/env bash
-# On the machine without a network, in the checkout: unpacks what lies beside this file into SITE (default /tmp/site) and
-# writes SITE/env.sh, which is to be sourced in the checkout. Nothing is installed into the machine's Python.
+# On the machine without a network, in the checkout: unpacks what lies beside this file into SITE (default /tmp/site; what
+# CARRY named goes into the checkout) and writes SITE/env.sh, which is to be sourced in the checkout. Nothing is installed
+# into the machine's Python (PYTHON, default python3).
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-site=${SITE:-/tmp/site}
+python=${PYTHON:-python3}
+site=$(realpath -m "${SITE:-/tmp/site}")
 pieces=$site.pieces
 mkdir -p "$site" "$pieces"
 SECONDS=0
-for piece in "$here"/*.tar.xz.[0-9][0-9]; do # pieces of a large archive: kept until all are here
-  if [ -e "$piece" ]; then mv "$piece" "$pieces/"; fi
-done
-for first in "$pieces"/*.tar.xz.00; do
-  if [ -e "$first" ]; then
-    # A cut archive that is not whole yet fails; the next call tries again.
-    cat "${first%.00}".?? | python3 -c "
-import sys, tarfile
-tarfile.open(fileobj=sys.stdin.buffer, mode='r|xz').extractall('$site', filter='fully_trusted')" 2>/dev/null &&
-      rm "${first%.00}".?? || true
-  fi
-done
-python3 - "$here" "$site" <<'PY'
-import sys, tarfile
+# Pieces that an earlier call took are not here any more.
+(cd "$here" && sha256sum --check --quiet --ignore-missing SHA256SUMS) || {
+  [ "$(find "$here" -name '*.tar.xz*' ! -name '*.last' | wc -l)" = 0 ] ||
+    { echo "unpack: files of $here did not arrive whole; carry this part over again" >&2; exit 1; }
+}
+find "$here" -maxdepth 1 -name '*.tar.xz.*' -exec mv -t "$pieces" {} +
+
+"$python" - "$here" "$pieces" "$site" <<'PY'
+import re, sys, tarfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-def unpack(archive):
-    with tarfile.open(archive, "r:xz") as tar:
-        tar.extractall(sys.argv[2], filter="fully_trusted")
-    return archive.name
+here, pieces, site = map(Path, sys.argv[1:])
+
+
+class Joined:
+    """Files, read one after the other."""
+
+    def __init__(self, paths):
+        self.paths, self.file = list(paths), None
+
+    def read(self, n=-1):
+        while True:
+            if self.file is None:
+                if not self.paths:
+                    return b""
+                self.file = self.paths.pop(0).open("rb")
+            if data := self.file.read(n):
+                return data
+            self.file.close()
+            self.file = None
+
+
+def unpack(name, paths):
+    target = Path.cwd() if name.startswith("carry-") else site
+    with tarfile.open(fileobj=Joined(paths), mode="r|xz") as tar:
+        tar.extractall(target, filter="fully_trusted")
+    return name
+
+
+def whole():
+    """Archives that are here with all their pieces."""
+    for path in sorted(here.glob("*.tar.xz")):
+        yield path.name, [path]
+    for last in sorted(pieces.glob("*.last")):
+        name = last.name.removesuffix(".last")
+        found = sorted(p for p in pieces.glob(f"{name}.*") if re.fullmatch(r"\d+", p.name.rpartition(".")[2]))
+        # The last piece came with `.last`, so it is among them; parts may come in any order.
+        if [int(p.name.rpartition(".")[2]) for p in found] == list(range(len(found))):
+            yield name, found
+
 
 if __name__ == "__main__":
+    archives = dict(whole())
     with ProcessPoolExecutor() as pool:
-        print("unpacked:", ", ".join(pool.map(unpack, sorted(Path(sys.argv[1]).glob("*.tar.xz")))))
+        print("unpacked:", ", ".join(pool.map(unpack, archives, archives.values())) or "nothing yet")
+    for name, paths in archives.items():
+        if paths[0].parent == pieces:
+            for path in [*paths, pieces / f"{name}.last"]:
+                path.unlink()
 PY
+unpacked=$SECONDS
+# Otherwise every process that imports vLLM compiles its modules, where PYTHONDONTWRITEBYTECODE is set; -j 0: all cores.
+"$python" -W ignore -m compileall -q -j 0 "$site" >"$site.compile.log" || echo "unpack: not all of it compiles; see $site.compile.log"
 cat >"$site/env.sh" <<ENV
 export PYTHONPATH=$site:\$PWD\${PYTHONPATH:+:\$PYTHONPATH} PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1 RAY_USAGE_STATS_ENABLED=0 WANDB_MODE=disabled
 # Not packed, or compiled at start otherwise.
 export VLLM_USE_FLASHINFER_SAMPLER=0 VLLM_USE_DEEP_GEMM=0
 ENV
-left=$(find "$pieces" -type f | wc -l)
-echo "unpack: $SECONDS s, $(du -sm "$site" | cut -f1) MB in $site$([ "$left" = 0 ] || echo ", $left pieces wait for the next part")"
+left=$(find "$pieces" -type f ! -name '*.last' | wc -l)
+echo "unpack: $unpacked s, compiling $((SECONDS - unpacked)) s, $(du -sm "$site" | cut -f1) MB in $site$([ "$left" = 0 ] || echo ", $left pieces wait for another part")"
