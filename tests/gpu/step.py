@@ -122,7 +122,10 @@ def check(report: Report) -> None:
     except Exception as error:  # an optional package, whose failure is an answer too
         report.figure("1.7b with liger", f"{type(error).__name__}: {error}")
     measure(report, "1.7b, checkpointing", sizes, case, checkpointing=True, kernels=False)
-    report.expect(report.figures["1.7b: MFU, of the best matrix rate"] >= 0.4, "below the aim of 40%; see the profile")
+    # Runs take Liger's layers where they can be had.
+    share = report.figures.get("1.7b with liger: MFU, of the best matrix rate")
+    share = share or report.figures["1.7b: MFU, of the best matrix rate"]
+    report.expect(share >= 0.4, "below the aim of 40%; install liger-kernel if it is not there, else see the profile")
 
 
 if __name__ == "__main__":
