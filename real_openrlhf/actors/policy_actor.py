@@ -50,6 +50,7 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
         torch.set_num_threads(spec.device.trainer_threads(spec.ranks_per_node))
         strategy = PolicyStrategy(args, spec.device)
         self._setup_distributed(strategy)
+        spec.device.check_card()
         model = PolicyModel(
             spec.path,
             device=spec.device,

@@ -55,6 +55,7 @@ class ReferenceActor(_OpenRLHFReferenceActor):  # type: ignore[misc, valid-type]
         torch.set_num_threads(spec.device.trainer_threads(spec.ranks_per_node))
         strategy = PolicyStrategy(spec.args, spec.device)
         self._setup_distributed(strategy)
+        spec.device.check_card()
         # On a CPU its weights are in CPU memory anyway.
         offload = spec.args.ref.offload and spec.device.is_cuda
         model = PolicyModel(
