@@ -42,7 +42,7 @@ say "REAL"
   --rollout.batch_size 16 --rollout.n_samples_per_prompt 8 --rollout.max_new_tokens 32 \
   --train.micro_batch_size 32 --train.max_steps 50 --train.seed "$seed" \
   --actor.adam.lr 2e-4 \
-  --real.preset paper --real.beta 0.01 --real.scale 1-5 --real.anchor "score " --real.keep_groups all \
+  --real.preset exact --real.scale 1-5 --real.anchor "score " --real.keep_groups all \
   --eval.dataset "$out/data/test.jsonl" --eval.steps 25 \
   --ckpt.output_dir "$out/real" \
   --real.device cpu

@@ -1,4 +1,9 @@
-"""Named settings: `paper` is what the paper says, `reference` what its authors' scripts do.
+"""Named settings: `paper` is what the paper says, `reference` what its authors' scripts do, `exact` the gradient.
+
+`exact` is `paper` with beta = 1: both terms have the weight that the product rule gives them. Under the paper's
+beta = 0.01 nothing but a hundredth of Term 2 holds the score distribution while Term 1 moves the network below it; with
+a learning rate that is large for the model, mass leaks off the scale and the reward falls
+(examples/quickstart/README.md).
 
 A preset lies between the defaults and everything that a user gives, and the run records which one
 it used and what was overridden. Beta and the aggregation of Term 1 belong together: under a token
@@ -64,3 +69,4 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval.top_p": 0.9,
     },
 }
+PRESETS["exact"] = {**PRESETS["paper"], "real.beta": 1.0}

@@ -19,7 +19,7 @@ from real_openrlhf.config.flags import ConfigError, Section, flag
 
 __all__ = ["Config", "ConfigError"]
 
-PresetName = Literal["paper", "reference"]
+PresetName = Literal["paper", "reference", "exact"]
 # Schedulers of transformers that need no further arguments.
 SCHEDULERS = (
     "constant",

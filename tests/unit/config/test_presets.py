@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.convert import coerce, flags_by_name, get_value
 from real_openrlhf.config.plan import batch_plan, resolve_ratio
@@ -46,8 +48,15 @@ def test_presets_equal_the_published_table() -> None:
         assert config.real.preset == name and config.overridden == ()
 
 
+def test_the_exact_gradient_is_the_papers_with_both_terms_at_their_own_weight() -> None:
+    exact, paper = parse_args(["--real.preset", "exact"]), parse_args([])
+    assert (exact.real.beta, exact.overridden) == (1.0, ())
+    assert replace(exact.real, beta=0.01, preset="paper") == paper.real
+    assert replace(exact, real=paper.real) == paper
+
+
 def test_presets_set_the_same_flags_with_values_of_the_right_type() -> None:
-    assert PRESETS["paper"].keys() == PRESETS["reference"].keys()
+    assert PRESETS["paper"].keys() == PRESETS["reference"].keys() == PRESETS["exact"].keys()
     for preset in PRESETS.values():
         for name, value in preset.items():
             assert coerce(flags_by_name()[name], value) == value
