@@ -106,6 +106,40 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Every run's held-out correlation and objective against the step, a colour per seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), constrained_layout=True)
+    seeds = sorted({row["seed"] for row in results["runs"]})
+    for panel, name, label in zip(
+        panels,
+        ("expected/pearson", "reward"),
+        ("Pearson of E[score] and label", "mean reward, the objective"),
+        strict=True,
+    ):
+        for row in results["runs"]:
+            steps = [e["step"] for e in row["evaluations"]]
+            first = row["repeat"] == 0
+            panel.plot(
+                steps,
+                [e[name] for e in row["evaluations"]],
+                color=f"C{seeds.index(row['seed'])}",
+                marker="o",
+                alpha=0.7,
+                label=f"seed {row['seed']}" if first else None,
+            )
+        panel.set_xlabel("REAL step")
+        panel.set_ylabel(f"{label}, held out")
+        panel.grid(alpha=0.3)
+    panels[0].legend()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -115,11 +149,13 @@ def main() -> None:
         "--name", default="results", help="of the JSON in --output_dir; cells of another name run again"
     )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--table", type=Path, help="print the table of this JSON and run nothing")
+    parser.add_argument("--table", type=Path, help="print the table of this JSON, draw its plot, and run nothing")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="flags of train_real; all that follows")
     args = parser.parse_args()
     if args.table is not None:
-        print(table(json.loads(args.table.read_text(encoding="utf-8"))))
+        results = json.loads(args.table.read_text(encoding="utf-8"))
+        print(table(results))
+        plot(results, args.table.with_suffix(".png"))
         return
     path = args.output_dir / f"{args.name}.json"
     words = [f"--seeds {' '.join(map(str, args.seeds))} --repeats {args.repeats}", *args.flags]
@@ -144,6 +180,7 @@ def main() -> None:
             first, last = found["evaluations"][0], found["evaluations"][-1]
             print(f"seed {seed}, repeat {repeat + 1}: {first} -> {last}, {found['seconds']} s", flush=True)
     print(table(results))
+    plot(results, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
