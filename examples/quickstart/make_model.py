@@ -1,6 +1,6 @@
-"""A tiny Qwen3 model with random weights and a word-level tokenizer, for the quickstart.
+"""A tiny Qwen3 model with random weights and a word-level tokenizer, for the synthetic tasks.
 
-python examples/quickstart/make_model.py --output_dir runs/quickstart/init --seed 0
+python examples/quickstart/make_model.py --words runs/quickstart/data/words.txt --output_dir runs/quickstart/init
 """
 
 from __future__ import annotations
@@ -10,11 +10,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from task import vocabulary
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
+
+
+def read_words(path: Path) -> list[str]:
+    """One word a line. ValueError, naming --words, the file and the line, for what cannot be one token of its own."""
+    words: dict[str, int] = {}
+    if not path.is_file():
+        raise ValueError(f"--words {path}: there is no such file; task.py writes words.txt beside the data")
+    for number, word in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        where = f"--words {path}, line {number}"
+        if word.split() != [word]:
+            raise ValueError(f"{where}: {word!r} is not one word; every line holds one, without spaces")
+        if word in (PAD, EOS, UNK):
+            raise ValueError(f"{where}: {word} is the tokenizer's own; use another word")
+        if word in words:
+            raise ValueError(f"{where}: {word!r} stands in line {words[word]} already; every word comes once")
+        words[word] = number
+    if not words:
+        raise ValueError(f"--words {path}: the file is empty; every line holds one word")
+    return list(words)
 
 
 def make_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -53,12 +71,17 @@ def make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int, layers: int, hi
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write a tiny random model and its tokenizer.")
+    parser.add_argument("--words", type=Path, required=True, help="file with one word a line, as task.py writes it")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=128)
     args = parser.parse_args()
-    tokenizer = make_tokenizer(vocabulary())
+    try:
+        words = read_words(args.words)
+    except ValueError as error:
+        parser.error(str(error))
+    tokenizer = make_tokenizer(words)
     model = make_model(tokenizer, seed=args.seed, layers=args.layers, hidden=args.hidden)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -49,7 +49,9 @@ def warm_up(folder: Path, seed: int, device: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         run(folder / "task.log", str(HERE / "task.py"), "--output_dir", str(folder / "data"), "--seed", str(seed))
         run(
-            folder / "model.log", str(HERE / "make_model.py"), "--output_dir", str(folder / "init"), "--seed", str(seed)
+            folder / "model.log",
+            *(str(HERE / "make_model.py"), "--words", str(folder / "data/words.txt")),
+            *("--output_dir", str(folder / "init"), "--seed", str(seed)),
         )
         run(
             folder / "warmup.log",

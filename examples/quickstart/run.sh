@@ -23,7 +23,7 @@ say "data"
 "$python" examples/quickstart/task.py --output_dir "$out/data" --seed "$seed"
 
 say "a tiny model with random weights"
-"$python" examples/quickstart/make_model.py --output_dir "$out/init" --seed "$seed"
+"$python" examples/quickstart/make_model.py --words "$out/data/words.txt" --output_dir "$out/init" --seed "$seed"
 
 say "supervised warm-up"
 "$python" -m real_openrlhf.train_warmup \

@@ -15,19 +15,20 @@ So better feedback exists than most of the warm-up data shows, and RL can find i
 
     python examples/quickstart/task.py --output_dir runs/quickstart/data --seed 0
 
-writes train.jsonl, valid.jsonl and test.jsonl (prompt, label) and sft.jsonl (prompt, response).
-No prompt of one file occurs in another.
+writes train.jsonl, valid.jsonl and test.jsonl (prompt, label), sft.jsonl (prompt, response) and words.txt
+(the vocabulary, one word a line). No prompt of one file occurs in another.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import json
 import random
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from examples.quickstart.task_files import command_line
 
 FEATURES = ("detail", "humour", "warmth", "brevity", "jargon", "quotes", "rhyme", "slang")
 FLIP = "irony"
@@ -143,51 +144,25 @@ def vocabulary() -> list[str]:
     return [*LABELS, *WORDS, *FEATURES, FLIP, *TAGS, *(f"{i:+d}" for i in range(-reach, reach + 1))]
 
 
-def unique_items(rng: random.Random, config: TaskConfig) -> Iterator[Item]:
-    seen: set[Item] = set()
-    while True:
-        item = draw_item(rng, config)
-        if item not in seen:
-            seen.add(item)
-            yield item
+@dataclass(frozen=True)
+class Rubric:
+    """The task as task_files.Task."""
 
+    config: TaskConfig = TaskConfig()
+    anchor: str = ANCHOR
 
-def write_jsonl(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    def draw(self, rng: random.Random) -> Item:
+        return draw_item(rng, self.config)
 
+    def label(self, item: Item, rng: random.Random) -> int:
+        return label_of(item, rng, self.config)
 
-def write_task(output_dir: Path, *, seed: int, sizes: dict[str, int], careful_share: float, config: TaskConfig) -> None:
-    """train/valid/test.jsonl with labels and sft.jsonl with feedback; sizes: rows of each by name."""
-    if not 0.0 <= careful_share <= 1.0:
-        raise ValueError(f"--careful_share must lie in [0, 1], got {careful_share}")
-    rng = random.Random(seed)
-    items = unique_items(rng, config)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("test", "valid", "train"):
-        drawn = itertools.islice(items, sizes[name])
-        write_jsonl(
-            output_dir / f"{name}.jsonl", [{"prompt": i.prompt, "label": label_of(i, rng, config)} for i in drawn]
-        )
-    rows: list[dict[str, object]] = []
-    for item in itertools.islice(items, sizes["sft"]):
-        text = feedback(item, rng, config, careful=rng.random() < careful_share)
-        rows.append({"prompt": item.prompt, "response": f"{text} {ANCHOR}{label_of(item, rng, config)}"})
-    write_jsonl(output_dir / "sft.jsonl", rows)
+    def feedback(self, item: Item, rng: random.Random, *, careful: bool) -> str:
+        return feedback(item, rng, self.config, careful=careful)
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the quickstart's data.")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--n_train", type=int, default=4096)
-    parser.add_argument("--n_valid", type=int, default=512)
-    parser.add_argument("--n_test", type=int, default=1024)
-    parser.add_argument("--n_sft", type=int, default=60000)
-    parser.add_argument("--careful_share", type=float, default=0.3, help="share of careful feedback in sft.jsonl")
-    args = parser.parse_args()
-    sizes = {"train": args.n_train, "valid": args.n_valid, "test": args.n_test, "sft": args.n_sft}
-    write_task(args.output_dir, seed=args.seed, sizes=sizes, careful_share=args.careful_share, config=TaskConfig())
+    def words(self) -> list[str]:
+        return vocabulary()
 
 
 if __name__ == "__main__":
-    main()
+    command_line(Rubric(), "Write the quickstart's data.")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import re
+import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
+from examples.quickstart.task_files import write_files
 from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.algo.score_scale import ScoreScale, bind_scale
 
@@ -29,14 +31,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-task = load("task")
-report = load("report")
-
-
-@pytest.fixture
-def make_model(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.setitem(sys.modules, "task", task)
-    yield load("make_model")
+task, make_model, report = load("task"), load("make_model"), load("report")
 
 
 ITEM = task.Item(
@@ -100,7 +95,7 @@ def test_files_are_reproducible_and_share_no_prompt(tmp_path):
     sizes = {"train": 60, "valid": 20, "test": 30, "sft": 100}
 
     def written(name: str, seed: int) -> dict[str, list[dict]]:
-        task.write_task(tmp_path / name, seed=seed, sizes=sizes, careful_share=0.5, config=task.TaskConfig())
+        write_files(tmp_path / name, task.Rubric(), seed=seed, sizes=sizes, careful_share=0.5)
         files = {path.stem: path.read_text().splitlines() for path in (tmp_path / name).glob("*.jsonl")}
         return {stem: [json.loads(line) for line in lines] for stem, lines in files.items()}
 
@@ -113,6 +108,41 @@ def test_files_are_reproducible_and_share_no_prompt(tmp_path):
     assert {row["label"] for row in first["train"]} == {1, 2, 3, 4, 5}
     assert {row["response"].split()[-1] for row in first["sft"]} == set("12345")
     assert set(first["sft"][0]) == {"prompt", "response"}
+    written_words = make_model.read_words(tmp_path / "a" / "words.txt")
+    assert written_words == task.vocabulary()
+    texts = [row["prompt"] + " " + row.get("response", "") for rows in first.values() for row in rows]
+    assert {word for text in texts for word in text.split()} <= set(written_words)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a\nb c\n", "line 2: 'b c' is not one word"),
+        ("a\n\nb\n", "line 2: '' is not one word"),
+        ("a\nb\na\n", "line 3: 'a' stands in line 1 already"),
+        ("</s>\n", "line 1: </s> is the tokenizer's own"),
+        ("", "the file is empty"),
+        (None, "there is no such file"),
+    ],
+)
+def test_words_that_cannot_be_tokens_are_refused(tmp_path, text, message):
+    path = tmp_path / "words.txt"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(f"--words {path}") + ".*" + re.escape(message)):
+        make_model.read_words(path)
+
+
+def test_the_model_is_made_of_the_words_file(tmp_path):
+    (tmp_path / "words.txt").write_text("one\ntwo\n")
+    script = [sys.executable, str(FOLDER / "make_model.py"), "--output_dir", str(tmp_path / "init"), "--layers", "1"]
+    subprocess.run([*script, "--words", str(tmp_path / "words.txt")], check=True, capture_output=True)
+    # Padding, end and unknown come first.
+    vocabulary = json.loads((tmp_path / "init/tokenizer.json").read_text())["model"]["vocab"]
+    assert vocabulary == {"<pad>": 0, "</s>": 1, "<unk>": 2, "one": 3, "two": 4}
+    assert json.loads((tmp_path / "init/config.json").read_text())["vocab_size"] == 5
+    failed = subprocess.run([*script, "--words", str(tmp_path / "none.txt")], capture_output=True, text=True)
+    assert failed.returncode == 2 and "none.txt: there is no such file" in failed.stderr
 
 
 @pytest.mark.parametrize("kwargs", [{"min_lines": 2}, {"max_lines": 9}, {"min_lines": 6, "max_lines": 5}])
@@ -121,7 +151,7 @@ def test_impossible_sizes_are_refused(kwargs):
         task.TaskConfig(**kwargs)
 
 
-def test_the_tokenizer_knows_every_word_and_the_score_is_found(make_model):
+def test_the_tokenizer_knows_every_word_and_the_score_is_found():
     tokenizer = make_model.make_tokenizer(task.vocabulary())
     assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}) == 3
     rng, config = random.Random(0), task.TaskConfig()
@@ -139,7 +169,7 @@ def test_the_tokenizer_knows_every_word_and_the_score_is_found(make_model):
         assert task.LABELS[reading.label_index] == text[-1]
 
 
-def test_the_model_suits_the_engine_and_its_seed(make_model):
+def test_the_model_suits_the_engine_and_its_seed():
     tokenizer = make_model.make_tokenizer(task.vocabulary())
     first, second = (make_model.make_model(tokenizer, seed=3, layers=1, hidden=64) for _ in range(2))
     assert first.config.head_dim == 32 and first.config.vocab_size == len(tokenizer)
