@@ -181,6 +181,7 @@ def policy_spec(inputs: Inputs, plan: BatchPlan, device: Device) -> PolicySpec:
         options=loss_options(config),
         trains_score_token=make_objective(config, device).trains_score_token,
         term_grad_norm_steps=config.logger.term_grad_norm_steps,
+        norms_at_parameters=config.logger.term_grad_norm_at == "parameters",
         max_steps=max(1, plan.total_updates),
         bucket_bytes=config.sync.bucket_mb * 2**20,
         logits_mb=config.real.logits_mb,

@@ -81,6 +81,7 @@ def policy_spec(model: str, device: Device, bucket_mb: int) -> PolicySpec:
         options=LossOptions(),
         trains_score_token=False,
         term_grad_norm_steps=0,
+        norms_at_parameters=False,
         max_steps=1,
         bucket_bytes=bucket_mb * 2**20,
         logits_mb=64,

@@ -85,6 +85,7 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
             options=spec.options,
             trains_score_token=spec.trains_score_token,
             term_grad_norm_steps=spec.term_grad_norm_steps,
+            norms_at_parameters=spec.norms_at_parameters,
         )
         self.weight_version = 0
         self.n_reference_forwards = 0

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
+from deepspeed import DeepSpeedEngine
 from openrlhf.models import Actor
 from openrlhf.models.actor import _patch_zero3_weight_mapping
 from torch import Tensor, nn
@@ -99,6 +100,16 @@ class PolicyModel(Actor):
             entropy_grad=entropy_grad,
             moments=moments,
         )
+
+    @contextmanager
+    def without_deepspeed(self) -> Iterator[None]:
+        """Forward passes of the network itself: DeepSpeed's engine neither sees them nor their backward passes."""
+        engine = cast(Any, self).model  # the base class has no annotations
+        self.model = engine.module if isinstance(engine, DeepSpeedEngine) else engine
+        try:
+            yield
+        finally:
+            self.model = engine
 
     @torch.no_grad()
     def check_packed_rows(self, text: Sequence[int] = ()) -> float:

@@ -42,6 +42,7 @@ class PolicySpec:
     options: LossOptions
     trains_score_token: bool
     term_grad_norm_steps: int
+    norms_at_parameters: bool
     max_steps: int
     bucket_bytes: int
     logits_mb: int | None

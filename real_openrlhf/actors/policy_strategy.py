@@ -111,6 +111,11 @@ class PolicyStrategy(DeepspeedStrategy):
         dist.all_reduce(packed)
         return dict(zip(names, packed.tolist()))
 
+    def add_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Its sum over all ranks, in place."""
+        dist.all_reduce(tensor)
+        return tensor
+
     def max_over_ranks(self, value: float) -> float:
         packed = torch.tensor([value], dtype=torch.float64, device=self.device.current())
         dist.all_reduce(packed, op=dist.ReduceOp.MAX)

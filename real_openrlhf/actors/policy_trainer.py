@@ -17,7 +17,7 @@ from openrlhf.trainer.ray.ppo_actor import ActorPPOTrainer
 
 from real_openrlhf.actors.policy_model import PolicyModel, PolicyOutputs
 from real_openrlhf.actors.policy_strategy import PolicyStrategy, equal_micro_batches
-from real_openrlhf.actors.term_norms import term_norms
+from real_openrlhf.actors.term_norms import ParameterNorms, term_norms
 from real_openrlhf.algo.batch import RealBatch, Row, collate, denominators_of, rows_of
 from real_openrlhf.algo.loss import LossOptions, policy_loss
 from real_openrlhf.algo.types import Denominators, LossInputs, TrainGroup
@@ -46,6 +46,7 @@ class RealTrainer(ActorPPOTrainer):
         options: LossOptions,
         trains_score_token: bool,
         term_grad_norm_steps: int,
+        norms_at_parameters: bool = False,
     ) -> None:
         # ActorPPOTrainer.__init__ builds a replay buffer, PolicyLoss and a CUDA weight-sync group;
         # none of them is used here, so only its attributes are set.
@@ -59,6 +60,7 @@ class RealTrainer(ActorPPOTrainer):
         self.options = options
         self.trains_score_token = trains_score_token
         self.term_grad_norm_steps = term_grad_norm_steps
+        self.norms_at_parameters = norms_at_parameters
         self.n_calls = 0
         self.n_updates = 0
         self.n_forwards = 0
@@ -95,10 +97,14 @@ class RealTrainer(ActorPPOTrainer):
         denominators = self._global(denominators_of(rows, trains_score_token=self.trains_score_token))
         sums: dict[str, float] = {}
         largest = 0.0
+        norms = ParameterNorms(self.actor.parameters()) if with_norms and self.norms_at_parameters else None
         parts = equal_micro_batches(rows, self.strategy)
         for number, part in enumerate(parts, start=1):
             batch = collate(part).to(self.strategy.device.current())
             self.strategy.mark_boundary(self.actor, last=number == len(parts))
+            if norms is not None:
+                with self.actor.without_deepspeed():
+                    norms.add(self._terms(batch, denominators))
             got = self.training_step(batch, denominators, with_norms=with_norms)
             largest = max(largest, got.pop("logprob_difference_max", 0.0))
             for name, value in got.items():
@@ -113,6 +119,8 @@ class RealTrainer(ActorPPOTrainer):
         for name, value in sums.items():
             if name.startswith("square/"):
                 values[f"logit_grad_norm/{name.removeprefix('square/')}"] = math.sqrt(max(value, 0.0))
+        if norms is not None:
+            values |= norms.norms(self.strategy)
         values["rollout_gap/logprob_max"] = self.strategy.max_over_ranks(largest)
         values["policy/grad_norm"] = self.strategy.get_grad_norm(self.actor)
         values["policy/lr"] = lr
@@ -136,6 +144,12 @@ class RealTrainer(ActorPPOTrainer):
         self.strategy.backward(result.loss, self.actor, self.actor_optim)
         self.n_backwards += len(batch)
         return part
+
+    def _terms(self, batch: RealBatch, denominators: Denominators) -> dict[str, torch.Tensor]:
+        """The loss's terms of a forward pass of their own."""
+        outputs = self.actor(batch, entropy_grad=False, moments=False)
+        inputs = loss_inputs(batch, outputs.token_logprobs, outputs.label_logprobs, self.values, outputs.entropy)
+        return policy_loss(inputs, options=self.options, denominators=denominators).terms
 
     def _term_norms(self, outputs: PolicyOutputs, batch: RealBatch, denominators: Denominators) -> dict[str, float]:
         """Squared norm of each term's gradient at the logits of this micro-batch."""

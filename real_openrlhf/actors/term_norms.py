@@ -1,6 +1,11 @@
-"""How strongly each term of the loss pulls at the logits, without the logits.
+"""How strongly each term of the loss pulls: at the logits, without the logits, or at the parameters.
 
-At the logits, because there it needs no second backward pass through the network. A term reaches a
+At the logits (`term_norms`) it needs no second backward pass through the network, at the parameters
+(`ParameterNorms`) it needs a pass forward, two
+backward and the memory of two gradients. They answer different questions: a term that reaches
+few logits may move the parameters far.
+
+At the logits: A term reaches a
 row of logits through log-probs of a few tokens, its picks, and through the row's entropy, so that its
 gradient there is (e - G p - h p (log p + H)) / T: e holds the picks' gradients, G is their sum, h the
 entropy's. The norm follows from the moments of p that came with the forward pass.
@@ -8,13 +13,53 @@ entropy's. The norm follows from the moments of p that came with the forward pas
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from real_openrlhf.actors.policy_model import PolicyOutputs
+from real_openrlhf.actors.policy_strategy import PolicyStrategy
 from real_openrlhf.algo.batch import RealBatch
+
+
+class ParameterNorms:
+    """Gradients of Term 1 and Term 2 at the parameters (paper, Eq. 8), added up over the micro-batches of an update.
+
+    Whole gradients on every rank: not with ZeRO 3, whose parameters lie in shards.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        self._parameters = [p for p in parameters if p.requires_grad]
+        self._sums: dict[str, list[Tensor]] = {
+            name: [torch.zeros_like(p, dtype=torch.float32) for p in self._parameters] for name in ("term1", "term2")
+        }
+
+    def add(self, terms: Mapping[str, Tensor]) -> None:
+        """terms: of `policy_loss`, from a forward pass that DeepSpeed does not see (its hooks end every backward
+        pass by reducing gradients that are not there)."""
+        both = {"term1": terms["cot"], "term2": terms["squared_error"] + terms["likelihood"]}
+        for name, term in both.items():
+            gradients = torch.autograd.grad(term, self._parameters, retain_graph=True, allow_unused=True)
+            for total, gradient in zip(self._sums[name], gradients):
+                if gradient is not None:
+                    total += gradient
+
+    def norms(self, strategy: PolicyStrategy) -> dict[str, float]:
+        """Over all ranks: both norms, and the cosine between the two gradients (0 where one of them is 0)."""
+        inner = {"term1": 0.0, "term2": 0.0, "both": 0.0}
+        for first, second in zip(self._sums["term1"], self._sums["term2"]):
+            a, b = (strategy.add_over_ranks(x).double().flatten() for x in (first, second))
+            for name, x, y in (("term1", a, a), ("term2", b, b), ("both", a, b)):
+                inner[name] += float(x @ y)
+        first_norm, second_norm = math.sqrt(inner["term1"]), math.sqrt(inner["term2"])
+        product = first_norm * second_norm
+        return {
+            "param_grad_norm/term1": first_norm,
+            "param_grad_norm/term2": second_norm,
+            "param_grad_norm/cosine": inner["both"] / product if product else 0.0,
+        }
 
 
 def term_norms(

@@ -327,6 +327,9 @@ class LoggerConfig(Section):
     wandb: WandbConfig = field(default_factory=WandbConfig)
     samples: int = flag(4, "judgements per step that are written out", ge=0)
     term_grad_norm_steps: int = flag(10, "log the gradient norm of each loss term every so many steps; 0: never", ge=0)
+    term_grad_norm_at: Literal["logits", "parameters"] = flag(
+        "logits", "where it is measured; parameters: there too, two more backward passes and two gradients of memory"
+    )
     progress: bool = flag(True, "show a progress bar")
 
 

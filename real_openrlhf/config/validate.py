@@ -236,6 +236,17 @@ def _deepspeed(config: Config) -> list[str]:
         raise ConfigError(f"--ds.zpg {ds.zpg} must divide the {config.ranks} policy ranks")
     if ds.param_dtype == "fp32" and "flash_attention" in ds.attn_implementation:
         raise ConfigError(f"--ds.attn_implementation {ds.attn_implementation} cannot run in --ds.param_dtype fp32")
+    if config.logger.term_grad_norm_at == "parameters":
+        if ds.zero_stage == 3:
+            raise ConfigError(
+                "--logger.term_grad_norm_at parameters needs whole parameters on every rank, which --ds.zero_stage 3 "
+                "divides; use logits, or a lower stage"
+            )
+        if config.actor.gradient_checkpointing_reentrant:
+            raise ConfigError(
+                "--logger.term_grad_norm_at parameters asks for one gradient after the other, which torch refuses "
+                "under --actor.gradient_checkpointing_reentrant; drop it, or use logits"
+            )
     return []
 
 

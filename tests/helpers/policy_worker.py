@@ -192,6 +192,7 @@ def main() -> None:
         options=LossOptions(kl_coef=args.kl),
         trains_score_token=False,
         term_grad_norm_steps=1,
+        norms_at_parameters=False,
         max_steps=10,
         bucket_bytes=2**14,
         logits_mb=64,

@@ -167,7 +167,7 @@ def literals(path: str) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found |= {node.value} if re.fullmatch(r"[a-z_]+/[a-z_]+", node.value) else set()
+            found |= {node.value} if re.fullmatch(r"[a-z_]+/[a-z_0-9]+", node.value) else set()
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "phase":
             found |= {f"seconds/{node.args[0].value}"} if isinstance(node.args[0], ast.Constant) else set()
     return found
@@ -186,7 +186,7 @@ def metrics_of_the_code() -> set[str]:
         denominators=Denominators(rollouts=1, action_tokens=1, response_tokens=2),
     ).terms
     names |= {f"{prefix}/{term}" for prefix in ("loss", "logit_grad_norm") for term in terms}
-    for module in ("controller/trainer.py", "actors/policy_trainer.py", "launch.py"):
+    for module in ("controller/trainer.py", "actors/policy_trainer.py", "actors/term_norms.py", "launch.py"):
         names |= literals(f"real_openrlhf/{module}")
     return names
 

@@ -47,6 +47,7 @@ class Contestant:
                 trains_score_token=self.objective.trains_score_token,
                 # A log of every tenth step.
                 term_grad_norm_steps=0,
+                norms_at_parameters=False,
                 max_steps=MAX_STEPS,
                 bucket_bytes=2**28,
                 logits_mb=setup.logits_mb,

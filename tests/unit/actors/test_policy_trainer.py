@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -54,6 +55,9 @@ class TinyActor(TinyPolicy):
         hidden = torch.tanh(torch.cat(sums) / (position_ids[0, :, None] + 1))
         return self.output(hidden[request.logit_index], request)
 
+    def without_deepspeed(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def forward(  # type: ignore[override]
         self, batch: RealBatch, *, entropy_grad: bool = False, moments: bool = False
     ) -> PolicyOutputs:
@@ -94,6 +98,9 @@ class Strategy:
     def sum_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
         return {name: value * self.world_size for name, value in values.items()}
 
+    def add_over_ranks(self, tensor: Tensor) -> Tensor:
+        return tensor * self.world_size
+
     def max_over_ranks(self, value: float) -> float:
         return max(value, self.most_elsewhere)
 
@@ -112,6 +119,7 @@ def trainer(
     norm_steps: int = 0,
     world_size: int = 1,
     max_tokens: int = 10**6,
+    at_parameters: bool = False,
 ) -> RealTrainer:
     args = SimpleNamespace(
         train=SimpleNamespace(
@@ -134,6 +142,7 @@ def trainer(
         options=options or LossOptions(entropy_coef=entropy_coef or 0.0),
         trains_score_token=True,
         term_grad_norm_steps=norm_steps,
+        norms_at_parameters=at_parameters,
     )
 
 
@@ -416,6 +425,30 @@ def test_gradient_norms_are_logged_every_so_many_calls() -> None:
 
     assert has_norms(trainer(norm_steps=2)) == [True, False, True, False, True]
     assert has_norms(trainer(norm_steps=0)) == [False] * 5
+
+
+@pytest.mark.parametrize("micro", [1, 3, 12])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_norms_at_the_parameters_are_those_of_each_terms_own_gradient(micro: int, world_size: int) -> None:
+    actor, rows = TinyActor(), rows_of(GROUPS)
+    parts = [terms_of(logits_of(actor, row), row, LossOptions()) for row in rows]
+    losses = {"term1": [p["cot"] for p in parts], "term2": [p["squared_error"] + p["likelihood"] for p in parts]}
+    flat = {}
+    for name, loss in losses.items():
+        gradients = torch.autograd.grad(torch.stack(loss).mean(), list(actor.parameters()), retain_graph=True)
+        flat[name] = torch.cat([g.flatten() for g in gradients])
+    run = trainer(micro=micro, norm_steps=2, at_parameters=True, world_size=world_size, lr=0.1)
+    plain = trainer(micro=micro, norm_steps=2, world_size=world_size, lr=0.1)
+    metrics, without = run.ppo_train(GROUPS), plain.ppo_train(GROUPS)
+    for name, gradient in flat.items():
+        assert metrics[f"param_grad_norm/{name}"] == pytest.approx(float(gradient.norm()), rel=1e-5)
+    cosine = float(torch.cosine_similarity(flat["term1"], flat["term2"], dim=0))
+    assert abs(cosine) > 0.005 and metrics["param_grad_norm/cosine"] == pytest.approx(cosine, rel=1e-4)
+    # Looking changes nothing.
+    assert {k: v for k, v in metrics.items() if not k.startswith("param_grad_norm/")} == without
+    for a, b in zip(run.strategy.gradients, plain.strategy.gradients, strict=True):  # type: ignore[attr-defined]
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert not any(name.startswith("param_grad_norm/") for name in run.ppo_train(GROUPS))
 
 
 def test_a_batch_without_any_score_trains_on_its_text_alone() -> None:

@@ -59,6 +59,16 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"actor.lr_warmup_ratio": 0.1}, None, "use constant_with_warmup"),
     ({"actor.gradient_checkpointing_reentrant": True}, None, "needs --actor.gradient_checkpointing_enable"),
     ({"ds.adam_offload": True, "ds.zero_stage": 0}, None, "--ds.adam_offload needs"),
+    ({"logger.term_grad_norm_at": "parameters", "ds.zero_stage": 3}, None, "needs whole parameters on every rank"),
+    (
+        {
+            "logger.term_grad_norm_at": "parameters",
+            "actor.gradient_checkpointing_enable": True,
+            "actor.gradient_checkpointing_reentrant": True,
+        },
+        None,
+        "torch refuses",
+    ),
     ({"ds.zpg": 2, "actor.num_gpus_per_node": 2}, None, "--ds.zpg 2 needs --ds.zero_stage 3, got 2"),
     ({"ds.zpg": 3, "actor.num_gpus_per_node": 2, "ds.zero_stage": 3}, None, "--ds.zpg 3 must divide the 2"),
     ({"ds.param_dtype": "fp32", "ds.attn_implementation": "flash_attention_2"}, None, "cannot run in .* fp32"),
