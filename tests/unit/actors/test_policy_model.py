@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -26,6 +29,7 @@ from transformers import (
 )
 
 from real_openrlhf.actors.device import Device
+from real_openrlhf.actors.logprob_head import Request
 from real_openrlhf.actors.policy_model import PolicyModel, _liger_knows, accept_packed_rows, outputs_of
 from real_openrlhf.actors.policy_trainer import loss_inputs
 from real_openrlhf.algo.batch import RealBatch, Row, collate, denominators_of, rows_of
@@ -37,6 +41,7 @@ from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import LossInputs
 from real_openrlhf.errors import RunError
 from tests.helpers.algo_factory import make_group, make_rollout, make_train_group, plain_rows
+from tests.unit.actors.test_prompt_attention import Operators
 
 SCALE = ScoreScale.parse("1-3")  # tokens 1, 2, 3
 VALUES = SCALE.tensor()
@@ -195,6 +200,14 @@ def test_chunks_of_logits(attention: str, max_bytes: int) -> None:
     assert_equal(packed_result(model, [ROWS], max_bytes), plain_result(model))
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_eager_alone_runs_the_unfused_kernel(attention: str) -> None:
+    model = make_model("llama_tied", attention)
+    with Operators() as ran:
+        outputs_of(model, collate(ROWS), temperature=1.0, max_bytes=2**20)
+    assert ran.fused is (attention == "sdpa")
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("kind", ["llama_tied", "mistral_window"])
 def test_gradient_checkpointing(kind: str, reentrant: bool) -> None:
@@ -277,6 +290,23 @@ def test_labels_of_several_tokens_equal_products_of_plain_forwards(temperature: 
     assert max(float(g.abs().max()) for g in got.values()) > 1e-3
 
 
+def test_padded_candidates_ask_for_no_token_and_are_minus_infinity() -> None:
+    """A network that looks its picks up with `gather`, which takes no token -1."""
+    trie = TokenTrie(((1,), (1, 4, 5), (2,)))  # nodes of two children, of one, and of one
+    rollout = replace(make_rollout([20, 2], position=1, label=0), score_rows=ScoreRows.of(trie, [20, 2], 1))
+    batch = collate(rows_of([make_train_group(make_group([5, 7], [rollout]), SCALE)]))
+    torch.manual_seed(0)
+    logprobs = torch.randn(len(batch.logit_index), VOCABULARY).log_softmax(-1)
+
+    def network(*, request: Request, **_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        picks = logprobs[request.row].gather(1, request.token[:, None])[:, 0]
+        return picks, logprobs.new_zeros(len(logprobs)), logprobs.new_zeros(3, 0)
+
+    got = outputs_of(network, batch, temperature=1.0, max_bytes=2**20).candidate_logprobs.tolist()
+    at = [logprobs[row].tolist() for row in batch.score_row]
+    assert got == [[at[0][1], at[0][2]], [at[1][4], -math.inf], [at[2][5], -math.inf]]
+
+
 def test_a_batch_without_any_score() -> None:
     rows = [row for row in ROWS if row.rollout.reading.position is None]
     model = make_model("llama_tied")
@@ -332,6 +362,22 @@ def test_a_scaled_output_layer_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "scaled").check_packed_rows()
     GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=1.0)).save_pretrained(tmp_path / "plain")
     load(tmp_path / "plain").check_packed_rows()
+
+
+def test_log_probs_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    make_model("llama_untied").save_pretrained(tmp_path)
+    model = load(tmp_path)
+    model.check_packed_rows()
+    torch.nn.init.constant_(model.model.lm_head.weight[0], math.nan)
+    with pytest.raises(RunError, match="differ from its own by nan"):
+        model.check_packed_rows()
+
+
+def test_capped_attention_is_refused() -> None:
+    model = Gemma2ForCausalLM(Gemma2Config(**SIZES, attn_logit_softcapping=50.0, sliding_window=64))
+    accept_packed_rows(model)
+    with pytest.raises(RunError, match="Gemma2Attention asks for 'softcap'"):
+        outputs_of(model, collate(ROWS), temperature=1.0, max_bytes=2**20)
 
 
 def test_attention_of_another_kind_is_refused() -> None:

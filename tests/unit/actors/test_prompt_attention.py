@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from real_openrlhf.actors.prompt_attention import prompt_attention
 from real_openrlhf.algo.packing import PromptLayout, layout_of
@@ -75,10 +76,54 @@ def test_narrow_dtypes(dtype: torch.dtype) -> None:
         torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance)
 
 
-def test_what_is_not_known_is_refused() -> None:
+class Operators(TorchDispatchMode):
+    """The names of all operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def fused(self) -> bool:
+        """Whether any of them is one of torch's fused attention kernels, which never show their softmax."""
+        return any("scaled_dot_product" in name for name in self.names)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("exact", [False, True])
+def test_exact_alone_runs_the_unfused_kernel(exact: bool, window: int | None) -> None:
+    layout = layout_of(LAYOUTS["ragged"])
+    q, k, v = draw(layout, torch.float32, 2)
+    with Operators() as ran:
+        prompt_attention(torch.nn.Module(), q, k, v, None, layout=layout, sliding_window=window, exact=exact)
+    assert ran.fused is not exact
+    assert any("softmax" in name for name in ran.names) is exact
+
+
+def test_dropout_falls_on_prompts_and_rollouts() -> None:
+    """Equal scores and values of 1: of n probabilities 1/n each is either gone or doubled."""
+    layout = layout_of([(1, (1, 1))])
+    zeros = torch.zeros(1, 64, 3, 8)
+    torch.manual_seed(0)
+    out = prompt_attention(torch.nn.Module(), zeros, zeros, zeros + 1, None, layout=layout, dropout=0.5)[0][0]
+    assert [out[t].unique().tolist() for t in range(3)] == [[0, 2], [0, 1, 2], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias", "head_mask"])
+def test_arguments_that_change_attention_are_refused(name: str) -> None:
     layout = layout_of([(2, (1,))])
     q, k, v = draw(layout, torch.float32, 6)
-    with pytest.raises(RunError, match="'softcap'"):
-        prompt_attention(torch.nn.Module(), q, k, v, None, layout=layout, softcap=30.0)
+    absent, present = {name: None}, {name: torch.zeros(6)}
+    prompt_attention(torch.nn.Module(), q, k, v, None, layout=layout, **absent)
+    with pytest.raises(RunError, match=f"Module asks for '{name}'"):
+        prompt_attention(torch.nn.Module(), q, k, v, None, layout=layout, **present)
+
+
+def test_a_forward_without_a_layout_is_refused() -> None:
+    q, k, v = draw(layout_of([(2, (1,))]), torch.float32, 6)
     with pytest.raises(ValueError, match="without a layout"):
         prompt_attention(torch.nn.Module(), q, k, v, None)

@@ -172,6 +172,18 @@ def test_branches_follow_the_rollouts() -> None:
     assert counted.response_tokens == int(batch.response_mask.sum()) == 3 + 4 + 1 + 2
 
 
+def test_tokens_and_score_rows_are_predicted_by_the_token_before_them_also_in_branches() -> None:
+    first = make_group([5, 6, 7], [labels_rollout([4, 2, 9], 1), labels_rollout([4, 4, 1, 0], 2)])
+    second = make_group([6], [make_rollout([4]), labels_rollout([8, 1], 1)])
+    batch = collate(rows_of([make_train_group(first, SCALE), make_train_group(second, SCALE)]))
+    # In the row: 0-2 prompt, 3-5, 6-9, branch 10-12; 13 prompt, 14, 15-16, branch 17-19.
+    by_token = batch.logit_index[batch.logit_row]
+    tokens = [by_token[i, batch.response_mask[i]].tolist() for i in range(4)]
+    assert tokens == [[2, 3, 4], [2, 6, 7, 8], [13], [13, 15]]
+    # Node 0 stands in the responses; node 1, behind "1", for rollouts 0 and 3 in their branches.
+    assert batch.logit_index[batch.score_row].tolist() == [3, 11, 7, 8, 15, 18]
+
+
 def test_labels_of_the_branches_are_those_of_the_policy() -> None:
     groups = [make_train_group(make_group([5, 6], [labels_rollout([4, 2], 1), labels_rollout([1, 0], 0)]), SCALE)]
     policy = TinyPolicy()
