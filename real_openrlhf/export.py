@@ -36,6 +36,7 @@ class CardInfo:
     objective        name, e.g. "real"; objective_settings its numbers (lambda, beta, ...)
     training         other settings worth a line (learning rate, rollouts per prompt, ...)
     steps            training steps done
+    chosen           which weights these are, in words
     evaluation       column title -> metric -> value (None: undefined); None: not evaluated
     evaluation_data  what it was measured on
     versions         package -> version; by default the installed ones
@@ -50,6 +51,7 @@ class CardInfo:
     objective: str
     objective_settings: Mapping[str, Any]
     steps: int
+    chosen: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Mapping[str, float | None]] | None = None
     evaluation_data: str | None = None
@@ -93,6 +95,7 @@ def _card(info: CardInfo) -> str:
         f"# {info.title}",
         what,
         "## Training",
+        *([f"These are the weights of {info.chosen}."] if info.chosen else []),
         f"{info.steps} steps. Data: `{_shown(info.data_source)}`, {info.data_rows} rows, sha256 `{info.data_hash}`.",
         _table(("setting", "value"), [(name, _cell(value)) for name, value in settings.items()]),
         "## Scale and prompt",

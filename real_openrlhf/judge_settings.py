@@ -15,6 +15,8 @@ from real_openrlhf.data.template import PromptTemplate
 SETTINGS_FILE = "real_openrlhf.json"
 FORMAT = "real_openrlhf.judge"
 FORMAT_VERSION = 1
+# Fields that earlier exports of this version do not have.
+_ADDED = {"step"}
 
 
 class ExportError(ValueError):
@@ -32,6 +34,7 @@ class JudgeSettings:
     renormalise      E[score] given that the score is on the scale, instead of the full vocabulary's
     max_new_tokens   room for the feedback and the score
     preset           of the training run, for the record
+    step             of the training run, after which these weights were the policy's; None: not recorded
     """
 
     scale: ScoreScale
@@ -42,6 +45,7 @@ class JudgeSettings:
     renormalise: bool = False
     max_new_tokens: int = 1024
     preset: str = "paper"
+    step: int | None = None
 
     def __post_init__(self) -> None:
         if not self.anchors or not all(isinstance(a, str) and a.strip() for a in self.anchors):
@@ -54,6 +58,8 @@ class JudgeSettings:
             raise ExportError(f"max_new_tokens must be a positive whole number, got {self.max_new_tokens!r}")
         _expect("renormalise", self.renormalise, bool)
         _expect("preset", self.preset, str)
+        if self.step is not None:
+            _expect("step", self.step, int)
 
     def save(self, folder: str | Path) -> Path:
         """Write real_openrlhf.json into the folder."""
@@ -111,11 +117,11 @@ def _expect(name: str, value: Any, kind: Any) -> Any:
 
 
 def _fields_of(cls: Any, content: Any, prefix: str) -> dict[str, Any]:
-    """The content as keyword arguments of the dataclass; every field, none else."""
+    """The content as keyword arguments of the dataclass: every field but those added later, none else."""
     if not isinstance(content, dict):
         raise ExportError(f"{prefix.rstrip('.') or 'the file'} must be an object, got {content!r}")
     names = {f.name for f in fields(cls)}
-    missing, unknown = sorted(names - set(content)), sorted(set(content) - names)
+    missing, unknown = sorted(names - set(content) - _ADDED), sorted(set(content) - names)
     if missing:
         raise ExportError(f"missing: {', '.join(prefix + name for name in missing)}")
     if unknown:

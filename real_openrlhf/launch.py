@@ -24,12 +24,14 @@ from real_openrlhf.config.plan import BatchPlan, batch_plan, render_plan
 from real_openrlhf.config.schema import Config
 from real_openrlhf.config.validate import validate
 from real_openrlhf.controller.checkpointing import Checkpointer, make_store
+from real_openrlhf.controller.guards import Guards
+from real_openrlhf.controller.judge_export import JudgeExport
 from real_openrlhf.controller.progress import PhaseTimer, Progress
 from real_openrlhf.controller.run_log import RunLog, WandbSettings
 from real_openrlhf.controller.trainer import Controller
 from real_openrlhf.data.stream import PromptStream
 from real_openrlhf.export import CardInfo, check_export, write_model_card
-from real_openrlhf.judge_settings import JudgeSettings
+from real_openrlhf.judge_settings import ExportError, JudgeSettings
 from real_openrlhf.ray_session import Session, cluster_to_join, passed_environment, ray_session
 from real_openrlhf.resume import run_identity
 from real_openrlhf.wiring import (
@@ -38,6 +40,7 @@ from real_openrlhf.wiring import (
     engine_workers,
     evaluator_spec,
     make_objective,
+    model_folder,
     placement_requests,
     policy_spec,
     probe_sequences,
@@ -117,7 +120,6 @@ def launch(inputs: Inputs, checkpoint: Checkpoint | None = None) -> dict[str, An
             controller.saver = saver
             if checkpoint is not None:
                 saver.load(checkpoint)
-            actors.policy.complete_export = lambda folder: _complete_export(inputs, controller, folder)
             metrics = controller.fit()
         actors.shutdown()
     return metrics
@@ -158,6 +160,15 @@ def make_controller(
     inputs: Inputs, plan: BatchPlan, actors: _Actors, log: RunLog, progress: Progress, stop: StopRequest
 ) -> Controller:
     config = inputs.config
+    values = config.real.score_scale.values
+    export = JudgeExport(
+        actors.policy,
+        model_folder(config),
+        metric=config.ckpt.best_metric if inputs.benchmarks else None,
+        describe=lambda folder: _complete_export(inputs, export, folder),
+        step_of=exported_step,
+    )
+    actors.policy.complete_export = export.describe
     return Controller(
         controller_settings(config, plan),
         scale=config.real.score_scale,
@@ -168,6 +179,8 @@ def make_controller(
         weight_sync=actors.weight_sync,
         evaluator=actors.evaluator,
         reference=actors.reference,
+        guards=Guards(config.guard, scale_range=max(values) - min(values)),
+        export=export,
         log=log,
         progress=progress,
         decode=inputs.tokenizer.decode,
@@ -294,9 +307,17 @@ def _wandb(config: Config) -> WandbSettings:
     return WandbSettings(mode=w.mode, project=w.project, run_name=w.run_name, group=w.group, org=w.org, key=w.key)
 
 
-def _complete_export(inputs: Inputs, controller: Controller, folder: Path) -> None:
+def exported_step(folder: Path) -> int | None:
+    """After which step the weights of an exported judge were the policy's; None for none or an old one."""
+    try:
+        return JudgeSettings.load(folder).step
+    except ExportError:
+        return None
+
+
+def _complete_export(inputs: Inputs, export: JudgeExport, folder: Path) -> None:
     """Model card and judge settings beside the weights, then a check of the whole folder."""
-    config, metrics = inputs.config, controller.last_eval
+    config, chosen = inputs.config, export.chosen
     settings = JudgeSettings(
         scale=config.real.score_scale,
         anchors=config.real.anchor,
@@ -306,6 +327,7 @@ def _complete_export(inputs: Inputs, controller: Controller, folder: Path) -> No
         temperature=config.rollout.temperature,
         renormalise=config.real.renormalise,
         preset=config.real.preset,
+        step=chosen.step,
     )
     info = CardInfo(
         title=Path(config.ckpt.output_dir).resolve().name,
@@ -321,7 +343,8 @@ def _complete_export(inputs: Inputs, controller: Controller, folder: Path) -> No
             "answer reward": config.real.answer_reward,
             "Term 1 aggregation": config.real.aggregation,
         },
-        steps=controller.step_number,
+        steps=chosen.step,
+        chosen=chosen.why,
         training={
             "learning rate": config.actor.adam.lr,
             "rollouts per prompt": config.rollout.n_samples_per_prompt,
@@ -331,7 +354,7 @@ def _complete_export(inputs: Inputs, controller: Controller, folder: Path) -> No
             "weight of the KL to the start": config.algo.kl.init_coef,
             "differs from the preset in": ", ".join(config.overridden) or "nothing",
         },
-        evaluation=split_metrics(metrics) if metrics else None,
+        evaluation=split_metrics(dict(chosen.evaluation)) if chosen.evaluation else None,
         evaluation_data=config.eval.dataset,
     )
     write_model_card(folder, info=info)

@@ -110,7 +110,6 @@ def controller_settings(config: Config, plan: BatchPlan) -> ControllerSettings:
         renormalise=config.real.renormalise,
         n_samples=config.logger.samples,
         logging_steps=config.logger.logging_steps,
-        output_dir=str(model_folder(config)),
         one_ahead=config.train.async_enable,
         eval_beside=config.eval.engine == "own",
     )

@@ -16,6 +16,7 @@ from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.algo.score_scale import decode
 from real_openrlhf.algo.types import Group
 from real_openrlhf.data.prompt import Prompt
+from real_openrlhf.evals import change
 from real_openrlhf.evals.benchmarks import Benchmark
 from real_openrlhf.evals.objective import RewardSettings, mean_reward
 from real_openrlhf.evals.predictions import Prediction
@@ -58,6 +59,8 @@ class EvaluatorActor:
         self.spec = spec
         self.generator = generator
         self.history: dict[int, dict[str, float | None]] = {}
+        # Of the run's first evaluation, with which later ones are compared.
+        self.start: dict[str, list[change.Judged]] | None = None
 
     def evaluate(self, version: int) -> EvalReport:
         """Judge every prompt; results are stamped with the weight version that was asked for.
@@ -90,14 +93,18 @@ class EvaluatorActor:
             metrics |= {f"{name}/{key}": value for name, table in tables.items() for key, value in table.items()}
         rows = [self._row(prediction) for predictions in judged.values() for prediction in predictions]
         self._write(version, rows)
+        judgements = change.judgements_of(judged, settings.scale, spec.reward)
         self.history[version] = metrics
-        return EvalReport(
+        report = EvalReport(
             version=version,
             metrics=metrics,
+            changes={} if self.start is None else change.changes(self.start, judgements),
             samples=[self._row(p) for predictions in judged.values() for p in predictions[: spec.n_samples]],
             plots=self._plot(version, judged, settings) if spec.plots else {},
             seconds=time.perf_counter() - start,
         )
+        self.start = self.start or judgements
+        return report
 
     def _row(self, prediction: Prediction) -> dict[str, Any]:
         """A prediction as it is written: means over its samples; text is that of the first."""
@@ -137,11 +144,13 @@ class EvaluatorActor:
         return {path.stem: str(path) for path in paths}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history}
+        return {"history": self.history, "start": None if self.start is None else change.to_json(self.start)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         # JSON has string keys only.
         self.history = {int(version): dict(metrics) for version, metrics in state["history"].items()}
+        # Not in checkpoints of earlier versions.
+        self.start = change.from_json(state["start"]) if state.get("start") else None
 
 
 class _OfVersion:

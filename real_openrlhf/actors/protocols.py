@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
 from real_openrlhf.algo.types import Group, TrainGroup
 from real_openrlhf.data.prompt import Prompt
+
+if TYPE_CHECKING:
+    from real_openrlhf.evals.change import Change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,7 @@ class EvalReport:
     """One evaluation of the weights of this version.
 
     metrics  by flat name ("expected/pearson")
+    changes  of "reward" and "expected/pearson"; empty for the first evaluation
     samples  a few judgements to read
     plots    name -> path of a PNG
     seconds  that it took, from its start to its last metric
@@ -53,6 +57,7 @@ class EvalReport:
 
     version: int
     metrics: dict[str, float | None]
+    changes: dict[str, Change] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
     plots: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0

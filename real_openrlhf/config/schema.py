@@ -16,6 +16,7 @@ from real_openrlhf.algo.loss import Aggregation
 from real_openrlhf.algo.rewards import AnswerReward
 from real_openrlhf.algo.score_scale import DEFAULT_ANCHOR, ScaleError, ScoreScale
 from real_openrlhf.config.flags import ConfigError, Section, flag
+from real_openrlhf.config.guard_flags import GuardConfig
 
 __all__ = ["Config", "ConfigError"]
 
@@ -208,7 +209,10 @@ class CkptConfig(Section):
     path: str | None = flag(None, "folder of the checkpoints; none: <output_dir>/checkpoints")
     save_steps: int = flag(-1, "save a checkpoint every so many steps; -1: only when a signal stops the run")
     max_num: int = flag(3, "how many of the newest checkpoints to keep; the best comes on top", ge=1)
-    best_metric_key: str = flag("expected/pearson", "evaluation metric of the best checkpoint, or 'none'")
+    best_metric_key: str = flag(
+        "expected/pearson",
+        "evaluation metric that chooses the exported judge and the best checkpoint; none: the last weights",
+    )
     load: str = flag("none", "resume: none, latest, best, a checkpoint's path, or auto (latest if there is one)")
     force: bool = flag(False, "resume even if data, template, scale, tokenizer or model changed")
 
@@ -370,6 +374,7 @@ class Config(Section):
     ckpt: CkptConfig = field(default_factory=CkptConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     real: RealConfig = field(default_factory=RealConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     ray: RayConfig = field(default_factory=RayConfig)

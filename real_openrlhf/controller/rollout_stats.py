@@ -36,6 +36,7 @@ def rollout_metrics(
         "rollouts/groups": float(len(groups)),
         "rollouts/count": float(sum(len(group) for group in groups)),
         "rollouts/tokens": float(sum(r.token_ids.numel() for group in groups for r in group.rollouts)),
+        "rollouts/entropy": _entropy(groups),
         "label/mean": sum(group.label for group in groups) / len(groups),
         **_reward_metrics(train_groups),
         **_score_metrics(groups, scale, renormalise),
@@ -43,6 +44,13 @@ def rollout_metrics(
         **_length_metrics(groups),
         **_accuracy_metrics(groups, scale),
     }
+
+
+def _entropy(groups: Sequence[Group]) -> float | None:
+    """Mean of -log p over the sampled tokens, nats: an unbiased estimate of the entropy per token at top_p 1."""
+    logprobs = torch.cat([r.logprobs.double() for group in groups for r in group.rollouts])
+    # Tokens that were given, not sampled, have NaN.
+    return _mean(-logprobs[~logprobs.isnan()])
 
 
 def group_accuracy(group: Group, scale: ScoreScale) -> float:
@@ -78,6 +86,7 @@ def _score_metrics(groups: Sequence[Group], scale: ScoreScale, renormalise: bool
     masses = torch.cat(mass)
     return {
         "score/expected": _mean(torch.cat(expected)),
+        "score/expected_std": float(torch.cat(expected).std(correction=0)) if error.numel() else None,
         "score/error": _mean(error),
         "score/abs_error": _mean(error.abs()),
         "score/squared_error": _mean(error.square()),

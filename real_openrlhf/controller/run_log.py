@@ -2,6 +2,7 @@
 
     metrics.jsonl   one flat object per line: step, phase, time (unix seconds), then the metrics
     samples.jsonl   one judgement per line: step, then what `rollout_stats.judgement_samples` gives
+    warnings.jsonl  what `controller.guards` saw go wrong: step, watch, message; empty when nothing did
     run_config.json the resolved configuration, secrets taken out
 
 A number that is NaN or infinite is written as null and its name listed under "not_finite"; a null
@@ -34,6 +35,7 @@ WandbMode = Literal["online", "offline", "disabled"]
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+WARNINGS_FILE = "warnings.jsonl"
 # Not config.json: the trained model may be saved into the same folder.
 CONFIG_FILE = "run_config.json"
 WANDB_ID_FILE = "wandb_id"
@@ -155,6 +157,7 @@ class RunLog:
         _write_config(self.output_dir / CONFIG_FILE, config, keep_old=append)
         self._metrics = _records(self.output_dir / METRICS_FILE, append=append, last_step=resume_step)
         self._samples = _records(self.output_dir / SAMPLES_FILE, append=append, last_step=resume_step)
+        self._warnings = _records(self.output_dir / WARNINGS_FILE, append=append, last_step=resume_step)
         self._sinks: list[_TensorBoard | _Wandb] = []
         try:
             if tensorboard_dir:
@@ -204,6 +207,11 @@ class RunLog:
                 line["not_finite"] = bad
             _write(self._samples, line)
 
+    def warn(self, step: int, watch: str, message: str) -> None:
+        """What a watch over the run has seen."""
+        logger.warning("step %d: %s", step, message)
+        _write(self._warnings, {"step": step, "watch": watch, "message": message})
+
     def log_evaluation(self, step: int, samples: Sequence[Mapping[str, Any]], plots: Mapping[str, str]) -> None:
         """Judgements to read and plots (name -> path of a PNG) of an evaluation, where a record takes such things."""
         for sink in list(self._sinks):
@@ -220,6 +228,7 @@ class RunLog:
         self._sinks = []
         self._metrics.close()
         self._samples.close()
+        self._warnings.close()
 
     def __enter__(self) -> RunLog:
         return self

@@ -14,9 +14,9 @@ It sees Protocols only (actors/protocols.py); tests run it with fakes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, NoReturn
 
 from real_openrlhf.actors.protocols import Evaluator, PolicyGroup, ReferenceGroup, RolloutGroup, Sampling, WeightSync
 from real_openrlhf.algo.objectives import Objective
@@ -25,8 +25,12 @@ from real_openrlhf.algo.types import Group, TrainGroup, group_scores
 from real_openrlhf.controller.batches import Batch, BatchSource, PromptStore
 from real_openrlhf.controller.dynamic_sampling import CannotFill, Collected, Keep, collect
 from real_openrlhf.controller.first_look import check_first_rollouts
+from real_openrlhf.controller.guards import Alarm, Guards, WentWrong
+from real_openrlhf.controller.judge_export import JudgeExport
 from real_openrlhf.controller.progress import PhaseTimer, process_seconds
+from real_openrlhf.controller.protocols import Log, Progress, Saver
 from real_openrlhf.controller.rollout_stats import judgement_samples, rollout_metrics
+from real_openrlhf.controller.step_metrics import sampled_reward, sampling_metrics, speed_metrics
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.data.stream import StreamExhausted
 from real_openrlhf.errors import RunError
@@ -45,33 +49,6 @@ class Stopped(Exception):
 
 class NothingLearned(RunError):
     """Too many steps in a row without a single non-zero advantage."""
-
-
-class Log(Protocol):
-    def log(self, step: int, phase: Literal["train", "eval", "sync"], metrics: Mapping[str, Any]) -> None: ...
-
-    def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None: ...
-
-    def log_evaluation(self, step: int, samples: Sequence[Mapping[str, Any]], plots: Mapping[str, str]) -> None: ...
-
-
-class Saver(Protocol):
-    """Writes checkpoints; `controller.checkpointing.Checkpointer`. uses_evaluations: what is saved depends on them."""
-
-    @property
-    def uses_evaluations(self) -> bool: ...
-
-    def is_due(self, step: int, evaluation: dict[str, float | None] | None) -> bool: ...
-
-    def save(self, step: int, evaluation: dict[str, float | None] | None = None) -> bool: ...
-
-
-class Progress(Protocol):
-    def step(self, step: int, metrics: Mapping[str, float | None]) -> None: ...
-
-    def judged(self, step: int, done: int, total: int) -> None: ...
-
-    def evaluated(self, step: int, metrics: Mapping[str, float | None]) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +81,6 @@ class ControllerSettings:
     renormalise: bool
     n_samples: int
     logging_steps: int
-    output_dir: str
     one_ahead: bool = False
     eval_beside: bool = False
 
@@ -122,6 +98,8 @@ class Controller:
         weight_sync: WeightSync,
         evaluator: Evaluator | None,
         reference: ReferenceGroup | None = None,
+        guards: Guards,
+        export: JudgeExport,
         log: Log,
         progress: Progress,
         decode: Callable[[list[int]], str] | None = None,
@@ -138,6 +116,8 @@ class Controller:
         self.weight_sync = weight_sync
         self.evaluator = evaluator
         self.reference = reference
+        self.guards = guards
+        self.export = export
         self.log = log
         self.progress = progress
         self.decode = decode
@@ -155,6 +135,7 @@ class Controller:
         # Step of an evaluation that is under way.
         self._evaluating: int | None = None
         self._resumed = False
+        self._wrong: Alarm | None = None
 
     def fit(self) -> dict[str, float | None]:
         """The whole run; returns the metrics of the last evaluation.
@@ -181,7 +162,7 @@ class Controller:
                 break
         self._evaluate()
         self._finish_evaluation()
-        self.policy.save_model(self.settings.output_dir)
+        self.export.finish(self.step_number, self.last_eval)
         return self.last_eval
 
     def step(self) -> None:
@@ -195,6 +176,7 @@ class Controller:
         with self.timer.phase("advantages"):
             groups = [self._train_group(group) for group in collected.kept]
             stats = rollout_metrics(collected.sampled, groups, self.scale, renormalise=self.settings.renormalise)
+            stats["reward/sampled_mean"] = sampled_reward(collected, groups, self._train_group)
         # 3. Log-probs of the reference policy, for the KL.
         if self.reference is not None:
             with self.timer.phase("reference"):
@@ -203,6 +185,9 @@ class Controller:
         # 4. Policy updates; one step ahead, the engines sample the next batch meanwhile.
         if self.settings.one_ahead and self.step_number + 1 < self.settings.total_steps:
             self.batches.start(self.step_number + 1, self.step_number)
+        if self.export.metric is not None:
+            # Training changes the weights that an evaluation beside it may find to be the best.
+            self._finish_evaluation()
         with self.timer.phase("train"):
             trained = self.policy.train(groups)
         if self._once is None:
@@ -213,16 +198,19 @@ class Controller:
         # 5. The engines get the new weights and prove it.
         synced = self._sync()
         # 6. Logs.
-        metrics = {**stats, **trained, **self._sampling_stats(collected), **synced, "rollouts/age": age}
-        metrics.update(self._speed(batch))
+        metrics = {**stats, **trained, **sampling_metrics(collected), **synced, "rollouts/age": age}
+        metrics.update(speed_metrics(self.timer.pop(), batch))
         self._log_step(metrics, collected, groups)
         self._guard_against_nothing(groups)
+        self._heed(self.guards.step(metrics))
         # 7. Evaluation.
         every = self.settings.eval_steps
         if every > 0 and self.step_number % every == 0:
             self._evaluate()
-        # 8. Checkpoint, and the end of the run if a signal asked for it.
+        # 8. Checkpoint, and the end of the run if a signal or a watch asked for it.
         self._save()
+        if self._wrong is not None:
+            self._stop(self._wrong)
 
     def _save(self) -> None:
         signal, saver, step = self.stop_requested(), self.saver, self.step_number
@@ -235,6 +223,18 @@ class Controller:
             saved = self.saver.save(self.step_number, evaluation)
         if signal is not None:
             raise Stopped(self.step_number, signal, saved)
+
+    def _heed(self, alarms: Sequence[Alarm]) -> None:
+        for alarm in alarms:
+            self.log.warn(self.step_number, alarm.watch, alarm.message)
+            if alarm.stops:
+                self._wrong = self._wrong or alarm
+
+    def _stop(self, alarm: Alarm) -> NoReturn:
+        raise WentWrong(
+            f"stopped after step {self.step_number}: {alarm.message} The best judge so far is kept where evaluations "
+            "chose one, and checkpoints stay. --guard.stop says which watches may stop a run, and none goes on."
+        )
 
     def _age(self, batch: Batch) -> float:
         """Versions of the weights between the rollouts and the policy that trains on them: 0, or 1 one step ahead."""
@@ -330,30 +330,19 @@ class Controller:
         self._evaluating = None
         self.last_eval = report.metrics
         metrics: dict[str, Any] = {f"eval/{name}": value for name, value in report.metrics.items()}
+        for name, change in report.changes.items():
+            metrics |= {
+                f"eval/change/{name}": change.difference,
+                f"eval/change/{name}_low": change.low,
+                f"eval/change/{name}_high": change.high,
+            }
         metrics["weight_version"] = report.version
         metrics["seconds/evaluate"] = report.seconds
         self.log.log(step, "eval", metrics)
         self.log.log_evaluation(step, report.samples, report.plots)
         self.progress.evaluated(step, report.metrics)
-
-    def _sampling_stats(self, collected: Collected) -> dict[str, float]:
-        return {
-            "sampling/pass_rate": collected.pass_rate,
-            "sampling/waves": float(collected.waves),
-            "sampling/groups": float(len(collected.sampled)),
-            "sampling/kept": float(len(collected.kept)),
-        }
-
-    def _speed(self, batch: Batch) -> dict[str, float]:
-        # Phases of this thread: they add up to the step. Generation beside training has its own clock.
-        seconds, collected = self.timer.pop(), batch.collected
-        generated = sum(r.token_ids.numel() for g in collected.sampled for r in g.rollouts)
-        trained = sum(g.prompt_ids.numel() + r.token_ids.numel() for g in collected.kept for r in g.rollouts)
-        speed = dict(seconds)
-        speed["speed/tokens_per_second"] = generated / max(sum(seconds.values()), 1e-9)
-        speed["speed/generated_tokens_per_second"] = generated / max(batch.seconds, 1e-9)
-        speed["speed/trained_tokens_per_second"] = trained / max(seconds["seconds/train"], 1e-9)
-        return speed
+        self.export.evaluated(step, report.metrics)
+        self._heed(self.guards.evaluation(report.metrics, report.changes))
 
     def _log_step(self, metrics: dict[str, Any], collected: Collected, groups: Sequence[TrainGroup]) -> None:
         if self.step_number % self.settings.logging_steps == 0:
@@ -386,6 +375,8 @@ class Controller:
             "dead_steps": self.dead_steps,
             "last_eval": dict(self.last_eval),
             "evaluated_at": self._evaluated_at,
+            "guards": self.guards.state_dict(),
+            "export": self.export.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -393,4 +384,8 @@ class Controller:
         self.dead_steps = state["dead_steps"]
         self.last_eval = dict(state["last_eval"])
         self._evaluated_at = state["evaluated_at"]
+        # Not in checkpoints of earlier versions.
+        for name, part in (("guards", self.guards), ("export", self.export)):
+            if name in state:
+                part.load_state_dict(state[name])
         self._resumed = True

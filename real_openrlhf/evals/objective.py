@@ -31,11 +31,12 @@ def mean_reward(predictions: Sequence[Prediction], scale: ScoreScale, settings: 
 
     A generation without a score counts with the floor that it gets in training. None without predictions.
     """
-    rewards = [_of_prompt(prediction, scale, settings) for prediction in predictions]
+    rewards = [prompt_reward(prediction, scale, settings) for prediction in predictions]
     return sum(rewards) / len(rewards) if rewards else None
 
 
-def _of_prompt(prediction: Prediction, scale: ScoreScale, settings: RewardSettings) -> float:
+def prompt_reward(prediction: Prediction, scale: ScoreScale, settings: RewardSettings) -> float:
+    """Mean reward of the generations of one prompt."""
     distributions = [
         None if s.distribution is None or None in s.distribution else s.distribution for s in prediction.samples
     ]

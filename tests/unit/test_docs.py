@@ -186,7 +186,14 @@ def metrics_of_the_code() -> set[str]:
         denominators=Denominators(rollouts=1, action_tokens=1, response_tokens=2),
     ).terms
     names |= {f"{prefix}/{term}" for prefix in ("loss", "logit_grad_norm") for term in terms}
-    for module in ("controller/trainer.py", "actors/policy_trainer.py", "actors/term_norms.py", "launch.py"):
+    names |= {f"eval/change/{name}{end}" for name in ("reward", "expected/pearson") for end in ("", "_low", "_high")}
+    for module in (
+        "controller/trainer.py",
+        "controller/step_metrics.py",
+        "actors/policy_trainer.py",
+        "actors/term_norms.py",
+        "launch.py",
+    ):
         names |= literals(f"real_openrlhf/{module}")
     return names
 

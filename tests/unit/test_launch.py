@@ -168,7 +168,6 @@ def test_controller_settings_of_the_presets() -> None:
         assert (settings.keep, settings.refill, settings.max_refills) == ("partial", refill, 10)
         assert (settings.eval_steps, settings.seed, settings.seeded) == (10, 7, False)
         assert (settings.min_mass, settings.min_readable, settings.dead_steps) == (0.05, 0.02, 20)
-        assert settings.output_dir == "out/model"
 
 
 def test_controller_settings_follow_their_flags() -> None:

@@ -262,3 +262,20 @@ def test_the_spec_travels_to_another_process(tmp_path: Path) -> None:
     spec = replace(actor(tmp_path).spec, reader=ScoreReader.build(READER.bound, word_tokenizer(), {0}))
     again = cloudpickle.loads(cloudpickle.dumps(spec))
     assert again.benchmarks == spec.benchmarks and again.reader.bound == spec.reader.bound
+
+
+def test_later_evaluations_are_compared_with_the_first_also_after_a_resume(tmp_path: Path) -> None:
+    generator = Generator(version=0)
+    evaluator = actor(tmp_path, generator)
+    first = evaluator.evaluate(0)
+    assert first.changes == {}
+    generator.rollouts, generator.version = [ROLLOUTS[0], ROLLOUTS[1], [scored([0, 0, 1], 2, "z")] * 2, ROLLOUTS[3]], 5
+    after = evaluator.evaluate(5)
+    gain = after.metrics["reward"] - first.metrics["reward"]  # type: ignore[operator]
+    assert gain > 1 and after.changes["reward"].difference == pytest.approx(gain)
+    resumed = actor(tmp_path, generator)
+    resumed.load_state_dict(json.loads(json.dumps(evaluator.state_dict())))
+    assert resumed.evaluate(5).changes == after.changes
+    old = actor(tmp_path, generator)
+    old.load_state_dict({"history": {}})  # of a version that did not compare
+    assert old.evaluate(5).changes == {} and old.evaluate(5).changes["reward"].difference == 0

@@ -23,6 +23,8 @@ SPECIAL = {
     "ds.lora.target_modules": ("q_proj", "v_proj"),
     "eval.steps": -1,
     "real.objective": "real",
+    "guard.stop": ("reward", "terms"),
+    "guard.max_term_ratio": 3.5,
 }
 
 

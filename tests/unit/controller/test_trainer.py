@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,11 +19,15 @@ from real_openrlhf.actors.protocols import EvalReport, Sampling, SyncReport
 from real_openrlhf.algo.objectives import RealObjective
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import Group, TrainGroup
+from real_openrlhf.config.guard_flags import GuardConfig
 from real_openrlhf.controller.dynamic_sampling import CannotFill
 from real_openrlhf.controller.first_look import ScoresNotThere
+from real_openrlhf.controller.guards import Guards, WentWrong
+from real_openrlhf.controller.judge_export import JudgeExport
 from real_openrlhf.controller.trainer import Controller, ControllerSettings, NothingLearned, Stopped
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.data.stream import PromptStream
+from real_openrlhf.evals.change import Change
 from tests.helpers.algo_factory import make_rollout
 
 SCALE = ScoreScale.parse("1-3")
@@ -46,7 +51,6 @@ SETTINGS = ControllerSettings(
     renormalise=False,
     n_samples=2,
     logging_steps=1,
-    output_dir="out/model",
 )
 
 
@@ -72,6 +76,13 @@ class World:
     logs: list[tuple[int, str, dict[str, Any]]] = field(default_factory=list)
     samples: list[tuple[int, list[Mapping[str, Any]]]] = field(default_factory=list)
     shown: list[tuple[Any, ...]] = field(default_factory=list)
+    warnings: list[tuple[int, str, str]] = field(default_factory=list)
+    # Of each step's update, and of each evaluation by version.
+    trained_metrics: dict[str, float] = field(default_factory=dict)
+    evaluation: Callable[[int], tuple[dict[str, float | None], dict[str, Change]]] = lambda version: (
+        {"expected/pearson": 0.1 * version, "decoded/pearson": None},
+        {},
+    )
     version: int = -1
     asleep: bool = False
     evaluating: int | None = None
@@ -114,7 +125,7 @@ class World:
     def train(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
         self.events.append(("train", len(groups)))
         self.trained.append(groups)
-        return {"loss/total": 0.5, "policy/grad_norm": 2.0}
+        return {"loss/total": 0.5, "policy/grad_norm": 2.0, **self.trained_metrics}
 
     def save_model(self, path: str) -> None:
         self.events.append(("save", path))
@@ -148,8 +159,10 @@ class World:
             watch(1, 2)
         version, self.evaluating = self.evaluating, None
         self.results.append((version, self.events[-1][0]))
-        metrics = {"expected/pearson": 0.1 * version, "decoded/pearson": None}
-        return EvalReport(version=version, metrics=metrics, samples=[{"row": 7}], plots={"a": "a.png"}, seconds=2.5)
+        metrics, changes = self.evaluation(version)
+        return EvalReport(
+            version=version, metrics=metrics, changes=changes, samples=[{"row": 7}], plots={"a": "a.png"}, seconds=2.5
+        )
 
     # log
     def log(self, step: int, phase: str, metrics: Mapping[str, Any]) -> None:
@@ -160,6 +173,9 @@ class World:
 
     def log_evaluation(self, step: int, samples: Sequence[Mapping[str, Any]], plots: Mapping[str, str]) -> None:
         self.evaluations.append((step, list(samples), plots))
+
+    def warn(self, step: int, watch: str, message: str) -> None:
+        self.warnings.append((step, watch, message))
 
     # progress
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -179,7 +195,15 @@ class World:
 
 
 def controller(
-    world: World, *, n_prompts: int = 40, evaluate: bool = True, kl: bool = False, **changes: Any
+    world: World,
+    *,
+    n_prompts: int = 40,
+    evaluate: bool = True,
+    kl: bool = False,
+    guard: GuardConfig | None = None,
+    metric: str | None = None,
+    folder: str = "out/model",
+    **changes: Any,
 ) -> Controller:
     return Controller(
         replace(SETTINGS, **changes),
@@ -191,6 +215,8 @@ def controller(
         weight_sync=world,
         evaluator=world if evaluate else None,
         reference=world if kl else None,
+        guards=Guards(guard or GuardConfig(), scale_range=2.0),
+        export=JudgeExport(world, folder, metric=metric),
         log=world,
         progress=world,
         decode=lambda ids: f"<{len(ids)} ids>",
@@ -365,6 +391,77 @@ def test_one_live_step_starts_the_count_of_dead_ones_anew() -> None:
     world.same_scores = False
     run.step()
     assert run.dead_steps == 0
+
+
+@pytest.mark.parametrize("stop", [("terms",), ("none",)])
+def test_a_watch_warns_and_then_stops_the_run_with_its_state_saved(stop: tuple[str, ...]) -> None:
+    lopsided = {"logit_grad_norm/cot": 9.0, "logit_grad_norm/squared_error": 0.01, "logit_grad_norm/likelihood": 0.01}
+    world, saved = World(trained_metrics=lopsided), []
+
+    class Saver:
+        uses_evaluations = False
+
+        def is_due(self, step: int, evaluation: Any) -> bool:
+            return True
+
+        def save(self, step: int, evaluation: Any = None) -> bool:
+            saved.append(step)
+            return True
+
+    run = controller(world, total_steps=6, guard=GuardConfig(warn_steps=2, stop_steps=4, stop=stop))
+    run.saver = Saver()
+    if stop == ("none",):
+        run.fit()
+        assert run.step_number == 6 and [step for step, _, _ in world.warnings] == [2]
+        return
+    with pytest.raises(WentWrong, match=r"stopped after step 4: The gradient of Term 1 is 450 times.*--guard.stop"):
+        run.fit()
+    assert [(step, watch) for step, watch, _ in world.warnings] == [(2, "terms"), (4, "terms")]
+    assert saved == [1, 2, 3, 4] and ("save", "out/model") not in world.events
+
+
+def test_a_judge_that_gets_worse_on_held_out_prompts_stops_the_run() -> None:
+    worse = Change(difference=-0.2, low=-0.3, high=-0.1)
+    world = World(evaluation=lambda version: ({"expected/pearson": 0.5}, {"reward": worse} if version else {}))
+    run = controller(world, total_steps=9, eval_steps=1, guard=GuardConfig(stop_evaluations=2))
+    with pytest.raises(WentWrong, match=r"after step 2: The judge is worse on held-out prompts than at the start"):
+        run.fit()
+    evaluations = [m for _, phase, m in world.logs if phase == "eval"]
+    assert "eval/change/reward" not in evaluations[0]
+    assert [evaluations[1][f"eval/change/reward{end}"] for end in ("", "_low", "_high")] == [-0.2, -0.3, -0.1]
+
+
+def test_the_last_evaluation_warns_but_stops_nothing_that_has_ended() -> None:
+    worse = Change(difference=-0.2, low=-0.3, high=-0.1)
+    world = World(evaluation=lambda version: ({"mass": 0.9}, {"reward": worse} if version else {}))
+    controller(world, guard=GuardConfig(stop_evaluations=1)).fit()
+    assert [(step, watch) for step, watch, _ in world.warnings] == [(3, "evaluation")]
+    assert world.events[-1] == ("save", "out/model")
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_the_best_judge_is_exported_while_the_policy_has_its_weights(beside: bool, tmp_path: Path) -> None:
+    pearson = {0: 0.5, 1: 0.7, 2: 0.6, 3: 0.65}
+    world = World(evaluation=lambda version: ({"expected/pearson": pearson[version]}, {}))
+    run = controller(world, eval_steps=1, eval_beside=beside, metric="expected/pearson", folder=str(tmp_path / "model"))
+    world.save_model = lambda path: (  # type: ignore[method-assign]
+        world.events.append(("save", Path(path).name)),
+        Path(path).mkdir(),
+    )
+    run.fit()
+    kinds = [event for event in world.events if event[0] in ("train", "save")]
+    assert kinds == [("save", "best_step_0"), ("train", 4), ("save", "best_step_1"), ("train", 4), ("train", 4)]
+    assert run.export.chosen.step == 1 and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_reward_of_what_dynamic_sampling_drops_is_counted_too() -> None:
+    right = partly_right
+    world = World(labels=lambda prompt, k: right(prompt, k) if prompt.row % 2 else 1)
+    controller(world, total_steps=1).fit()
+    (train,) = (m for _, phase, m in world.logs if phase == "train")
+    assert train["sampling/groups"] > train["sampling/kept"] == 4.0
+    # The fake's score distributions do not depend on what was written: every group has the same rewards.
+    assert train["reward/sampled_mean"] == pytest.approx(train["reward/mean"])
 
 
 def test_metrics_have_the_names_that_users_see() -> None:

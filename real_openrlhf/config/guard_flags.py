@@ -1,0 +1,60 @@
+"""Flags of the watches over a run (`controller.guards`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from real_openrlhf.config.flags import Section, flag
+
+# Name of a watch -> what it sees go wrong. `controller.guards` has one rule for each.
+WATCHES = {
+    "mass": "the score distribution leaves the scale",
+    "reward": "the reward falls",
+    "evaluation": "held-out prompts are judged worse than at the start",
+    "scores": "E[score] is nearly the same for everything",
+    "length": "feedback runs into its bound, or there is none",
+    "entropy": "nothing explores any more",
+    "terms": "one term's gradient drowns the other",
+}
+# A lopsided gradient is a cause, not yet a damage: it warns.
+STOPPING = tuple(name for name in WATCHES if name != "terms")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig(Section):
+    prefix: ClassVar[str] = "guard"
+    stop: tuple[str, ...] = flag(STOPPING, "watches that may stop the run, or none", choices=(*WATCHES, "none"))
+    window: int = flag(
+        10, "steps of a moving average; the first so many are the start that later ones are held to", ge=1
+    )
+    warn_steps: int = flag(10, "warn when a watch has seen the same fault this many steps in a row", ge=1)
+    stop_steps: int = flag(50, "stop when it has seen it this many steps in a row", ge=1)
+    stop_evaluations: int = flag(3, "the same for what evaluations show; the first one warns", ge=1)
+    mass_drop: float | None = flag(
+        0.05, "mass: fault when the mean mass lies this far below its start; none: off", gt=0
+    )
+    reward_errors: float | None = flag(
+        3.0, "reward: fault when its average lies so many standard errors below its start; none: off", gt=0
+    )
+    evaluation: bool = flag(
+        True, "evaluation: fault when reward or Pearson lie below the start's by more than their paired interval"
+    )
+    min_spread: float | None = flag(
+        0.02, "scores: fault when the standard deviation of E[score] is below this share of the scale; none: off", gt=0
+    )
+    max_truncated: float | None = flag(
+        0.5, "length: fault when more than this share of the responses is cut off; none: off", gt=0
+    )
+    min_cot: float | None = flag(1.0, "length: fault when feedback has fewer tokens on average; none: off", gt=0)
+    min_entropy: float | None = flag(0.1, "entropy: fault when it is below this share of its start; none: off", gt=0)
+    max_term_ratio: float | None = flag(
+        100.0, "terms: fault when one gradient norm is this many times the other; none: off", gt=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "none" in self.stop and len(self.stop) > 1:
+            self.reject("stop", f"is none or a list of watches, not both, got {' '.join(self.stop)}")
+        if self.stop_steps < self.warn_steps:
+            self.reject("stop_steps", f"must be at least --guard.warn_steps {self.warn_steps}, got {self.stop_steps}")

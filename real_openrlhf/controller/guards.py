@@ -1,0 +1,257 @@
+"""Watches over a run: does it go wrong, in a way that its log shows?
+
+Every watch looks at the metrics of each step, or of each evaluation, and sees a fault or none. Seen often enough in a
+row, a fault is a warning, and later the reason to stop. A step's own numbers are noisy, so moving averages are compared
+with the average of the first steps.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from real_openrlhf.config.guard_flags import GuardConfig
+from real_openrlhf.errors import RunError
+
+if TYPE_CHECKING:
+    from real_openrlhf.evals.change import Change
+
+Metrics = Mapping[str, float | None]
+
+
+class WentWrong(RunError):
+    """A watch has seen the same fault for too long."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alarm:
+    """watch: its name in `config.guard_flags.WATCHES`. message: what happened, with numbers, and what helps.
+
+    stops: the run should end now.
+    """
+
+    watch: str
+    message: str
+    stops: bool
+
+
+class Guards:
+    """One per run; its state goes into checkpoints.
+
+    scale_range: highest value of the score scale less the lowest.
+    """
+
+    def __init__(self, flags: GuardConfig, *, scale_range: float) -> None:
+        self.flags = flags
+        self.scale_range = scale_range
+        self._series: dict[str, _Series] = {}
+        # Faults in a row, by watch.
+        self._steps: dict[str, int] = {}
+        self._evaluations: dict[str, int] = {}
+        self._start_mass: float | None = None
+
+    def step(self, metrics: Metrics) -> list[Alarm]:
+        """After a training step, with its metrics."""
+        faults = {
+            "mass": self._mass(metrics),
+            "reward": self._reward(metrics),
+            "scores": self._scores(metrics),
+            "length": self._length(metrics),
+            "entropy": self._entropy(metrics),
+        }
+        if term_norms(metrics) is not None:
+            # Measured now and then: the steps between say nothing.
+            faults["terms"] = self._terms(metrics)
+        every = self.flags.warn_steps, self.flags.stop_steps
+        return self._count(faults, self._steps, *every, unit="steps")
+
+    def evaluation(self, metrics: Metrics, changes: Mapping[str, Change]) -> list[Alarm]:
+        """After an evaluation. metrics by flat name ("mass"); changes: against the start's, empty at the start."""
+        faults = {"mass": self._held_out_mass(metrics), "evaluation": self._worse(changes)}
+        return self._count(faults, self._evaluations, 1, self.flags.stop_evaluations, unit="evaluations")
+
+    def _count(
+        self, faults: Mapping[str, str | None], counts: dict[str, int], warn_at: int, stop_at: int, *, unit: str
+    ) -> list[Alarm]:
+        alarms = []
+        for watch, fault in faults.items():
+            counts[watch] = counts.get(watch, 0) + 1 if fault else 0
+            n = counts[watch]
+            stops = watch in self.flags.stop and n >= stop_at
+            if fault and (stops or n == warn_at):
+                name = unit.removesuffix("s") if n == 1 else f"{unit} in a row"
+                alarms.append(Alarm(watch=watch, message=f"{fault} Seen for {n} {name}.", stops=stops))
+        return alarms
+
+    # -- what each watch sees: the fault in words, or None -----------------------------------------------------
+
+    def _mass(self, metrics: Metrics) -> str | None:
+        series = self._add("mass", metrics.get("score/mass"))
+        return self._mass_fault(series.start, series.now) if series.full else None
+
+    def _held_out_mass(self, metrics: Metrics) -> str | None:
+        mass = metrics.get("mass")
+        if self._start_mass is None:
+            self._start_mass = mass
+        return self._mass_fault(self._start_mass, mass, where=" of held-out prompts")
+
+    def _mass_fault(self, start: float | None, now: float | None, where: str = "") -> str | None:
+        drop = self.flags.mass_drop
+        if drop is None or start is None or now is None or now >= start - drop:
+            return None
+        return (
+            f"The mean mass on the scale{where} fell from {start:.3f} to {now:.3f}: the network writes other tokens "
+            "where the score stands. Give Term 2 its full weight (--real.beta 1) or lower --actor.adam.lr "
+            "(limit: --guard.mass_drop)."
+        )
+
+    def _reward(self, metrics: Metrics) -> str | None:
+        # Over all sampled groups: what dynamic sampling keeps gets harder as the judge gets better.
+        series = self._add("reward", metrics.get("reward/sampled_mean"))
+        limit = self.flags.reward_errors
+        if limit is None or not series.full or self.flags.window < 2:
+            return None
+        error = math.sqrt(sum(statistics.variance(part) / len(part) for part in (series.first, series.last)))
+        if series.now >= series.start - limit * error:
+            return None
+        return (
+            f"The mean reward fell from {series.start:.3f} to {series.now:.3f}, by more than {limit:g} standard errors "
+            f"of the difference ({error:.3f}): training lowers what it should raise. Lower --actor.adam.lr, or use "
+            "--real.preset exact (limit: --guard.reward_errors)."
+        )
+
+    def _scores(self, metrics: Metrics) -> str | None:
+        series, share = self._add("spread", metrics.get("score/expected_std")), self.flags.min_spread
+        if share is None or not series.full or series.now >= share * self.scale_range:
+            return None
+        return (
+            f"E[score] has collapsed to one value: its standard deviation is {series.now:.4f}, it began with "
+            f"{series.start:.4f}. Lower --actor.adam.lr, or hold the policy at its start (--algo.kl.init_coef) "
+            "(limit: --guard.min_spread)."
+        )
+
+    def _length(self, metrics: Metrics) -> str | None:
+        cut = self._add("truncated", metrics.get("length/truncated_share"))
+        cot = self._add("cot", metrics.get("length/cot"))
+        most, least = self.flags.max_truncated, self.flags.min_cot
+        if most is not None and cut.full and cut.now > most:
+            return (
+                f"{cut.now:.0%} of the responses are cut off at their bound (the start: {cut.start:.0%}). Give them "
+                "more room (--rollout.max_new_tokens), or take something off the reward of those without a score "
+                "(--real.invalid_penalty) (limit: --guard.max_truncated)."
+            )
+        if least is not None and cot.full and cot.now < least:
+            return (
+                f"Feedback has {cot.now:.2f} tokens on average (the start: {cot.start:.2f}): scores without reasoning, "
+                "on which Term 1 has no hold. Lower --actor.adam.lr, or warm the model up on judgements with feedback: "
+                "real_openrlhf.train_warmup (limit: --guard.min_cot)."
+            )
+        return None
+
+    def _entropy(self, metrics: Metrics) -> str | None:
+        series, share = self._add("entropy", metrics.get("rollouts/entropy")), self.flags.min_entropy
+        if share is None or not series.full or series.now >= share * series.start:
+            return None
+        return (
+            f"The entropy per sampled token fell from {series.start:.4f} to {series.now:.4f} nats: rollouts of a "
+            "prompt are all alike and nothing is explored. Add an entropy bonus (--actor.entropy_coef), raise "
+            "--rollout.temperature or lower --actor.adam.lr (limit: --guard.min_entropy)."
+        )
+
+    def _terms(self, metrics: Metrics) -> str | None:
+        norms, limit = term_norms(metrics), self.flags.max_term_ratio
+        if limit is None or norms is None:
+            return None
+        where, first, second = norms
+        if max(first, second) <= limit * min(first, second):
+            return None
+        more, less, ratio = ("1", "2", first / second) if first > second else ("2", "1", second / first)
+        return (
+            f"The gradient of Term {more} is {ratio:.0f} times that of Term {less} at the {where} ({first:.2g} and "
+            f"{second:.2g}): one of the two learns alone. --real.beta weighs Term 2; 1 is the gradient of the reward "
+            "itself (limit: --guard.max_term_ratio)."
+        )
+
+    def _worse(self, changes: Mapping[str, Change]) -> str | None:
+        if not self.flags.evaluation:
+            return None
+        worse = [
+            f"{_TITLES[name]} by {-c.difference:.3f} [{-c.high:.3f}, {-c.low:.3f}]"
+            for name, c in changes.items()
+            if c.high < 0
+        ]
+        if not worse:
+            return None
+        return (
+            f"The judge is worse on held-out prompts than at the start: {' and '.join(worse)} lower, with its paired "
+            "interval. Lower --actor.adam.lr, or use --real.preset exact; the best judge so far is kept "
+            "(--ckpt.best_metric_key) (switch: --no-guard.evaluation)."
+        )
+
+    def _add(self, name: str, value: float | None) -> _Series:
+        series = self._series.setdefault(name, _Series(self.flags.window, [], []))
+        series.add(value)
+        return series
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "series": {name: {"first": s.first, "last": s.last} for name, s in self._series.items()},
+            "steps": self._steps,
+            "evaluations": self._evaluations,
+            "start_mass": self._start_mass,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._series = {name: _Series(self.flags.window, s["first"], s["last"]) for name, s in state["series"].items()}
+        self._steps, self._evaluations = dict(state["steps"]), dict(state["evaluations"])
+        self._start_mass = state["start_mass"]
+
+
+class _Series:
+    """The first and the last values of a metric, a window of each. Undefined values are left out."""
+
+    def __init__(self, window: int, first: list[float], last: list[float]) -> None:
+        self.window, self.first, self.last = window, list(first), list(last)
+
+    def add(self, value: float | None) -> None:
+        if value is None or not math.isfinite(value):
+            return
+        if len(self.first) < self.window:
+            self.first.append(value)
+            return
+        self.last = [*self.last, value][-self.window :]
+
+    @property
+    def full(self) -> bool:
+        """Both windows are, and have nothing in common."""
+        return len(self.first) >= self.window and len(self.last) >= self.window
+
+    @property
+    def start(self) -> float:
+        return statistics.fmean(self.first)
+
+    @property
+    def now(self) -> float:
+        return statistics.fmean(self.last)
+
+
+_TITLES = {"reward": "the mean reward", "expected/pearson": "Pearson of E[score]"}
+
+
+def term_norms(metrics: Metrics) -> tuple[str, float, float] | None:
+    """Where the norms of Term 1 and Term 2 were measured, and both; None without them or where one is off."""
+    at_parameters = metrics.get("param_grad_norm/term1"), metrics.get("param_grad_norm/term2")
+    parts = metrics.get("logit_grad_norm/squared_error"), metrics.get("logit_grad_norm/likelihood")
+    # Both parts of Term 2 reach the same logits; at worst they point the same way.
+    second = None if parts[0] is None or parts[1] is None else parts[0] + parts[1]
+    candidates: list[tuple[str, float | None, float | None]] = [
+        ("parameters", *at_parameters),
+        ("logits", metrics.get("logit_grad_norm/cot"), second),
+    ]
+    for where, first, second in candidates:
+        if first and second:
+            return where, first, second
+    return None

@@ -1,0 +1,150 @@
+"""Which weights become the exported judge: those of the best evaluation, else the last.
+
+A new best is exported at once, since the policy will not have these weights again, into a folder of its own beside the
+judge's, `best_step_<n>`; at the end that takes the judge's place. A run that dies leaves it there, a whole judge.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from real_openrlhf.checkpoint.errors import CheckpointError
+from real_openrlhf.controller.checkpointing import LOWER_IS_BETTER
+
+logger = logging.getLogger(__name__)
+
+BEST = "best_step_"
+
+
+class Exporter(Protocol):
+    def save_model(self, path: str) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The weights of an export. step: after which they were the policy's; why: in words, for the model card.
+
+    evaluation: theirs; empty without one.
+    """
+
+    step: int
+    why: str
+    evaluation: Mapping[str, float | None]
+
+
+class JudgeExport:
+    """
+    folder    of the judge
+    metric    of the evaluation that decides ("expected/pearson"); None: the last weights are exported
+    describe  writes into an exported folder what it says of itself, from `chosen`
+    step_of   the step that an exported folder says of itself; None where it says none
+    """
+
+    def __init__(
+        self,
+        policy: Exporter,
+        folder: str | Path,
+        *,
+        metric: str | None,
+        describe: Callable[[Path], None] = lambda folder: None,
+        step_of: Callable[[Path], int | None] = lambda folder: None,
+    ) -> None:
+        self.policy = policy
+        self.folder = Path(folder)
+        self.metric = metric
+        self.describe = describe
+        self.step_of = step_of
+        self.chosen = Chosen(step=0, why="not trained", evaluation={})
+        self._best: Chosen | None = None
+        self._evaluations = 0
+
+    def evaluated(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Call while the policy still has the weights that were judged."""
+        value = None if self.metric is None else metrics.get(self.metric)
+        if self.metric is None or value is None:
+            return
+        self._evaluations += 1
+        if self._best is not None and not self._is_better(value, self._value(self._best)):
+            return
+        better, self.chosen = self._best, Chosen(step=step, why=self._why(step, value, None), evaluation=dict(metrics))
+        try:
+            self.policy.save_model(str(self._beside(step)))
+        except (OSError, CheckpointError) as error:
+            # The run is worth more than this export; the next better evaluation tries again.
+            logger.error("the judge of step %d, the best so far, could not be exported: %s", step, error)
+            return
+        self._best = self.chosen
+        if better is not None and better.step != step:
+            shutil.rmtree(self._beside(better.step), ignore_errors=True)
+
+    def finish(self, step: int, evaluation: Mapping[str, float | None]) -> None:
+        """Put the judge into its folder. evaluation: the last one."""
+        best = self._best
+        if best is None:
+            why = "the last ones" if self.metric is None else f"the last ones: no evaluation has {self.metric}"
+            self.chosen = Chosen(step=step, why=f"{why}, of step {step}", evaluation=dict(evaluation))
+            self.policy.save_model(str(self.folder))
+            return
+        self.chosen = Chosen(
+            step=best.step, why=self._why(best.step, self._value(best), step), evaluation=best.evaluation
+        )
+        logger.info("the judge has the weights of %s", self.chosen.why)
+        folder = self._beside(best.step)
+        self.describe(folder)
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        os.replace(folder, self.folder)
+        self._best = None
+
+    def _why(self, step: int, value: float, last: int | None) -> str:
+        what = f"step {step}, the best of {self._evaluations} evaluations by {self.metric} ({value:.4f})"
+        return what if last is None or last == step else f"{what}; training went on to step {last}"
+
+    def _value(self, chosen: Chosen) -> float:
+        assert self.metric is not None
+        value = chosen.evaluation[self.metric]
+        assert value is not None
+        return value
+
+    def _is_better(self, value: float, best: float) -> bool:
+        assert self.metric is not None
+        return value < best if self.metric.endswith(LOWER_IS_BETTER) else value > best
+
+    def _beside(self, step: int) -> Path:
+        return self.folder.with_name(f"{BEST}{step}")
+
+    def state_dict(self) -> dict[str, Any]:
+        best = self._best
+        return {
+            "metric": self.metric,
+            "evaluations": self._evaluations,
+            "best": None if best is None else {"step": best.step, "evaluation": dict(best.evaluation)},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Exports of steps that the resumed run has not made are removed: it makes them again, or others."""
+        same = state["metric"] == self.metric
+        best = state["best"] if same else None
+        for left in self.folder.parent.glob(f"{BEST}*"):
+            if best is None or left != self._beside(best["step"]):
+                shutil.rmtree(left, ignore_errors=True)
+        self._evaluations = state["evaluations"] if same else 0
+        if best is None:
+            return
+        if not self._beside(best["step"]).is_dir() and self.step_of(self.folder) == best["step"]:
+            # The run had come to its end, and now goes on.
+            shutil.copytree(self.folder, self._beside(best["step"]))
+        if not self._beside(best["step"]).is_dir():
+            logger.warning(
+                "the best judge so far, of step %d, is no longer in %s: the next evaluation counts as the best",
+                best["step"],
+                self._beside(best["step"]),
+            )
+            return
+        self._best = Chosen(step=best["step"], why="", evaluation=best["evaluation"])
