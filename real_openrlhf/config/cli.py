@@ -19,7 +19,7 @@ from real_openrlhf.config.convert import (
     values_of_mapping,
 )
 from real_openrlhf.config.flags import ConfigError, Flag, describe
-from real_openrlhf.config.presets import PRESETS
+from real_openrlhf.config.presets import DEFAULT_PRESET, PRESETS
 from real_openrlhf.config.schema import Config
 from real_openrlhf.config.unsupported import why_unsupported
 
@@ -105,7 +105,7 @@ def _many(item: Flag, value: Any) -> Any:
 def resolve(explicit: dict[str, Any], from_file: dict[str, Any] | None = None) -> Config:
     """Apply the preset and note what overrides it. explicit, from_file: flag name -> typed value."""
     chosen = {**(from_file or {}), **explicit}
-    preset = PRESETS[chosen.get("real.preset", "paper")]
+    preset = PRESETS[chosen.get("real.preset", DEFAULT_PRESET)]
     if chosen.get("real.keep_groups") == "all":
         # Without dynamic sampling nothing is refilled; only an explicit wish for both is a contradiction.
         chosen.setdefault("real.refill", False)

@@ -1,9 +1,8 @@
-"""Named settings: `paper` is what the paper says, `reference` what its authors' scripts do, `exact` the gradient.
+"""Named settings: `exact` is the objective's gradient, `paper` what the paper says, `reference` its authors' scripts.
 
-`exact` is `paper` with beta = 1: both terms have the weight that the product rule gives them. Under the paper's
-beta = 0.01 nothing but a hundredth of Term 2 holds the score distribution while Term 1 moves the network below it; with
-a learning rate that is large for the model, mass leaks off the scale and the reward falls
-(examples/quickstart/README.md).
+`exact`, the default, is `paper` with beta = 1: both terms have the weight that the product rule gives them. Under the
+paper's beta = 0.01 little but a hundredth of Term 2 holds the score distribution while Term 1 moves the network below
+it; with a learning rate that is large for the model that is a gamble (examples/quickstart/README.md).
 
 A preset lies between the defaults and everything that a user gives, and the run records which one
 it used and what was overridden. Beta and the aggregation of Term 1 belong together: under a token
@@ -16,6 +15,8 @@ that does not fit into `--data.max_len` less the response is a bad row.
 from __future__ import annotations
 
 from typing import Any
+
+DEFAULT_PRESET = "exact"
 
 # What both columns share.
 _COMMON: dict[str, Any] = {

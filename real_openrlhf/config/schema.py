@@ -1,7 +1,7 @@
 """The configuration of a run: one frozen dataclass per flag prefix, the flag's name is the path.
 
 Names are OpenRLHF's wherever it has the flag; REAL's own stand under `real`, `sync` and `ray`.
-Defaults are those of the preset `paper` where the preset has a say (see `presets`). Values that are
+Defaults are those of the preset `exact` where the preset has a say (see `presets`). Values that are
 impossible on their own are refused here, contradictions between flags in `validate`.
 """
 
@@ -17,10 +17,11 @@ from real_openrlhf.algo.rewards import AnswerReward
 from real_openrlhf.algo.score_scale import DEFAULT_ANCHOR, ScaleError, ScoreScale
 from real_openrlhf.config.flags import ConfigError, Section, flag
 from real_openrlhf.config.guard_flags import GuardConfig
+from real_openrlhf.config.presets import DEFAULT_PRESET
 
 __all__ = ["Config", "ConfigError"]
 
-PresetName = Literal["paper", "reference", "exact"]
+PresetName = Literal["exact", "paper", "reference"]
 # Schedulers of transformers that need no further arguments.
 SCHEDULERS = (
     "constant",
@@ -260,12 +261,12 @@ class AlgoConfig(Section):
 @dataclass(frozen=True, kw_only=True)
 class RealConfig(Section):
     prefix: ClassVar[str] = "real"
-    preset: PresetName = flag("paper", "named settings; flags and --config override single values")
+    preset: PresetName = flag(DEFAULT_PRESET, "named settings; flags and --config override single values")
     objective: str = flag("real", "what is trained", choices=("real",))
     scale: str = flag("1-5", "the score scale: '1-5', '0,1,2' or '1=Bad,2=Good'")
     anchor: tuple[str, ...] = flag((DEFAULT_ANCHOR,), "text right before the score; the last one written counts")
     lam: float = flag(1.0, "lambda, weight of the label's likelihood in the reward", ge=0)
-    beta: float = flag(0.01, "weight of Term 2, the reward's own gradient; 1 is the exact gradient", ge=0)
+    beta: float = flag(1.0, "weight of Term 2, the reward's own gradient; 1 is the exact gradient", ge=0)
     answer_reward: AnswerReward = flag(
         "logprob", "log-prob of the label in one joint advantage, or its prob in a second"
     )
@@ -284,8 +285,8 @@ class RealConfig(Section):
     )
     refill: bool = flag(True, "sample further prompts until the batch is full of kept groups")
     max_refills: int = flag(10, "further waves of generation that a step may take", ge=0)
-    min_mass: float = flag(0.05, "stop after the first rollouts with less mean mass on the scale", ge=0, le=1)
-    min_readable: float = flag(0.02, "stop after the first rollouts with a smaller share of scores", ge=0, le=1)
+    min_mass: float = flag(0.5, "stop after the first rollouts with less mean mass on the scale", ge=0, le=1)
+    min_readable: float = flag(0.25, "stop after the first rollouts with a smaller share of scores", ge=0, le=1)
     dead_steps: int = flag(20, "stop after this many steps in a row without any advantage; 0: never", ge=0)
     logits_mb: int | None = flag(
         None, "megabytes that logits may take in training, beyond which they are computed twice; none: by device", ge=1

@@ -131,11 +131,11 @@ def test_every_flag_that_is_mentioned_exists(document: str) -> None:
 def test_the_table_of_presets_is_the_presets() -> None:
     table = rows(section("Presets"))
     assert len(table) >= 10
-    for flag, paper, reference in table:
+    for flag, *cells in table:
         name = flag.strip("`").removeprefix("--")
-        assert (paper, reference) == tuple(str(PRESETS[p][name]) for p in ("paper", "reference")), name
-    # What the two differ in is all there.
-    differ = {name for name in PRESETS["paper"] if PRESETS["paper"][name] != PRESETS["reference"][name]}
+        assert cells == [str(PRESETS[p][name]) for p in ("exact", "paper", "reference")], name
+    # What they differ in is all there.
+    differ = {name for name in PRESETS["paper"] if len({str(preset[name]) for preset in PRESETS.values()}) > 1}
     assert differ <= {flag.strip("`").removeprefix("--") for flag, *_ in table}
 
 

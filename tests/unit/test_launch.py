@@ -86,8 +86,10 @@ def test_the_presets_objectives() -> None:
     common: dict[str, Any] = dict(lam=1.0, standardise=True, clip=1.0, tolerance=1e-6, invalid_penalty=0.0)
     paper = RealObjective(beta=0.01, answer_reward="logprob", renormalise=False, **common)
     reference = RealObjective(beta=0.0, answer_reward="prob", renormalise=False, **common)
-    assert make_objective(config_of(), CPU) == make_objective(config_of("--real.preset", "paper"), CPU) == paper
-    assert make_objective(config_of(), CUDA) == replace(paper, tolerance=0.1)
+    exact = replace(paper, beta=1.0)
+    assert make_objective(config_of("--real.preset", "paper"), CPU) == paper
+    assert make_objective(config_of(), CPU) == make_objective(config_of("--real.preset", "exact"), CPU) == exact
+    assert make_objective(config_of(), CUDA) == replace(exact, tolerance=0.1)
     assert make_objective(config_of("--real.preset", "reference"), CPU) == reference
 
 
@@ -116,7 +118,7 @@ def test_the_papers_reward_on_numbers() -> None:
         sampled=torch.tensor([2, 3]),
         target=scale.target(3),
     )
-    result = make_objective(config_of(), CPU)(scores)
+    result = make_objective(config_of("--real.preset", "paper"), CPU)(scores)
     assert result.rewards.tolist() == pytest.approx([math.log(0.4), -0.25 + math.log(0.5)], rel=1e-5)
     assert result.squared_error.tolist() == [0.01, 0.01] and result.likelihood.tolist() == [0.01, 0.01]
 
@@ -167,7 +169,7 @@ def test_controller_settings_of_the_presets() -> None:
         assert settings.sampling == Sampling(n=16, temperature=1.0, top_p=top_p, max_new_tokens=1024)
         assert (settings.keep, settings.refill, settings.max_refills) == ("partial", refill, 10)
         assert (settings.eval_steps, settings.seed, settings.seeded) == (10, 7, False)
-        assert (settings.min_mass, settings.min_readable, settings.dead_steps) == (0.05, 0.02, 20)
+        assert (settings.min_mass, settings.min_readable, settings.dead_steps) == (0.5, 0.25, 20)
 
 
 def test_controller_settings_follow_their_flags() -> None:
@@ -350,7 +352,7 @@ def test_the_plan_says_what_a_run_would_do(flags: list[str]) -> None:
         "evaluation before training, every 3 steps, and at the end",
         "after 'score' (anchor 'score '):",
         f"'3' (value 3) -> token {token} '3'",
-        "--real.beta 0.1 (preset: 0.01)",
+        "--real.beta 0.1 (preset: 1.0)",
     ):
         assert piece in text, piece
     assert "Warnings" not in text and "LoRA" not in text and "KL" not in text

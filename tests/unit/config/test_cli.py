@@ -94,7 +94,7 @@ def test_precedence_defaults_preset_file_flags(tmp_path: Path) -> None:
 
 
 def test_a_value_equal_to_the_presets_is_no_override() -> None:
-    assert parse_args(["--real.beta", "0.01", "--train.seed", "3"]).overridden == ()
+    assert parse_args(["--real.beta", "1", "--train.seed", "3"]).overridden == ()
 
 
 def test_keep_all_groups_switches_refill_off_unless_asked_for() -> None:
@@ -206,5 +206,5 @@ def test_help_names_every_flag() -> None:
     assert all(f"--{name}" in text for name in flags_by_name())
 
 
-def test_resolve_without_anything_is_the_paper_preset() -> None:
-    assert resolve({}).real.preset == "paper"
+def test_resolve_without_anything_is_the_default_preset() -> None:
+    assert resolve({}).real.preset == "exact"

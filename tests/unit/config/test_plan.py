@@ -67,7 +67,7 @@ def test_text_of_the_plan() -> None:
         "train.micro_batch_size": "2",
         "eval.dataset": "e.jsonl",
         "real.scale": "1-3",
-        "real.beta": "1",
+        "real.beta": "0.5",
     }
     config = parse_args(["--dry_run", *(f"--{name}={value}" for name, value in given.items())])
     anchor = BoundAnchor(text="Score: ", prefix="Score:", labels=((11,), (12,), (13,)))
@@ -104,10 +104,10 @@ def test_text_of_the_plan() -> None:
             '2' (value 2) -> token 12 ' 2'
             '3' (value 3) -> token 13 ' 3'
         Preset
-          paper
+          exact
           --rollout.batch_size 8 (preset: 256)
           --rollout.n_samples_per_prompt 4 (preset: 16)
-          --real.beta 1.0 (preset: 0.01)
+          --real.beta 0.5 (preset: 1.0)
         Warnings
           mind this""")
 
@@ -117,7 +117,7 @@ def test_text_without_placement_decoder_or_overrides() -> None:
     anchor = BoundAnchor(text="Score: ", prefix="Score:", labels=((11,), (12,)))
     bound = BoundScale(ScoreScale.parse("0,1"), (anchor,))
     text = render_plan(config, batch_plan(config, 300), bound, device="cuda", dtype="bf16", reward_tolerance=0.1)
-    assert "paper, nothing overridden" in text
+    assert "exact, nothing overridden" in text
     assert "policy: 1 node(s) x 1 rank(s)" in text
     assert "no evaluation" in text
     assert "Warnings" not in text

@@ -49,7 +49,7 @@ def test_presets_equal_the_published_table() -> None:
 
 
 def test_the_exact_gradient_is_the_papers_with_both_terms_at_their_own_weight() -> None:
-    exact, paper = parse_args(["--real.preset", "exact"]), parse_args([])
+    exact, paper = parse_args(["--real.preset", "exact"]), parse_args(["--real.preset", "paper"])
     assert (exact.real.beta, exact.overridden) == (1.0, ())
     assert replace(exact.real, beta=0.01, preset="paper") == paper.real
     assert replace(exact, real=paper.real) == paper
@@ -63,12 +63,12 @@ def test_presets_set_the_same_flags_with_values_of_the_right_type() -> None:
             assert type(coerce(flags_by_name()[name], value)) is type(value), name
 
 
-def test_plain_defaults_are_the_paper_preset() -> None:
-    assert Config() == parse_args([])
+def test_plain_defaults_are_the_preset_that_is_the_default() -> None:
+    assert Config() == parse_args([]) == parse_args(["--real.preset", "exact"])
 
 
 def test_updates_of_the_presets() -> None:
-    paper, reference = parse_args([]), parse_args(["--real.preset", "reference"])
+    paper, reference = parse_args(["--real.preset", "paper"]), parse_args(["--real.preset", "reference"])
     assert batch_plan(paper, 1000).updates_per_step == 1
     assert resolve_ratio(paper) == "on_policy"
     plan = batch_plan(reference, 1000)
