@@ -8,6 +8,10 @@ are learned. One process, fp32, CPU or one GPU; metrics go to OUT/warmup_metrics
 
 from __future__ import annotations
 
+# Before torch, whose OpenMP reads it once.
+import real_openrlhf.quiet_threads  # noqa: F401
+
+# isort: split
 import argparse
 import json
 import logging

@@ -1,26 +1,32 @@
-"""The quickstart's REAL run many times over: does its objective rise, and how far do runs lie apart?
+"""The quickstart's REAL run many times over: does its objective rise, how far do runs lie apart, what decides?
 
-    python examples/quickstart/repeat.py --seeds 0 1 2 --repeats 3 --output_dir runs/repeat --flags --real.beta 1
+    python examples/quickstart/repeat.py --cells exact --output_dir runs/repeat
+    python examples/quickstart/repeat.py --cells exact paper exact_lr_5e-5 --repeats 1 --output_dir runs/grid
     python examples/quickstart/repeat.py --table runs/repeat/results.json
 
-Every seed has its own data, model and warm-up, made once; its repeats start from there with the same flags and differ
-in what the engine happened to sample. results.json is written after every run, and a second call leaves out what is in
-it.
+A cell is a set of flags (CELLS). Every seed has its own data, model and warm-up, made once; every run from there is
+deterministic, and a repeat is another --train.seed: another order of the prompts and other samples. Two runs go side by
+side, on a core each. results.json is written after every run, and a second call leaves out what is in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-# run.sh's own, but for the preset and beta.
+# run.sh's own.
 WARMUP = (
     *("--learning_rate", "3e-3", "--warmup_steps", "50", "--lr_scheduler", "cosine"),
     *("--batch_size", "64", "--max_steps", "800", "--max_len", "256", "--log_steps", "20"),
@@ -28,10 +34,41 @@ WARMUP = (
 REAL = (
     *("--data.input_key", "prompt", "--data.label_key", "label", "--data.max_len", "128"),
     *("--rollout.batch_size", "16", "--rollout.n_samples_per_prompt", "8", "--rollout.max_new_tokens", "32"),
-    *("--train.micro_batch_size", "32", "--train.max_steps", "50", "--train.seed", "0", "--actor.adam.lr", "2e-4"),
-    *("--real.scale", "1-5", "--real.anchor", "score ", "--real.keep_groups", "all", "--eval.steps", "25"),
+    *("--train.micro_batch_size", "32", "--train.max_steps", "50", "--actor.adam.lr", "2e-4"),
+    *("--real.anchor", "score ", "--real.keep_groups", "all", "--eval.steps", "25"),
+    *("--train.full_determinism_enable", "--ckpt.best_metric_key", "valid/expected/pearson"),
 )
+# Also measured here: the norms of both terms at the parameters. No watch may end a run that is to be measured.
+MEASURED = (
+    *("--logger.term_grad_norm_at", "parameters", "--logger.term_grad_norm_steps", "5", "--guard.stop", "none"),
+    *("--logger.progress", "false", "--ray.num_cpus", "4"),
+)
+FACTORS = {
+    "lr_5e-5": ("--actor.adam.lr", "5e-5"),
+    "token_mean": ("--real.aggregation", "token_mean"),
+    "renormalise": ("--real.renormalise",),
+    "kl_0.05": ("--algo.kl.init_coef", "0.05"),
+    "prob": ("--real.answer_reward", "prob"),
+    "partial": ("--real.keep_groups", "partial", "--real.refill"),
+}
+# One factor at a time, around two presets.
+CELLS: dict[str, tuple[str, ...]] = {preset: ("--real.preset", preset) for preset in ("exact", "paper")}
+CELLS |= {f"{p}_{name}": (*CELLS[p], *flags) for p in ("exact", "paper") for name, flags in FACTORS.items()}
+CELLS["paper_lr_2e-5"] = (*CELLS["paper"], "--actor.adam.lr", "2e-5")
+CELLS["beta_0.1"] = (*CELLS["exact"], "--real.beta", "0.1")
 METRICS = ("expected/pearson", "expected/rmse", "mass", "reward")
+SPLITS = ("valid", "test")
+
+
+@dataclass(frozen=True)
+class Task:
+    """script: makes the data, in the folder's task.py; scale: of its labels."""
+
+    script: Path
+    scale: str
+
+
+TASKS = {"rubric": Task(HERE / "task.py", "1-5"), "facts": Task(HERE.parent / "facts/task.py", "0-5")}
 
 
 def run(log: Path, *words: str) -> None:
@@ -42,12 +79,12 @@ def run(log: Path, *words: str) -> None:
         raise RuntimeError(f"{' '.join(words[:2])} ended with {code}:\n{log.read_text(encoding='utf-8')[-3000:]}")
 
 
-def warm_up(folder: Path, seed: int, device: str) -> Path:
+def warm_up(folder: Path, task: Task, seed: int, device: str) -> Path:
     """Data and a warmed-up model of this seed."""
     done = folder / "warmup/config.json"
     if not done.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        run(folder / "task.log", str(HERE / "task.py"), "--output_dir", str(folder / "data"), "--seed", str(seed))
+        run(folder / "task.log", str(task.script), "--output_dir", str(folder / "data"), "--seed", str(seed))
         run(
             folder / "model.log",
             *(str(HERE / "make_model.py"), "--words", str(folder / "data/words.txt")),
@@ -62,78 +99,108 @@ def warm_up(folder: Path, seed: int, device: str) -> Path:
     return folder / "warmup"
 
 
-def one(folder: Path, out: Path, device: str, flags: list[str]) -> dict[str, Any]:
-    """A REAL run: its evaluations, and the seconds it took."""
+def measure(folder: Path, out: Path, *flags: str) -> dict[str, Any]:
+    """A REAL run from the seed's warm-up: its evaluations, the gradient norms of both terms, and its seconds."""
     start = time.monotonic()
+    held_out = ",".join(f"{split}={folder}/data/{split}.jsonl" for split in SPLITS)
     run(
         out.with_suffix(".log"),
         *("-m", "real_openrlhf.train_real", "--actor.model_name_or_path", str(folder / "warmup")),
-        *("--data.prompt_dataset", str(folder / "data/train.jsonl"), "--eval.dataset", str(folder / "data/test.jsonl")),
-        *(*REAL, "--ckpt.output_dir", str(out), "--real.device", device, "--logger.progress", "false", *flags),
+        *("--data.prompt_dataset", str(folder / "data/train.jsonl"), "--eval.dataset", held_out),
+        *(*REAL, *MEASURED, "--ckpt.output_dir", str(out), *flags),
     )
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    evaluations = [
-        {"step": row["step"], **{name: row[f"eval/{name}"] for name in METRICS}}
-        for row in rows
-        if row["phase"] == "eval"
-    ]
-    return {"evaluations": evaluations, "seconds": round(time.monotonic() - start, 1)}
+    return {
+        "evaluations": [
+            {"step": row["step"]} | {f"{s}/{name}": row[f"eval/{s}/{name}"] for s in SPLITS for name in METRICS}
+            for row in rows
+            if row["phase"] == "eval"
+        ],
+        "norms": [
+            {"step": row["step"]} | {n: row[f"param_grad_norm/{n}"] for n in ("term1", "term2", "cosine")}
+            for row in rows
+            if "param_grad_norm/term1" in row
+        ],
+        "seconds": round(time.monotonic() - start, 1),
+    }
 
 
-def table(results: dict[str, Any]) -> str:
-    """Markdown: start and end of every run, and their spread."""
+def gains(runs: Sequence[dict[str, Any]], name: str) -> list[float]:
+    """Last evaluation less first, of each run."""
+    return [row["evaluations"][-1][name] - row["evaluations"][0][name] for row in runs]
+
+
+def table(results: dict[str, Any], cell: str) -> str:
+    """Markdown: start and end of every run of a cell on the test split, and how far runs lie apart."""
+    runs = [row for row in results["runs"] if row["cell"] == cell]
     lines = [
-        f"`{results['command']}`",
-        "",
         "| seed | repeat | Pearson | RMSE | mass | held-out reward |",
         "|---|---|---|---|---|---|",
     ]
-    for row in results["runs"]:
+    for row in sorted(runs, key=lambda row: (row["seed"], row["repeat"])):
         first, last = row["evaluations"][0], row["evaluations"][-1]
-        cells = [f"{first[name]:.3f} to {last[name]:.3f}" for name in METRICS]
+        cells = [f"{first[f'test/{name}']:.3f} to {last[f'test/{name}']:.3f}" for name in METRICS]
         lines.append(f"| {row['seed']} | {row['repeat'] + 1} | {' | '.join(cells)} |")
     lines += [
         "",
         "| seed | runs | Pearson's gain: mean [least, most] | reward's gain: mean [least, most] |",
         "|---|---|---|---|",
     ]
-    for seed in sorted({row["seed"] for row in results["runs"]}):
-        mine = [row["evaluations"] for row in results["runs"] if row["seed"] == seed]
-        gains = {name: [e[-1][name] - e[0][name] for e in mine] for name in METRICS}
-        shown = [
-            f"{statistics.fmean(gains[name]):+.3f} [{min(gains[name]):+.3f}, {max(gains[name]):+.3f}]"
-            for name in ("expected/pearson", "reward")
-        ]
+    for seed in sorted({row["seed"] for row in runs}):
+        mine = [row for row in runs if row["seed"] == seed]
+        shown = [_spread(gains(mine, f"test/{name}"), 3) for name in ("expected/pearson", "reward")]
         lines.append(f"| {seed} | {len(mine)} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Every run's held-out correlation and objective against the step, a colour per seed."""
+def grid(results: dict[str, Any]) -> str:
+    """Markdown: what every cell gains on the validation split, over its runs, and what its terms weigh."""
+    lines = [
+        "| cell | runs | Pearson's gain: mean [least, most] | reward's gain | RMSE's change | mass, least | "
+        "Term 1 : Term 2, median |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for cell in results["cells"]:
+        runs = [row for row in results["runs"] if row["cell"] == cell]
+        if not runs:
+            continue
+        mass = min(e["valid/mass"] for row in runs for e in row["evaluations"])
+        ratios = [n["term1"] / n["term2"] for row in runs for n in row["norms"] if n["term2"]]
+        shown = [_spread(gains(runs, f"valid/{name}"), 3) for name in ("expected/pearson", "reward", "expected/rmse")]
+        ratio = f"{statistics.median(ratios):.2g}" if ratios else "none"
+        lines.append(f"| `{cell}` | {len(runs)} | {' | '.join(shown)} | {mass:.3f} | {ratio} |")
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    mean, low, high = (f"{x:+.{digits}f}" for x in (statistics.fmean(values), min(values), max(values)))
+    return mean if len(values) == 1 else f"{mean} [{low}, {high}]"
+
+
+def plot(results: dict[str, Any], cell: str, path: Path) -> None:
+    """Held-out correlation and objective of every run of a cell against the step, a colour per seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), constrained_layout=True)
-    seeds = sorted({row["seed"] for row in results["runs"]})
-    for panel, name, label in zip(
-        panels,
-        ("expected/pearson", "reward"),
-        ("Pearson of E[score] and label", "mean reward, the objective"),
-        strict=True,
-    ):
-        for row in results["runs"]:
-            steps = [e["step"] for e in row["evaluations"]]
-            first = row["repeat"] == 0
+    runs = [row for row in results["runs"] if row["cell"] == cell]
+    seeds = sorted({row["seed"] for row in runs})
+    names = {"test/expected/pearson": "Pearson of E[score] and label", "test/reward": "mean reward, the objective"}
+    for panel, (name, label) in zip(panels, names.items(), strict=True):
+        labelled: set[int] = set()
+        for row in runs:
+            seed = row["seed"]
             panel.plot(
-                steps,
+                [e["step"] for e in row["evaluations"]],
                 [e[name] for e in row["evaluations"]],
-                color=f"C{seeds.index(row['seed'])}",
+                color=f"C{seeds.index(seed)}",
                 marker="o",
                 alpha=0.7,
-                label=f"seed {row['seed']}" if first else None,
+                label=None if seed in labelled else f"seed {seed}",
             )
+            labelled.add(seed)
         panel.set_xlabel("REAL step")
         panel.set_ylabel(f"{label}, held out")
         panel.grid(alpha=0.3)
@@ -142,48 +209,81 @@ def plot(results: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+class Experiment:
+    """Cells x seeds x repeats of one task, one run per core at a time; what is in its JSON is not run again."""
+
+    def __init__(self, path: Path, task: str, command: str, device: str) -> None:
+        self.path, self.task, self.device = path, TASKS[task], device
+        self.results: dict[str, Any] = {"task": task, "commands": [], "cells": {}, "runs": []}
+        if path.is_file():
+            self.results = json.loads(path.read_text(encoding="utf-8"))
+        if command not in self.results["commands"]:
+            self.results["commands"].append(command)
+        self._cores: SimpleQueue[int] = SimpleQueue()
+
+    def run(self, cells: Sequence[str], seeds: Sequence[int], repeats: int) -> bool:
+        """True when every run came to its end."""
+        known = {(row["cell"], row["seed"], row["repeat"]) for row in self.results["runs"]}
+        self.results["cells"] |= {cell: list(CELLS[cell]) for cell in cells}
+        for seed in seeds:
+            warm_up(self._folder(seed), self.task, seed, self.device)
+        # Repeat by repeat, so that an early end leaves all cells and seeds.
+        wanted = [(cell, seed, repeat) for repeat in range(repeats) for cell in cells for seed in seeds]
+        cores = sorted(os.sched_getaffinity(0))
+        for core in cores:
+            self._cores.put(core)
+        with ThreadPoolExecutor(len(cores)) as pool:
+            return all(list(pool.map(self._one, [job for job in wanted if job not in known])))
+
+    def _folder(self, seed: int) -> Path:
+        return self.path.parent / f"seed_{seed}"
+
+    def _one(self, job: tuple[str, int, int]) -> bool:
+        cell, seed, repeat = job
+        core = self._cores.get()
+        try:
+            # Of this thread alone, and of the processes that it starts.
+            os.sched_setaffinity(0, {core})
+            out = self._folder(seed) / f"{cell}_{repeat}"
+            flags = ("--train.seed", str(repeat), "--real.scale", self.task.scale, "--real.device", self.device)
+            found = measure(self._folder(seed), out, *flags, *CELLS[cell])
+        except RuntimeError as error:
+            print(f"{cell}, seed {seed}, repeat {repeat + 1} failed: {error}", file=sys.stderr, flush=True)
+            return False
+        finally:
+            self._cores.put(core)
+        self.results["runs"].append({"cell": cell, "seed": seed, "repeat": repeat, **found})
+        self.path.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
+        first, last = found["evaluations"][0], found["evaluations"][-1]
+        shown = ", ".join(f"{n} {first[f'valid/{n}']:.3f} to {last[f'valid/{n}']:.3f}" for n in METRICS)
+        print(f"{cell}, seed {seed}, repeat {repeat + 1}: {shown}; {found['seconds']} s", flush=True)
+        return True
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", nargs="+", default=["exact"], choices=sorted(CELLS), metavar="CELL")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--task", default="rubric", choices=sorted(TASKS))
     parser.add_argument("--output_dir", type=Path, default=Path("runs/repeat"))
-    parser.add_argument(
-        "--name", default="results", help="of the JSON in --output_dir; cells of another name run again"
-    )
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--table", type=Path, help="print the table of this JSON, draw its plot, and run nothing")
-    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="flags of train_real; all that follows")
+    parser.add_argument("--table", type=Path, help="print the tables of this JSON, draw its plots, and run nothing")
     args = parser.parse_args()
-    if args.table is not None:
-        results = json.loads(args.table.read_text(encoding="utf-8"))
-        print(table(results))
-        plot(results, args.table.with_suffix(".png"))
-        return
-    path = args.output_dir / f"{args.name}.json"
-    words = [f"--seeds {' '.join(map(str, args.seeds))} --repeats {args.repeats}", *args.flags]
-    results: dict[str, Any] = {
-        "command": f"python examples/quickstart/repeat.py {words[0]} --flags {' '.join(args.flags)}"
-    }
-    results["runs"] = []
-    if path.is_file():
-        results = json.loads(path.read_text(encoding="utf-8"))
-    known = {(row["seed"], row["repeat"]) for row in results["runs"]}
-    for seed in args.seeds:
-        warm_up(args.output_dir / f"seed_{seed}", seed, args.device)
-    # Repeat by repeat, so that an early end leaves all seeds.
-    for repeat in range(args.repeats):
-        for seed in args.seeds:
-            if (seed, repeat) in known:
-                continue
-            folder = args.output_dir / f"seed_{seed}"
-            found = one(folder, folder / f"{args.name}_{repeat}", args.device, args.flags)
-            results["runs"].append({"seed": seed, "repeat": repeat, **found})
-            path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            first, last = found["evaluations"][0], found["evaluations"][-1]
-            print(f"seed {seed}, repeat {repeat + 1}: {first} -> {last}, {found['seconds']} s", flush=True)
-    print(table(results))
-    plot(results, path.with_suffix(".png"))
+    whole = True
+    path = args.table
+    if path is None:
+        path = args.output_dir / "results.json"
+        words = f"--cells {' '.join(args.cells)} --seeds {' '.join(map(str, args.seeds))} --repeats {args.repeats}"
+        command = f"python examples/quickstart/repeat.py --task {args.task} {words}"
+        whole = Experiment(path, args.task, command, args.device).run(args.cells, args.seeds, args.repeats)
+    results = json.loads(path.read_text(encoding="utf-8"))
+    print(grid(results))
+    for cell in results["cells"]:
+        print(f"\n{cell}\n\n{table(results, cell)}")
+        plot(results, cell, path.with_name(f"{path.stem}_{cell}.png"))
+    return 0 if whole else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

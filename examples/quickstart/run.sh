@@ -42,11 +42,12 @@ say "REAL"
   --rollout.batch_size 16 --rollout.n_samples_per_prompt 8 --rollout.max_new_tokens 32 \
   --train.micro_batch_size 32 --train.max_steps 50 --train.seed "$seed" \
   --actor.adam.lr 2e-4 \
-  --real.preset exact --real.scale 1-5 --real.anchor "score " --real.keep_groups all \
-  --eval.dataset "$out/data/test.jsonl" --eval.steps 25 \
+  --real.scale 1-5 --real.anchor "score " --real.keep_groups all \
+  --eval.dataset "valid=$out/data/valid.jsonl,test=$out/data/test.jsonl" --eval.steps 25 \
+  --ckpt.best_metric_key valid/expected/pearson \
   --ckpt.output_dir "$out/real" \
-  --real.device cpu
+  --train.full_determinism_enable --real.device cpu
 
 say "report"
-"$python" examples/quickstart/report.py --run "$out/real" --output_dir "$out" --seed "$seed"
+"$python" examples/quickstart/report.py --run "$out/real" --prompts "$out/data/test.jsonl" --output_dir "$out"
 say "done: $out/report.md"

@@ -53,7 +53,10 @@ CPU_BLOCK_TOKENS = 32
 # Memory of a training rank or an engine on a CPU stays with the process: large blocks come from glibc's heap, which is
 # not trimmed, and lie in huge pages where the kernel has some. To map the pages of a fresh activation costs more than
 # an element-wise operation that writes it, and a step makes hundreds. glibc reads these when a process starts.
-CPU_ALLOCATOR_ENV = {
+# And a thread that waits for the others of a parallel region sleeps: spinning, it would keep the one that it waits for
+# from a core that other work has taken (`quiet_threads`).
+CPU_PROCESS_ENV = {
+    "OMP_WAIT_POLICY": "PASSIVE",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "MALLOC_TOP_PAD_": str(64 * 2**20),
@@ -255,7 +258,7 @@ class Device:
                 "VLLM_CPU_KVCACHE_SPACE": CPU_KVCACHE_GIB,
                 # Saves two inductor compilations of the sampler at every start.
                 "TORCHDYNAMO_DISABLE": "1",
-                **CPU_ALLOCATOR_ENV,
+                **CPU_PROCESS_ENV,
             }
         return {key: os.environ.get(key) or value for key, value in env.items()}
 
@@ -305,7 +308,7 @@ class Device:
         threads = max(1, len(_cores()) // ranks_on_node)
         if self.is_cuda:
             return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads)} if adam_offload else {}
-        allocator = {key: os.environ.get(key) or value for key, value in CPU_ALLOCATOR_ENV.items()}
+        allocator = {key: os.environ.get(key) or value for key, value in CPU_PROCESS_ENV.items()}
         return {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu", **allocator}
 
 

@@ -91,15 +91,18 @@ class EvaluatorActor:
         metrics = average_metrics(list(tables.values()))
         if len(tables) > 1:
             metrics |= {f"{name}/{key}": value for name, table in tables.items() for key, value in table.items()}
-        rows = [self._row(prediction) for predictions in judged.values() for prediction in predictions]
-        self._write(version, rows)
         judgements = change.judgements_of(judged, settings.scale, spec.reward)
+        rows = {
+            name: [{**self._row(p), "reward": j.reward} for p, j in zip(predictions, judgements[name])]
+            for name, predictions in judged.items()
+        }
+        self._write(version, [row for benchmark in rows.values() for row in benchmark])
         self.history[version] = metrics
         report = EvalReport(
             version=version,
             metrics=metrics,
             changes={} if self.start is None else change.changes(self.start, judgements),
-            samples=[self._row(p) for predictions in judged.values() for p in predictions[: spec.n_samples]],
+            samples=[row for benchmark in rows.values() for row in benchmark[: spec.n_samples]],
             plots=self._plot(version, judged, settings) if spec.plots else {},
             seconds=time.perf_counter() - start,
         )

@@ -22,13 +22,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from real_openrlhf.actors.weight_transfer import free_port
+from real_openrlhf.judge_settings import JudgeSettings
 from tests.helpers.tiny_judge import ANCHOR
 
 pytestmark = pytest.mark.integration
 BIN = Path(sys.executable).parent
 # Every request has a seed of its own, so that rollouts do not depend on the number of engines. A large epsilon: where
 # a gradient is rounding noise, Adam would turn the noise into a full step.
-SAME = ["--train.full_determinism_enable", "--actor.adam.eps", "1e-4"]
+SAME = ["--train.full_determinism_enable", "--actor.adam.eps", "1e-4", "--ckpt.best_metric_key", "none"]
 HEAD, ROLLOUTS = "untied", 32
 
 
@@ -118,6 +119,39 @@ def narrow(judges: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return out
+
+
+def test_the_same_command_gives_the_same_run_also_beside_other_load(judges: Path, tmp_path: Path) -> None:
+    """Bit for bit: what was sampled, what was learned, which weights were the best."""
+    spin = [sys.executable, "-c", "while True: pass"]
+    busy: list[subprocess.Popen[bytes]] = []
+    for name, load in (("one", 0), ("two", 2)):
+        busy += [subprocess.Popen(spin) for _ in range(load)]
+        try:
+            command = [sys.executable, "-m", "real_openrlhf.train_real"]
+            command += [*flags(judges, HEAD, tmp_path / name), "--train.full_determinism_enable"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=580)
+        finally:
+            for process in busy:
+                process.kill()
+                process.wait()
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    one, two = tmp_path / "one", tmp_path / "two"
+    for name in ("samples.jsonl", "warnings.jsonl", *(f"eval/step_{step}.jsonl" for step in (0, 1, 2))):
+        assert (one / name).read_text() == (two / name).read_text(), name
+    clocks = ("seconds/", "speed/", "sync/transfer_seconds", "sync/check_seconds", "time")
+    for mine, theirs in zip(read_lines(one / "metrics.jsonl"), read_lines(two / "metrics.jsonl"), strict=True):
+        assert {k: v for k, v in mine.items() if not k.startswith(clocks)} == {
+            k: v for k, v in theirs.items() if not k.startswith(clocks)
+        }
+    assert (one / "model/model.safetensors").read_bytes() == (two / "model/model.safetensors").read_bytes()
+    evaluations = [m for m in read_lines(one / "metrics.jsonl") if m["phase"] == "eval"]
+    assert "eval/change/reward" not in evaluations[0] and "eval/change/reward_low" in evaluations[2]
+    best = max(evaluations, key=lambda m: m["eval/expected/pearson"])["step"]
+    assert JudgeSettings.load(one / "model").step == best
+    card = (one / "model/README.md").read_text(encoding="utf-8")
+    assert f"These are the weights of step {best}, the best of 3 evaluations by expected/pearson" in card
+    assert not list(one.glob("best_step_*"))
 
 
 @pytest.mark.slow

@@ -153,7 +153,7 @@ def test_engine_env_binds_the_cores_there_are(monkeypatch, cores, workers, bind)
     assert env["VLLM_CPU_OMP_THREADS_BIND"] == bind
     assert env["VLLM_CPU_KVCACHE_SPACE"] == "7"  # the environment has the last word
     assert env["TORCHDYNAMO_DISABLE"] == "1"
-    assert module.CPU_ALLOCATOR_ENV.keys() <= env.keys()
+    assert module.CPU_PROCESS_ENV.keys() <= env.keys()
     gpu = Device(name="cuda", dtype_name="bf16").engine_env()
     assert not [key for key in gpu if "CPU" in key or "DYNAMO" in key or "MALLOC" in key]
     assert gpu["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
@@ -183,9 +183,9 @@ def test_engine_options():
 def test_trainer_env(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     cpu = Device(name="cpu", dtype_name="fp32")
-    for name in module.CPU_ALLOCATOR_ENV:
+    for name in module.CPU_PROCESS_ENV:
         monkeypatch.delenv(name, raising=False)
-    assert cpu.trainer_env(2) == {"OMP_NUM_THREADS": "4", "DS_ACCELERATOR": "cpu", **module.CPU_ALLOCATOR_ENV}
+    assert cpu.trainer_env(2) == {"OMP_NUM_THREADS": "4", "DS_ACCELERATOR": "cpu", **module.CPU_PROCESS_ENV}
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "7")
     assert cpu.trainer_env(2)["MALLOC_MMAP_MAX_"] == "7"  # the environment has the last word
     assert cpu.trainer_env(99)["OMP_NUM_THREADS"] == "1"

@@ -17,6 +17,7 @@ import pytest
 from examples.quickstart.task_files import write_files
 from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.algo.score_scale import ScoreScale, bind_scale
+from real_openrlhf.judge_settings import JudgeSettings
 
 FOLDER = Path(__file__).parents[3] / "examples" / "quickstart"
 
@@ -177,40 +178,64 @@ def test_the_model_suits_the_engine_and_its_seed():
     assert all(bool((a == b).all()) for a, b in zip(first.parameters(), second.parameters()))
 
 
-def rows_of(predictions: list, labels: list[float]) -> list[dict]:
+def rows_of(predictions: list, labels: list[float], benchmark: str = "test") -> list[dict]:
     return [
-        {"row": i, "label": y, "expected": p, "decoded": p, "text": f"text {i}"}
+        {
+            "benchmark": benchmark,
+            "row": i,
+            "label": y,
+            "expected": p,
+            "decoded": p,
+            "reward": -9.0 if p is None else -((p - y) ** 2),
+            "text": f"text {i} of {p}",
+        }
         for i, (p, y) in enumerate(zip(predictions, labels))
     ]
 
 
-def test_the_report_pairs_rows_and_shows_the_difference(tmp_path):
+def test_the_report_pairs_rows_and_shows_the_difference(tmp_path, capsys):
     rng = np.random.default_rng(0)
     labels = rng.integers(1, 6, 300).astype(float)
     start, final = labels + rng.normal(0, 2.0, 300), labels + rng.normal(0, 0.5, 300)
     run = tmp_path / "run"
     (run / "eval").mkdir(parents=True)
-    before = rows_of([None, *start[1:].tolist()], labels.tolist())
-    # Another order in the second file, and numbers that do not sort as text.
-    for step, rows in ((2, before), (10, rows_of(final.tolist(), labels.tolist())[::-1])):
+    before = rows_of([2.5, None, *start[2:].tolist()], labels.tolist())
+    # Another order in a later file, another benchmark beside it, and numbers that do not sort as text.
+    after = [*rows_of(final.tolist(), labels.tolist())[::-1], *rows_of([1.0], [2.0], "valid")]
+    worse = rows_of((labels * 0 + 3 + rng.normal(0, 1, 300)).tolist(), labels.tolist())
+    for step, rows in ((2, before), (10, after), (20, worse)):
         (run / "eval" / f"step_{step}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    metrics = [{"step": 1, "phase": "train", "reward/mean": -2.0}, {"step": 2, "phase": "train", "reward/mean": None}]
-    metrics += [{"step": s, "phase": "eval", "eval/expected/pearson": p} for s, p in ((2, 0.5), (10, 0.9))]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    (run / "warnings.jsonl").write_text(json.dumps({"step": 20, "watch": "evaluation", "message": "worse"}) + "\n")
+    (run / "model").mkdir()
+    JudgeSettings(scale=ScoreScale.parse("1-5"), anchors=("score ",), end_ids=(1,), step=10).save(run / "model")
+    prompts = tmp_path / "test.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"prompt {i}"}) + "\n" for i in range(300)))
+    argv = ["--run", str(run), "--prompts", str(prompts), "--output_dir", str(tmp_path / "out"), "--n_resamples", "200"]
 
-    assert report.main(["--run", str(run), "--output_dir", str(tmp_path / "out"), "--n_resamples", "200"]) == 0
+    assert report.main(argv) == 0
 
     text = (tmp_path / "out" / "report.md").read_text()
+    # It opens with one judgement, whose file lists rows in another order.
+    assert text.startswith("# One judgement, before and after\n\n    prompt: prompt 0\n")
+    assert "start:  text 0 of 2.5    E[score] 2.50" in text and f"after:  text 0 of {final[0]}" in text
     line = next(line for line in text.splitlines() if line.startswith("| pearson | E[score]"))
     cells = [cell.strip() for cell in line.strip("|").split("|")][2:]
-    expected = [np.corrcoef(x[1:], labels[1:])[0, 1] for x in (start, final)]
+    known = [i for i in range(300) if i != 1]
+    expected = [np.corrcoef(x[known], labels[known])[0, 1] for x in (np.array([2.5, *start[1:]]), final)]
     assert [float(cell) for cell in cells[:3]] == pytest.approx([*expected, expected[1] - expected[0]], abs=1e-3)
     low, high = json.loads(cells[3].replace("+", ""))
     assert 0 < low < expected[1] - expected[0] < high
+    rewards = [np.mean([row["reward"] for row in rows]) for rows in (before, after[:300])]
+    line = next(line for line in text.splitlines() if line.startswith("| mean reward"))
+    assert f"| {rewards[0]:.3f} | {rewards[1]:.3f} |" in line
     assert "| without a score | E[score] | 1 | 0 |" in text
-    assert "step_2 against step_10" in text
+    assert "step 2 against step 10, the exported judge" in text and "- step 20, evaluation: worse" in text
     assert (tmp_path / "out" / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
-    assert report.series(metrics, "train", "reward/mean") == ([1], [-2.0])
+    judged = report.evaluations(run, "test")
+    points = report.curve(judged, "reward", seed=0, n_resamples=200)
+    assert [step for step, _ in points] == [2, 10, 20] and points[1][1].estimate == pytest.approx(rewards[1])
+    assert report.main([*argv, "--benchmark", "tests"]) == 2
+    assert "--benchmark tests: the run evaluated test, valid" in capsys.readouterr().err
 
 
 def test_predictions_of_different_data_are_refused():
