@@ -234,6 +234,7 @@ def train(
                 "loss": loss / tokens,
                 "learning_rate": optimizer.param_groups[0]["lr"],
                 "grad_norm": norm,
+                "tokens": tokens,
                 "tokens_per_second": tokens / seconds,
             }
             log.write(json.dumps({"phase": "warmup", **row}) + "\n")

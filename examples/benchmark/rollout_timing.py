@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from real_openrlhf.actors.device import CPU_PROCESS_ENV, Device
+from real_openrlhf.actors.device import CPU_ALLOCATOR_ENV, Device
 from real_openrlhf.actors.engine_spec import EngineSpec
 from real_openrlhf.actors.protocols import Sampling
 from real_openrlhf.algo.score_scale import ScoreScale, bind_scale
@@ -39,7 +39,7 @@ class Variant(Device):
     """A device whose engines differ from the shipped ones.
 
     block_size    tokens of a KV cache block; None: as shipped
-    keeps_memory  glibc keeps what was freed (CPU_PROCESS_ENV)
+    keeps_memory  glibc keeps what was freed (CPU_ALLOCATOR_ENV)
     """
 
     block_size: int | None = None
@@ -47,7 +47,7 @@ class Variant(Device):
 
     def engine_env(self, tensor_parallel_size: int = 1) -> dict[str, str]:
         env = super().engine_env(tensor_parallel_size)
-        return env if self.keeps_memory else {key: env[key] for key in env if key not in CPU_PROCESS_ENV}
+        return env if self.keeps_memory else {key: env[key] for key in env if key not in CPU_ALLOCATOR_ENV}
 
     def engine_options(self, max_model_len: int) -> dict[str, Any]:
         options = super().engine_options(max_model_len)
@@ -110,7 +110,7 @@ def summary(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 def start(model: str, variant: Variant, caching: bool, max_model_len: int) -> Any:
     from real_openrlhf.actors.rollout_engine import RolloutEngine
 
-    for name in CPU_PROCESS_ENV:
+    for name in CPU_ALLOCATOR_ENV:
         os.environ.pop(name, None)
     return RolloutEngine(
         EngineSpec(

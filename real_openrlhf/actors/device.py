@@ -53,15 +53,15 @@ CPU_BLOCK_TOKENS = 32
 # Memory of a training rank or an engine on a CPU stays with the process: large blocks come from glibc's heap, which is
 # not trimmed, and lie in huge pages where the kernel has some. To map the pages of a fresh activation costs more than
 # an element-wise operation that writes it, and a step makes hundreds. glibc reads these when a process starts.
-# And a thread that waits for the others of a parallel region sleeps: spinning, it would keep the one that it waits for
-# from a core that other work has taken (`quiet_threads`).
-CPU_PROCESS_ENV = {
-    "OMP_WAIT_POLICY": "PASSIVE",
+CPU_ALLOCATOR_ENV = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "MALLOC_TOP_PAD_": str(64 * 2**20),
     "THP_MEM_ALLOC_ENABLE": "1",
 }
+# A thread that waits for the others of a parallel region sleeps: spinning, it would keep the one that it waits for
+# from a core that other work has taken (`quiet_threads`).
+CPU_PROCESS_ENV = {"OMP_WAIT_POLICY": "PASSIVE", **CPU_ALLOCATOR_ENV}
 
 
 # A weight sync for which it is not known yet whether every engine worker shares its GPU with a rank of the policy.

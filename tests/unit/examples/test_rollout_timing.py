@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from examples.benchmark.rollout_timing import SHIPPED, make_prompts, parse_args, summary, variants
-from real_openrlhf.actors.device import CPU_PROCESS_ENV, Device
+from real_openrlhf.actors.device import CPU_ALLOCATOR_ENV, Device
 
 
 def test_every_variant_differs_from_the_shipped_engine_in_one_thing(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in CPU_PROCESS_ENV:
+    for name in CPU_ALLOCATOR_ENV:
         monkeypatch.delenv(name, raising=False)
     plain = Device(name="cpu", dtype_name="fp32")
 
@@ -27,7 +27,7 @@ def test_every_variant_differs_from_the_shipped_engine_in_one_thing(monkeypatch:
         SHIPPED: set(),
         "blocks of 128 tokens": {"block_size"},
         "blocks of 64 tokens": {"block_size"},
-        "memory given back": set(CPU_PROCESS_ENV),
+        "memory given back": set(CPU_ALLOCATOR_ENV),
         "no prefix cache": {"caching"},
     }
 
