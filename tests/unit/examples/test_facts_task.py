@@ -39,6 +39,7 @@ ITEM = task.Item(
 CAREFUL = (
     "colour red wrong -1 city paris right +0 contrary +0 year y3 wrong -1 month may right +0 fruit none unknown +0"
 )
+FOLDER = Path(__file__).parents[3] / "examples/facts"
 SIZES = {"train": 400, "valid": 40, "test": 60, "sft": 400}
 
 
@@ -190,3 +191,12 @@ def test_the_vocabulary_has_every_word_once():
 def test_impossible_sizes_are_refused(kwargs):
     with pytest.raises(ValueError, match="min_parts"):
         task.TaskConfig(**kwargs)
+
+
+@pytest.mark.parametrize("name", ["feedback", "direct"])
+def test_the_numbers_of_readme_are_those_of_the_json(name):
+    readme = (FOLDER / "README.md").read_text(encoding="utf-8")
+    found = json.loads((FOLDER / f"results/{name}.json").read_text(encoding="utf-8"))
+    pearson = found["benchmarks"]["test"]["scores"]["expected"]["pearson"]
+    line = next(line for line in readme.splitlines() if f"results/{name}.json" in line)
+    assert f"{pearson['estimate']:.3f} [{pearson['low']:.3f}, {pearson['high']:.3f}]" in line
