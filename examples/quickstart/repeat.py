@@ -55,6 +55,8 @@ FACTORS = {
 CELLS: dict[str, tuple[str, ...]] = {preset: ("--real.preset", preset) for preset in ("exact", "paper")}
 CELLS |= {f"{p}_{name}": (*CELLS[p], *flags) for p in ("exact", "paper") for name, flags in FACTORS.items()}
 CELLS["paper_lr_2e-5"] = (*CELLS["paper"], "--actor.adam.lr", "2e-5")
+# Whether seeding decides: requests without seeds, in the order in which they arrive.
+CELLS["paper_unseeded"] = (*CELLS["paper"], "--no-train.full_determinism_enable")
 CELLS["beta_0.1"] = (*CELLS["exact"], "--real.beta", "0.1")
 METRICS = ("expected/pearson", "expected/rmse", "mass", "reward")
 SPLITS = ("valid", "test")
