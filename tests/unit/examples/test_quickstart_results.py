@@ -77,6 +77,18 @@ def test_what_is_claimed_of_all_runs_holds_in_all() -> None:
     assert small == [(2, 2)]
 
 
+def test_the_front_page_has_the_same_numbers() -> None:
+    line = next(line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if "rubric.json" in line)
+    for seed in range(3):
+        mine = [row["evaluations"] for row in RUBRIC["runs"] if (row["cell"], row["seed"]) == ("exact", seed)]
+        first = mine[0][0]["test/expected/pearson"]
+        low, middle, high = sorted(e[-1]["test/expected/pearson"] for e in mine)
+        assert f"seed {seed}: {first:.3f} to {low:.3f}, {middle:.3f} and {high:.3f}" in line
+    report = (FOLDER / "results/seed_0.md").read_text(encoding="utf-8").splitlines()
+    *_, difference, interval, _ = next(row for row in report if row.startswith("| pearson | E[score]")).split("|")
+    assert f"{difference.strip()} {interval.strip()}" in line
+
+
 def test_the_committed_report_is_the_run_of_the_table() -> None:
     report = (FOLDER / "results/seed_0.md").read_text(encoding="utf-8")
     row = next(r for r in RUBRIC["runs"] if (r["cell"], r["seed"], r["repeat"]) == ("exact", 0, 0))
