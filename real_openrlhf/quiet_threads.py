@@ -1,10 +1,13 @@
-"""Import before torch: OpenMP's threads sleep while they wait for each other, instead of spinning.
+"""Import before torch: OpenMP's threads soon sleep while they wait for each other, instead of spinning on.
 
-On idle cores spinning saves a few microseconds per parallel region. Where other work has taken a core, the spinning
-thread uses up the share of the one that it waits for, and a small model's step takes many times its share of the time
-(examples/benchmark/README.md has the measurement). OMP_WAIT_POLICY in the environment has the last word.
+On idle cores a short spin saves waking a thread for every small parallel region. Where other work has taken a core, a
+long one uses up the share of the very thread that is waited for, and a small model's step takes many times its share of
+the time (examples/benchmark/README.md has the measurement). GOMP_SPINCOUNT in the environment has the last word.
 """
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Turns of libgomp's loop, microseconds; its own default is 300,000.
+SPINS = "2000"
+
+os.environ.setdefault("GOMP_SPINCOUNT", SPINS)

@@ -2,9 +2,9 @@
 
     python -m examples.benchmark.busy_timing --model DIR --data FILE --output FILE
 
-Four variants, turn by turn in one run: OpenMP's threads asleep while they wait (OMP_WAIT_POLICY=PASSIVE, as shipped) or
-spinning (ACTIVE), on idle cores or beside --busy processes that never rest. Written: the seconds of --steps optimizer
-steps of each variant and round, start-up left out, and the slowdown, busy against idle of the same round and policy.
+Four variants, turn by turn in one run: OpenMP's threads spin shortly before they sleep (shipped) or as long as libgomp
+has it (default), on idle cores or beside --busy processes that never rest. Written: the seconds of --steps optimizer
+steps of each variant and round, start-up left out, and the slowdown, busy against idle of the same round.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-POLICIES = {"asleep": "PASSIVE", "spinning": "ACTIVE"}
+from real_openrlhf.quiet_threads import SPINS
+
+# GOMP_SPINCOUNT; the second is libgomp's own.
+SPIN_COUNTS = {"shipped": SPINS, "default": "300000"}
 LOG_STEPS = 10
 
 
@@ -37,14 +40,14 @@ def busy(n: int) -> Iterator[None]:
             process.wait()
 
 
-def seconds(model: Path, data: Path, steps: int, policy: str) -> float:
+def seconds(model: Path, data: Path, steps: int, spins: str) -> float:
     """Of so many optimizer steps, by the warm-up's own log; its first LOG_STEPS steps do not count."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "real_openrlhf.train_warmup", "--model_name_or_path", str(model)]
         command += ["--data", str(data), "--output_dir", folder, "--learning_rate", "3e-3", "--batch_size", "64"]
         command += ["--max_steps", str(steps + LOG_STEPS), "--max_len", "256", "--log_steps", str(LOG_STEPS)]
         command += ["--device", "cpu", "--seed", "0"]
-        environment = os.environ | {"OMP_WAIT_POLICY": policy}
+        environment = os.environ | {"GOMP_SPINCOUNT": spins}
         subprocess.run(command, check=True, capture_output=True, env=environment)
         log = (Path(folder) / "warmup_metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in log]
@@ -59,10 +62,10 @@ def summary(rounds: list[dict[str, float]]) -> dict[str, Any]:
         return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
     return {
-        "slowdown asleep": ratio("asleep, busy", "asleep, idle"),
-        "slowdown spinning": ratio("spinning, busy", "spinning, idle"),
-        "idle, asleep against spinning": ratio("asleep, idle", "spinning, idle"),
-        "busy, asleep against spinning": ratio("asleep, busy", "spinning, busy"),
+        "slowdown shipped": ratio("shipped, busy", "shipped, idle"),
+        "slowdown default": ratio("default, busy", "default, idle"),
+        "idle, shipped against default": ratio("shipped, idle", "default, idle"),
+        "busy, shipped against default": ratio("shipped, busy", "default, busy"),
     }
 
 
@@ -78,11 +81,13 @@ def main() -> None:
     rounds: list[dict[str, float]] = []
     for number in range(args.rounds):
         found: dict[str, float] = {}
-        variants = [(name, n) for n in (0, args.busy) for name in POLICIES]
+        variants = [(name, n) for n in (0, args.busy) for name in SPIN_COUNTS]
         # The order turns from round to round.
         for name, n in variants if number % 2 == 0 else variants[::-1]:
             with busy(n):
-                found[f"{name}, {'busy' if n else 'idle'}"] = seconds(args.model, args.data, args.steps, POLICIES[name])
+                found[f"{name}, {'busy' if n else 'idle'}"] = seconds(
+                    args.model, args.data, args.steps, SPIN_COUNTS[name]
+                )
         rounds.append(found)
         print(found, flush=True)
         facts = {"cores": len(os.sched_getaffinity(0)), "busy processes": args.busy, "steps": args.steps}

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from real_openrlhf.actors.cards import local_cards, why_no_bf16, why_unusable
+from real_openrlhf.quiet_threads import SPINS
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +60,9 @@ CPU_ALLOCATOR_ENV = {
     "MALLOC_TOP_PAD_": str(64 * 2**20),
     "THP_MEM_ALLOC_ENABLE": "1",
 }
-# A thread that waits for the others of a parallel region sleeps: spinning, it would keep the one that it waits for
-# from a core that other work has taken (`quiet_threads`).
-CPU_PROCESS_ENV = {"OMP_WAIT_POLICY": "PASSIVE", **CPU_ALLOCATOR_ENV}
+# A thread that waits for the others of a parallel region soon sleeps: spinning, it would keep the one that it waits for
+# from a core that other work has taken.
+CPU_PROCESS_ENV = {"GOMP_SPINCOUNT": SPINS, **CPU_ALLOCATOR_ENV}
 
 
 # A weight sync for which it is not known yet whether every engine worker shares its GPU with a rank of the policy.

@@ -12,15 +12,15 @@ from examples.benchmark.busy_timing import busy, summary
 
 def test_ratios_are_of_the_same_round() -> None:
     rounds = [
-        {"asleep, idle": 2.0, "asleep, busy": 6.0, "spinning, idle": 1.0, "spinning, busy": 40.0},
-        {"asleep, idle": 4.0, "asleep, busy": 8.0, "spinning, idle": 4.0, "spinning, busy": 80.0},
-        {"asleep, idle": 1.0, "asleep, busy": 2.5, "spinning, idle": 1.0, "spinning, busy": 10.0},
+        {"shipped, idle": 2.0, "shipped, busy": 6.0, "default, idle": 1.0, "default, busy": 40.0},
+        {"shipped, idle": 4.0, "shipped, busy": 8.0, "default, idle": 4.0, "default, busy": 80.0},
+        {"shipped, idle": 1.0, "shipped, busy": 2.5, "default, idle": 1.0, "default, busy": 10.0},
     ]
     found = summary(rounds)
-    assert found["slowdown asleep"] == {"median": 2.5, "least": 2.0, "most": 3.0}
-    assert found["slowdown spinning"] == {"median": 20.0, "least": 10.0, "most": 40.0}
-    assert found["idle, asleep against spinning"]["median"] == 1.0
-    assert found["busy, asleep against spinning"]["least"] == 0.1
+    assert found["slowdown shipped"] == {"median": 2.5, "least": 2.0, "most": 3.0}
+    assert found["slowdown default"] == {"median": 20.0, "least": 10.0, "most": 40.0}
+    assert found["idle, shipped against default"]["median"] == 1.0
+    assert found["busy, shipped against default"]["least"] == 0.1
 
 
 def test_busy_processes_end(monkeypatch: pytest.MonkeyPatch) -> None:
