@@ -25,6 +25,9 @@ PASSED = (
 # Secrets, and the driver's own address, which is wrong on every other node.
 NEVER_PASSED = ("WANDB_API_KEY", "HF_TOKEN", "VLLM_HOST_IP")
 
+# Of the processes that Ray starts, as Ray spells it.
+NICENESS = "RAY_worker_niceness"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
@@ -79,6 +82,8 @@ def ray_session(address: str | None, *, num_cpus: int | None, needed_cpus: float
                 ) from error
         else:
             slots = max(num_cpus or os.cpu_count() or 1, int(-(-needed_cpus // 1)))
+            # Ray starts actors at niceness 15: beside anything else that is busy they would get a thirtieth of a core.
+            os.environ.setdefault(NICENESS, "0")
             # "local": without it Ray would join whatever `ray start` left running on this machine.
             ray.init(
                 address="local",

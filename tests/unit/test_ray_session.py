@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from real_openrlhf import ray_session as module
-from real_openrlhf.ray_session import cluster_to_join, passed_environment, ray_session
+from real_openrlhf.ray_session import NICENESS, cluster_to_join, passed_environment, ray_session
 
 
 class FakeRay:
@@ -43,6 +44,9 @@ class FakeRay:
 @pytest.fixture(autouse=True)
 def no_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    # Set first: what a test sets is taken back.
+    monkeypatch.setenv(NICENESS, "")
+    monkeypatch.delenv(NICENESS)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, fake: FakeRay) -> FakeRay:
@@ -60,6 +64,18 @@ def test_starts_its_own_cluster_and_ends_it(monkeypatch: pytest.MonkeyPatch) -> 
     assert fake.shutdowns == 1 and session.owned
     assert (session.nodes, session.cpus, session.gpus, session.address) == (2, 6.0, 2.0, "10.0.0.1:6379")
     assert str(session) == "Ray 2, own cluster: 2 nodes, 6 CPUs, 2 GPUs"
+
+
+@pytest.mark.parametrize(("before", "address", "after"), [(None, None, "0"), ("7", None, "7"), (None, "a:1", None)])
+def test_actors_of_an_own_cluster_are_not_nice(
+    monkeypatch: pytest.MonkeyPatch, before: str | None, address: str | None, after: str | None
+) -> None:
+    """The raylet reads it when it starts; a cluster that is joined has its own."""
+    use(monkeypatch, FakeRay())
+    if before is not None:
+        monkeypatch.setenv(NICENESS, before)
+    with ray_session(address, num_cpus=1, needed_cpus=1.0):
+        assert os.environ.get(NICENESS) == after
 
 
 @pytest.mark.parametrize(
