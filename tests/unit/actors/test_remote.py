@@ -22,6 +22,9 @@ from real_openrlhf.actors.protocols import Sampling
 from real_openrlhf.actors.remote import RayPolicyGroup, RayRolloutGroup, RayWeightSync, on_one_host
 from real_openrlhf.algo.objectives import RealObjective
 from real_openrlhf.algo.types import Group, TrainGroup
+from real_openrlhf.config.guard_flags import GuardConfig
+from real_openrlhf.controller.guards import Guards
+from real_openrlhf.controller.judge_export import JudgeExport
 from real_openrlhf.controller.trainer import Controller
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.data.stream import PromptStream
@@ -312,6 +315,8 @@ def test_colocated_engines_and_policy_take_turns(cluster: Cluster) -> None:
         policy=policy,
         weight_sync=sync,
         evaluator=(watcher := Evaluates()),
+        guards=Guards(GuardConfig(), scale_range=2.0),
+        export=JudgeExport(policy, "out/model", metric=None),
         log=watcher,
         progress=watcher,
     )
