@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,3 +38,14 @@ def test_busy_processes_end(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(process.poll() is None for process in started) and len(started) == 2
         raise KeyError
     assert all(process.poll() is not None for process in started)
+
+
+def test_the_table_of_readme_is_the_committed_json() -> None:
+    folder = Path(__file__).parents[3] / "examples/benchmark"
+    found = json.loads((folder / "results/busy.json").read_text(encoding="utf-8"))
+    assert summary(found["rounds"]) == found["summary"]
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    for digits, name in ((1, "slowdown shipped"), (1, "slowdown default"), (2, "idle, shipped against default")):
+        r = found["summary"][name]
+        assert f"{r['median']:.{digits}f} [{r['least']:.{digits}f}, {r['most']:.{digits}f}]" in readme
+    assert found["summary"]["slowdown shipped"]["most"] < 4
