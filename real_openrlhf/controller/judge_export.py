@@ -72,7 +72,7 @@ class JudgeExport:
         self._evaluations += 1
         if self._best is not None and not self._is_better(value, self._value(self._best)):
             return
-        better, self.chosen = self._best, Chosen(step=step, why=self._why(step, value, None), evaluation=dict(metrics))
+        self.chosen = Chosen(step=step, why=self._why(step, value, None), evaluation=dict(metrics))
         try:
             self.policy.save_model(str(self._beside(step)))
         except (OSError, CheckpointError) as error:
@@ -80,8 +80,7 @@ class JudgeExport:
             logger.error("the judge of step %d, the best so far, could not be exported: %s", step, error)
             return
         self._best = self.chosen
-        if better is not None and better.step != step:
-            shutil.rmtree(self._beside(better.step), ignore_errors=True)
+        self._remove_all_but(self._beside(step))
 
     def finish(self, step: int, evaluation: Mapping[str, float | None]) -> None:
         """Put the judge into its folder. evaluation: the last one."""
@@ -90,6 +89,7 @@ class JudgeExport:
             why = "the last ones" if self.metric is None else f"the last ones: no evaluation has {self.metric}"
             self.chosen = Chosen(step=step, why=f"{why}, of step {step}", evaluation=dict(evaluation))
             self.policy.save_model(str(self.folder))
+            self._remove_all_but(None)
             return
         self.chosen = Chosen(
             step=best.step, why=self._why(best.step, self._value(best), step), evaluation=best.evaluation
@@ -101,6 +101,12 @@ class JudgeExport:
             shutil.rmtree(self.folder)
         os.replace(folder, self.folder)
         self._best = None
+
+    def _remove_all_but(self, kept: Path | None) -> None:
+        """Also what an earlier run left that ended in this folder before its first checkpoint."""
+        for left in self.folder.parent.glob(f"{BEST}*"):
+            if left != kept:
+                shutil.rmtree(left, ignore_errors=True)
 
     def _why(self, step: int, value: float, last: int | None) -> str:
         what = f"step {step}, the best of {self._evaluations} evaluations by {self.metric} ({value:.4f})"
@@ -131,9 +137,7 @@ class JudgeExport:
         """Exports of steps that the resumed run has not made are removed: it makes them again, or others."""
         same = state["metric"] == self.metric
         best = state["best"] if same else None
-        for left in self.folder.parent.glob(f"{BEST}*"):
-            if best is None or left != self._beside(best["step"]):
-                shutil.rmtree(left, ignore_errors=True)
+        self._remove_all_but(None if best is None else self._beside(best["step"]))
         self._evaluations = state["evaluations"] if same else 0
         if best is None:
             return

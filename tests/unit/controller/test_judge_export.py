@@ -104,6 +104,14 @@ def test_one_export_beside_the_judge_at_a_time(tmp_path: Path) -> None:
     assert run.policy.saved == 3
 
 
+@pytest.mark.parametrize("value", [0.1, None])
+def test_what_an_earlier_run_left_goes(value: float | None, tmp_path: Path) -> None:
+    (tmp_path / "best_step_90").mkdir()
+    run = Run(tmp_path)
+    run.evaluate(0, expected__pearson=value)
+    assert run.finish(5)[0] == ("0" if value else "5")
+
+
 def test_a_full_disk_costs_the_export_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = Run(tmp_path)
     run.evaluate(0, expected__pearson=0.1)
