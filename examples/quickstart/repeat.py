@@ -2,7 +2,7 @@
 
     python examples/quickstart/repeat.py --cells exact --output_dir runs/repeat
     python examples/quickstart/repeat.py --cells exact paper exact_lr_5e-5 --repeats 1 --output_dir runs/grid
-    python examples/quickstart/repeat.py --table runs/repeat/results.json
+    python examples/quickstart/repeat.py --table runs/repeat/rubric/results.json
 
 A cell is a set of flags (CELLS). Every seed has its own data, model and warm-up, made once; every run from there is
 deterministic, and a repeat is another --train.seed: another order of the prompts and other samples. Two runs go side by
@@ -275,7 +275,7 @@ def main() -> int:
     whole = True
     path = args.table
     if path is None:
-        path = args.output_dir / "results.json"
+        path = args.output_dir / args.task / "results.json"
         words = f"--cells {' '.join(args.cells)} --seeds {' '.join(map(str, args.seeds))} --repeats {args.repeats}"
         command = f"python examples/quickstart/repeat.py --task {args.task} {words}"
         whole = Experiment(path, args.task, command, args.device).run(args.cells, args.seeds, args.repeats)

@@ -2,7 +2,7 @@
 
 `exact`, the default, is `paper` with beta = 1: both terms have the weight that the product rule gives them. Under the
 paper's beta = 0.01 little but a hundredth of Term 2 holds the score distribution while Term 1 moves the network below
-it; with a learning rate that is large for the model that is a gamble (examples/quickstart/README.md).
+it. What was measured of both is in examples/quickstart/README.md.
 
 A preset lies between the defaults and everything that a user gives, and the run records which one
 it used and what was overridden. Beta and the aggregation of Term 1 belong together: under a token
