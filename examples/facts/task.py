@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from examples.quickstart.task_files import command_line
+from examples.quickstart.task_files import command_line, jumping
 
 VALUES = {
     "city": ("paris", "rome", "oslo"),
@@ -143,13 +143,8 @@ def label_of(item: Item, rng: random.Random, config: TaskConfig) -> int:
 
 def feedback(item: Item, rng: random.Random, config: TaskConfig, *, careful: bool) -> str:
     """What one annotator writes about the parts, without a score."""
-    if careful:
-        visited = list(range(len(item.parts)))
-    else:
-        steps = range(1, len(config.jumps) + 1)
-        visited, at = [], -1
-        while (at := at + rng.choices(steps, config.jumps)[0]) < len(item.parts):
-            visited.append(at)
+    n = len(item.parts)
+    visited = list(range(n)) if careful else jumping(n, config.jumps, rng)
     facts, count, out = dict(item.facts), 0, []
     for index, verdict in zip(visited, verdicts(item, visited)):
         part = item.parts[index]

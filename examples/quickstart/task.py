@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from examples.quickstart.task_files import command_line
+from examples.quickstart.task_files import command_line, jumping
 
 FEATURES = ("detail", "humour", "warmth", "brevity", "jargon", "quotes", "rhyme", "slang")
 FLIP = "irony"
@@ -122,13 +122,8 @@ def label_of(item: Item, rng: random.Random, config: TaskConfig) -> int:
 
 def feedback(item: Item, rng: random.Random, config: TaskConfig, *, careful: bool) -> str:
     """What one annotator writes about the lines, without a score."""
-    if careful:
-        visited = list(range(len(item.lines)))
-    else:
-        steps = range(1, len(config.jumps) + 1)
-        visited, at = [], -1
-        while (at := at + rng.choices(steps, config.jumps)[0]) < len(item.lines):
-            visited.append(at)
+    n = len(item.lines)
+    visited = list(range(n)) if careful else jumping(n, config.jumps, rng)
     slip, parts = 0, []
     for index, tally in zip(visited, tallies(item, visited)):
         if not careful and rng.random() < config.slip_share:

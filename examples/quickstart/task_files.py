@@ -33,6 +33,15 @@ class Task(Protocol):
         ...
 
 
+def jumping(length: int, jumps: Sequence[float], rng: random.Random) -> list[int]:
+    """Places that a sloppy annotator visits of `length`. jumps: probabilities of going 1, 2, 3, ... places on."""
+    steps = range(1, len(jumps) + 1)
+    visited, at = [], -1
+    while (at := at + rng.choices(steps, jumps)[0]) < length:
+        visited.append(at)
+    return visited
+
+
 def unique_items(task: Task, rng: random.Random) -> Iterator[Any]:
     seen: set[Any] = set()
     while True:
