@@ -309,8 +309,8 @@ class Device:
         threads = max(1, len(_cores()) // ranks_on_node)
         if self.is_cuda:
             return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads)} if adam_offload else {}
-        allocator = {key: os.environ.get(key) or value for key, value in CPU_PROCESS_ENV.items()}
-        return {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu", **allocator}
+        process = {key: os.environ.get(key) or value for key, value in CPU_PROCESS_ENV.items()}
+        return {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu", **process}
 
 
 def _look_at_cards(name: str, dtype: str) -> None:

@@ -1,11 +1,10 @@
 """How strongly each term of the loss pulls: at the logits, without the logits, or at the parameters.
 
-At the logits (`term_norms`) it needs no second backward pass through the network, at the parameters
-(`ParameterNorms`) it needs a pass forward, two
-backward and the memory of two gradients. They answer different questions: a term that reaches
-few logits may move the parameters far.
+At the logits (`term_norms`) it needs no second backward pass through the network. At the parameters (`ParameterNorms`)
+it needs a forward pass, two backward passes and the memory of two gradients. They answer different questions: a term
+that reaches few logits may move the parameters far.
 
-At the logits: A term reaches a
+A term reaches a
 row of logits through log-probs of a few tokens, its picks, and through the row's entropy, so that its
 gradient there is (e - G p - h p (log p + H)) / T: e holds the picks' gradients, G is their sum, h the
 entropy's. The norm follows from the moments of p that came with the forward pass.
@@ -25,7 +24,7 @@ from real_openrlhf.algo.batch import RealBatch
 
 
 class ParameterNorms:
-    """Gradients of Term 1 and Term 2 at the parameters (paper, Eq. 8), added up over the micro-batches of an update.
+    """Gradients of Term 1 and Term 2 at the parameters, added up over the micro-batches of an update.
 
     Whole gradients on every rank: not with ZeRO 3, whose parameters lie in shards.
     """
