@@ -1,12 +1,12 @@
 """The quickstart's REAL run many times over: does its objective rise, how far do runs lie apart, what decides?
 
     python examples/quickstart/repeat.py --cells exact --output_dir runs/repeat
-    python examples/quickstart/repeat.py --cells exact paper exact_lr_5e-5 --repeats 1 --output_dir runs/grid
-    python examples/quickstart/repeat.py --table runs/repeat/rubric/results.json
+    python examples/quickstart/repeat.py --cells exact paper exact_lr_5e-5 --repeats 1 --steps 50
+    python examples/quickstart/repeat.py --table runs/repeat/rubric/steps_100.json
 
 A cell is a set of flags (CELLS). Every seed has its own data, model and warm-up, made once; every run from there is
 deterministic, and a repeat is another --train.seed: another order of the prompts and other samples. Two runs go side by
-side, on a core each. results.json is written after every run, and a second call leaves out what is in it.
+side, on a core each. The JSON is written after every run, and a second call leaves out what is in it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WARMUP = (
 REAL = (
     *("--data.input_key", "prompt", "--data.label_key", "label", "--data.max_len", "128"),
     *("--rollout.batch_size", "16", "--rollout.n_samples_per_prompt", "8", "--rollout.max_new_tokens", "32"),
-    *("--train.micro_batch_size", "32", "--train.max_steps", "50", "--actor.adam.lr", "2e-4"),
+    *("--train.micro_batch_size", "32", "--actor.adam.lr", "2e-4"),
     *("--real.anchor", "score ", "--real.keep_groups", "all", "--eval.steps", "25"),
     *("--train.full_determinism_enable", "--ckpt.best_metric_key", "valid/expected/pearson"),
 )
@@ -214,9 +214,9 @@ def plot(results: dict[str, Any], cell: str, path: Path) -> None:
 class Experiment:
     """Cells x seeds x repeats of one task, one run per core at a time; what is in its JSON is not run again."""
 
-    def __init__(self, path: Path, task: str, command: str, device: str) -> None:
-        self.path, self.task, self.device = path, TASKS[task], device
-        self.results: dict[str, Any] = {"task": task, "commands": [], "cells": {}, "runs": []}
+    def __init__(self, path: Path, task: str, steps: int, command: str, device: str) -> None:
+        self.path, self.task, self.steps, self.device = path, TASKS[task], steps, device
+        self.results: dict[str, Any] = {"task": task, "steps": steps, "commands": [], "cells": {}, "runs": []}
         if path.is_file():
             self.results = json.loads(path.read_text(encoding="utf-8"))
         if command not in self.results["commands"]:
@@ -246,9 +246,10 @@ class Experiment:
         try:
             # Of this thread alone, and of the processes that it starts.
             os.sched_setaffinity(0, {core})
-            out = self._folder(seed) / f"{cell}_{repeat}"
+            out = self._folder(seed) / f"{cell}_{self.steps}_{repeat}"
             flags = ("--train.seed", str(repeat), "--real.scale", self.task.scale, "--real.device", self.device)
-            found = measure(self._folder(seed), out, *flags, *CELLS[cell])
+            length = ("--train.max_steps", str(self.steps))
+            found = measure(self._folder(seed), out, *length, *flags, *CELLS[cell])
         except RuntimeError as error:
             print(f"{cell}, seed {seed}, repeat {repeat + 1} failed: {error}", file=sys.stderr, flush=True)
             return False
@@ -267,6 +268,7 @@ def main() -> int:
     parser.add_argument("--cells", nargs="+", default=["exact"], choices=sorted(CELLS), metavar="CELL")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=100, help="of REAL; each number has a JSON of its own")
     parser.add_argument("--task", default="rubric", choices=sorted(TASKS))
     parser.add_argument("--output_dir", type=Path, default=Path("runs/repeat"))
     parser.add_argument("--device", default="cpu")
@@ -275,10 +277,11 @@ def main() -> int:
     whole = True
     path = args.table
     if path is None:
-        path = args.output_dir / args.task / "results.json"
+        path = args.output_dir / args.task / f"steps_{args.steps}.json"
         words = f"--cells {' '.join(args.cells)} --seeds {' '.join(map(str, args.seeds))} --repeats {args.repeats}"
-        command = f"python examples/quickstart/repeat.py --task {args.task} {words}"
-        whole = Experiment(path, args.task, command, args.device).run(args.cells, args.seeds, args.repeats)
+        command = f"python examples/quickstart/repeat.py --task {args.task} --steps {args.steps} {words}"
+        experiment = Experiment(path, args.task, args.steps, command, args.device)
+        whole = experiment.run(args.cells, args.seeds, args.repeats)
     results = json.loads(path.read_text(encoding="utf-8"))
     print(grid(results))
     for cell in results["cells"]:
