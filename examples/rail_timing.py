@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
+from real_openrlhf.common.errors import RunError
 from real_openrlhf.data.prompt import Prompt
-from real_openrlhf.errors import RunError
 from real_openrlhf.evaluate import load_benchmarks, make_judge, parse_args
 from real_openrlhf.judge.judge import Judge
 from real_openrlhf.judge.scoring import score_given, score_prompts

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from real_openrlhf.errors import RunError
+from real_openrlhf.common.errors import RunError
 from real_openrlhf.evals.benchmarks import Benchmark, load_benchmark, parse_benchmarks
+from real_openrlhf.evals.judging import earlier_predictions, identity_of, judge_all, largest_difference, name_of
 from real_openrlhf.evals.predictions import EvaluationError
 from real_openrlhf.evals.report import (
     PREDICTIONS,
@@ -29,7 +30,6 @@ from real_openrlhf.evals.report import (
     write_report,
 )
 from real_openrlhf.evals.tables import NamedResults, paper_table
-from real_openrlhf.judge.benchmarking import earlier_predictions, identity_of, judge_all, largest_difference, name_of
 from real_openrlhf.judge.cli_model import add_model, chosen_settings, read_key
 from real_openrlhf.judge.judge import Judge
 from real_openrlhf.judge.types import JudgeBackend

@@ -9,7 +9,7 @@ are learned. One process, fp32, CPU or one GPU; metrics go to OUT/warmup_metrics
 from __future__ import annotations
 
 # Before torch, whose OpenMP reads it once.
-import real_openrlhf.quiet_threads  # noqa: F401
+import real_openrlhf.common.quiet_threads  # noqa: F401
 
 # isort: split
 import argparse
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from real_openrlhf.actors.device import Device
+from real_openrlhf.common.device import Device
 from real_openrlhf.data.sources import BadRow, DataError, Row, lookup, read_rows, shorten
 from real_openrlhf.data.template import PromptError, PromptTemplate
 

@@ -24,7 +24,7 @@ from examples.benchmark.plan import MARGIN, Estimates, Item, Round, WeightSync, 
 from examples.benchmark.processes import Worker, WorkerError
 from examples.benchmark.protocol import Case, Measured
 from examples.benchmark.results import Record, Results
-from real_openrlhf.actors.device import Device
+from real_openrlhf.common.device import Device
 
 ROOT = Path(__file__).resolve().parents[2]
 # Before a worker's first measured step: the optimizer gets its state, kernels and memory are warm; the second one

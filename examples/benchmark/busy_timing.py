@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from real_openrlhf.quiet_threads import SPINS
+from real_openrlhf.common.quiet_threads import SPINS
 
 # GOMP_SPINCOUNT; the second is libgomp's own.
 SPIN_COUNTS = {"shipped": SPINS, "default": "300000"}

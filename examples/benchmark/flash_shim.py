@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from real_openrlhf.actors.device import flash_attn_available
-from real_openrlhf.actors.varlen_attention import FlashOps, Segments, VarlenOps
+from real_openrlhf.actors.policy.varlen_attention import FlashOps, Segments, VarlenOps
+from real_openrlhf.common.device import flash_attn_available
 
 OVERRIDE = (
     "flash_attn_2_cuda: flash-attn's kernels are not compiled here; the same FlashAttention 2 kernels from torch's "

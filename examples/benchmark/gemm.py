@@ -18,7 +18,7 @@ import torch
 
 from examples.benchmark.flops import Shape
 from examples.benchmark.timers import Timers
-from real_openrlhf.actors.device import Device
+from real_openrlhf.common.device import Device
 
 ROWS = 1024  # tokens per product: as many as a step's chunks have, few enough for 151,936 outputs
 REPEATS = 5

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from real_openrlhf.actors.device import Device
+from real_openrlhf.common.device import Device
 
 TOP = 25
 # Each makes Python wait. An item() shows up as several of them: they are not to be added.

@@ -50,7 +50,7 @@ class GpuWorker(Worker):
         import torch
 
         from examples.benchmark import flash_shim, gpu_models
-        from real_openrlhf.actors.device import Device
+        from real_openrlhf.common.device import Device
 
         device = Device.resolve(args.device)
         args.logits_mb, args.liger = args.logits_mb or None, False if args.no_liger else None

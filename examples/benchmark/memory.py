@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from real_openrlhf.actors.device import Device
+from real_openrlhf.common.device import Device
 
 _PROC = Path("/proc/self")
 # Of /proc/self/clear_refs: the high-water mark becomes the present RSS.

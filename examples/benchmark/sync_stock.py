@@ -13,8 +13,8 @@ from unittest.mock import patch
 import torch
 from openrlhf.trainer.ray.vllm_worker_wrap import WorkerWrap
 
-from real_openrlhf.actors.weight_transfer import SyncGroup
-from real_openrlhf.actors.worker_extension import SyncWorkerExtension
+from real_openrlhf.actors.engine.vllm_worker import SyncWorkerExtension
+from real_openrlhf.actors.sync.transfer import SyncGroup
 
 DEADLINE_S = 120.0
 

@@ -26,20 +26,21 @@ from typing import TYPE_CHECKING, Any
 import ray
 import torch
 
-from real_openrlhf.actors.device import Device
-from real_openrlhf.actors.engine_spec import EngineSpec
-from real_openrlhf.actors.placement import Request, reserve
-from real_openrlhf.actors.policy_spec import PolicySpec
-from real_openrlhf.actors.weight_sync import check_agreement, timed
+from real_openrlhf.actors.engine.spec import EngineSpec
+from real_openrlhf.actors.policy.spec import PolicySpec
+from real_openrlhf.actors.sync.agreement import check_agreement, timed
+from real_openrlhf.algo.bound_scale import bind_scale
 from real_openrlhf.algo.loss import LossOptions
-from real_openrlhf.algo.score_scale import ScoreScale, bind_scale
+from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.common.device import Device
 from real_openrlhf.config.convert import build_config
 from real_openrlhf.config.openrlhf_args import to_openrlhf_args
 from real_openrlhf.data.tokenizer import load_tokenizer
-from real_openrlhf.ray_session import passed_environment, ray_session
+from real_openrlhf.run.placement import Request, reserve
+from real_openrlhf.run.ray_session import passed_environment, ray_session
 
 if TYPE_CHECKING:
-    from real_openrlhf.actors.remote import RayPolicyGroup, RayRolloutGroup
+    from real_openrlhf.run.ray_groups import RayPolicyGroup, RayRolloutGroup
 
 logger = logging.getLogger("sync_timing")
 
@@ -91,7 +92,7 @@ def policy_spec(model: str, device: Device, bucket_mb: int) -> PolicySpec:
 def start(model: str, bucket_mb: int) -> tuple[RayPolicyGroup, RayRolloutGroup, RayRolloutGroup]:
     """Policy, this project's engine, OpenRLHF's; started side by side."""
     from examples.benchmark.sync_actors import StockEngine, StockPolicy
-    from real_openrlhf.actors.remote import RayPolicyGroup, RayRolloutGroup
+    from real_openrlhf.run.ray_groups import RayPolicyGroup, RayRolloutGroup
 
     class Policy(RayPolicyGroup):
         actor = StockPolicy
@@ -116,7 +117,7 @@ def start(model: str, bucket_mb: int) -> tuple[RayPolicyGroup, RayRolloutGroup, 
 def contestants(
     policy: RayPolicyGroup, engines: RayRolloutGroup, stock: RayRolloutGroup, probes: list[list[int]]
 ) -> dict[str, Contestant]:
-    from real_openrlhf.actors.remote import RayWeightSync
+    from real_openrlhf.run.ray_groups import RayWeightSync
 
     tolerance = policy.spec.device.sync_tolerance
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from real_openrlhf.actors.device import Device
+from real_openrlhf.common.device import Device
 
 
 class Timers:

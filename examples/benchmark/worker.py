@@ -53,7 +53,7 @@ class Worker:
     gives_back = True
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from real_openrlhf.actors.device import Device
+        from real_openrlhf.common.device import Device
 
         self.name: str = args.contestant
         self.device = Device.resolve(args.device)

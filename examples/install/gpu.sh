@@ -100,7 +100,7 @@ check() {
   "$venv/bin/python" - <<'PY'
 import deepspeed, openrlhf.trainer.ray.ppo_actor, ray, torch, vllm
 from torch.nn.attention.varlen import varlen_attn
-from real_openrlhf.actors.device import Device, flash_attn_available
+from real_openrlhf.common.device import Device, flash_attn_available
 
 assert torch.cuda.is_available(), "torch sees no GPU"
 device = Device.resolve("cuda")

@@ -20,7 +20,7 @@ from typing import Any
 
 from real_openrlhf.evals.intervals import Interval, SingleInterval, bootstrap, paired_bootstrap
 from real_openrlhf.evals.metrics import METRICS
-from real_openrlhf.judge_settings import JudgeSettings
+from real_openrlhf.export.settings import JudgeSettings
 
 Rows = list[dict[str, Any]]
 READINGS = {"expected": "E[score]", "decoded": "decoded score"}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from real_openrlhf.algo.packing import PromptLayout, Row, layout_of, rows_of, shared
 from real_openrlhf.algo.score_rows import ScoreRows
-from real_openrlhf.algo.types import Denominators
+from real_openrlhf.algo.types import Denominators, Targets
 
 __all__ = ["Packed", "RealBatch", "Row", "collate", "denominators_of", "pack", "rows_of"]
 
@@ -29,8 +29,8 @@ class RealBatch:
     response_mask, cot_mask, score_mask   [N, T] bool
     score_rows      the rows of all N rollouts
     readable        [N] bool
-    cot, score, squared_error, likelihood, target_value, target_weight   [N] float32
-    target_low, target_high   [N] int64
+    cot, score, squared_error, likelihood   [N] float32
+    targets            the N labels
     rollout_logprobs   [N, T] float32, 0 at padding
     ref_logprobs       the same under the reference policy; None without a KL
 
@@ -55,10 +55,7 @@ class RealBatch:
     score: Tensor
     squared_error: Tensor
     likelihood: Tensor
-    target_value: Tensor
-    target_low: Tensor
-    target_high: Tensor
-    target_weight: Tensor
+    targets: Targets
     rollout_logprobs: Tensor
     ref_logprobs: Tensor | None = None
 
@@ -67,7 +64,7 @@ class RealBatch:
 
     def to(self, device: torch.device | str) -> RealBatch:
         moved: dict[str, Any] = {
-            name: value.to(device) if isinstance(value, Tensor | ScoreRows) else value
+            name: value.to(device) if isinstance(value, Tensor | ScoreRows | Targets) else value
             for name, value in vars(self).items()
         }
         return RealBatch(**moved)
@@ -104,7 +101,6 @@ def collate(rows: Sequence[Row]) -> RealBatch:
     def per_row(name: str) -> Tensor:
         return torch.stack([getattr(r.group.coefficients, name)[r.index] for r in rows]).float()
 
-    targets = [r.group.target for r in rows]
     score_rows = ScoreRows.cat([r.rollout.score_rows for r in rows])
     return RealBatch(
         **_packed(rows, score_rows, response_mask),
@@ -118,10 +114,7 @@ def collate(rows: Sequence[Row]) -> RealBatch:
         score=per_row("score"),
         squared_error=per_row("squared_error"),
         likelihood=per_row("likelihood"),
-        target_value=torch.tensor([t.value for t in targets], dtype=torch.float32),
-        target_low=torch.tensor([t.low for t in targets]),
-        target_high=torch.tensor([t.high for t in targets]),
-        target_weight=torch.tensor([t.weight for t in targets], dtype=torch.float32),
+        targets=Targets.of([r.group.target for r in rows]),
         rollout_logprobs=rollout_logprobs,
         ref_logprobs=_ref_logprobs(rows, width),
     )

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
+from real_openrlhf.algo.choices import KLEstimator
 from real_openrlhf.algo.dtypes import upcast
-
-KLEstimator = Literal["k1", "k2", "k3"]
 
 # As OpenRLHF's models/utils.py: importance weights are unbounded off-policy.
 KL_IS_WEIGHT_CLIP = 10.0

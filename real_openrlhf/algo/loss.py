@@ -15,18 +15,16 @@ over all ranks and micro-batches of the optimizer step, so the loss does not dep
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import overload
 
 import torch
 from torch import Tensor
 
+from real_openrlhf.algo.choices import Aggregation, KLEstimator, Ratio
 from real_openrlhf.algo.dtypes import upcast
-from real_openrlhf.algo.kl import KLEstimator, kl_per_token
+from real_openrlhf.algo.kl import kl_per_token
 from real_openrlhf.algo.score_stats import ScoreStats, score_stats
 from real_openrlhf.algo.types import Denominators, LossInputs, LossOutputs
-
-Aggregation = Literal["token_sum", "token_mean"]
-Ratio = Literal["on_policy", "clip", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +79,11 @@ def policy_loss(
     stats = score_stats(
         _masked(inputs.label_logprobs, inputs.readable[:, None]),
         inputs.values,
-        inputs.target_low,
-        inputs.target_high,
-        inputs.target_weight,
+        inputs.targets,
         renormalise=options.renormalise,
     )
     sequence_weight = _sequence_weight(logprobs, rollout_logprobs, inputs.cot_mask, options)
-    squared_error = torch.where(inputs.readable, (stats.expected - inputs.target_value.to(stats.expected)) ** 2, 0.0)
+    squared_error = torch.where(inputs.readable, (stats.expected - inputs.targets.value.to(stats.expected)) ** 2, 0.0)
     likelihood = torch.where(inputs.readable, stats.likelihood, 0.0)
 
     by_sum = options.aggregation == "token_sum"
@@ -166,7 +162,7 @@ def _sums(
     sums = {
         "readable": float(readable.sum()),
         "expected_score": float((expected * readable).sum()),
-        "expected_error": float(((expected - inputs.target_value).abs() * readable).sum()),
+        "expected_error": float(((expected - inputs.targets.value).abs() * readable).sum()),
         "mass": float((mass * readable).sum()),
         "clipped": float(clipped.sum()),
     }

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from real_openrlhf.algo.choices import AnswerReward
 from real_openrlhf.algo.score_stats import score_stats
-from real_openrlhf.algo.types import GroupScores
-
-AnswerReward = Literal["logprob", "prob"]
+from real_openrlhf.algo.types import GroupScores, Targets
 
 # The likelihood that an unreadable rollout is given in its reward.
 FLOOR_PROBABILITY = 1e-6
@@ -38,13 +36,10 @@ def real_rewards(
     and the answer reward of probability 1e-6.
     """
     target = scores.target
-    k = scores.label_logprobs.shape[0]
     stats = score_stats(
         scores.label_logprobs.double(),
         scores.values.double(),
-        torch.full((k,), target.low),
-        torch.full((k,), target.high),
-        torch.full((k,), target.weight, dtype=torch.float64),
+        Targets.repeat(target, len(scores.label_logprobs)),
         renormalise=renormalise,
     )
     regression = -((stats.expected - target.value) ** 2)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from real_openrlhf.algo.score_scale import BoundAnchor, BoundScale, Tokenizer, decode
+from real_openrlhf.algo.bound_scale import BoundAnchor, BoundScale, Tokenizer, decode
 from real_openrlhf.algo.types import NO_ANCHOR, OFF_SCALE, SPLIT_ANCHOR, TRUNCATED, ScoreReading
 
 # Tokens tried on both sides of a bisected position; no character has more bytes than 4.

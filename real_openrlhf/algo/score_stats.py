@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from real_openrlhf.algo.types import Targets
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreStats:
@@ -25,13 +27,11 @@ class ScoreStats:
 def score_stats(
     label_logprobs: Tensor,
     values: Tensor,
-    low: Tensor,
-    high: Tensor,
-    weight: Tensor,
+    targets: Targets,
     *,
     renormalise: bool = False,
 ) -> ScoreStats:
-    """[N, S] log-probs of the labels, [S] values, [N] target -> ScoreStats.
+    """[N, S] log-probs of the labels, [S] values, N targets -> ScoreStats.
 
     Full-vocabulary probabilities are the paper's definition: mass off the scale pulls E[score]
     towards 0. renormalise=True takes the distribution given that the score is on the scale, for
@@ -42,9 +42,9 @@ def score_stats(
     logprobs = label_logprobs.log_softmax(-1) if renormalise else label_logprobs
     probs = logprobs.exp() if renormalise else probs
     expected = probs @ values.to(probs)
-    weight = weight.to(logprobs)
-    at_low = logprobs.gather(-1, low[:, None])[:, 0]
-    at_high = logprobs.gather(-1, high[:, None])[:, 0]
+    weight = targets.weight.to(logprobs)
+    at_low = logprobs.gather(-1, targets.low[:, None])[:, 0]
+    at_high = logprobs.gather(-1, targets.high[:, None])[:, 0]
     # 0 * -inf is nan: a weight of exactly 0 or 1 must not look at the other neighbour.
     likelihood = torch.where(weight < 1, (1 - weight) * at_low, 0.0) + torch.where(weight > 0, weight * at_high, 0.0)
     return ScoreStats(expected=expected, likelihood=likelihood, mass=mass)

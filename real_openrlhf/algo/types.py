@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from real_openrlhf.algo.dtypes import upcast
 from real_openrlhf.algo.score_rows import ScoreRows
+from real_openrlhf.algo.target import Target
 
 # Why a rollout has no score, or has one that cannot be decoded. Kept as words: they go to logs.
 NO_ANCHOR = "no_anchor"  # the answer anchor was never written
@@ -119,13 +121,41 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
-    """A label y as the loss needs it: y = (1 - weight) * values[low] + weight * values[high]."""
+class Targets:
+    """The targets of N rollouts (see `Target`).
 
-    value: float
-    low: int
-    high: int
-    weight: float
+    value, weight  [N] float64, or narrower
+    low, high      [N] int64
+    """
+
+    value: Tensor
+    low: Tensor
+    high: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, targets: Sequence[Target]) -> Targets:
+        return cls(
+            value=torch.tensor([t.value for t in targets], dtype=torch.float64),
+            low=torch.tensor([t.low for t in targets], dtype=torch.int64),
+            high=torch.tensor([t.high for t in targets], dtype=torch.int64),
+            weight=torch.tensor([t.weight for t in targets], dtype=torch.float64),
+        )
+
+    @classmethod
+    def repeat(cls, target: Target, n: int) -> Targets:
+        """One label for all n rollouts of a group."""
+        return cls.of([target] * n)
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __getitem__(self, rows: Any) -> Targets:
+        """Some of them, by anything that indexes a tensor's first axis and keeps it."""
+        return Targets(value=self.value[rows], low=self.low[rows], high=self.high[rows], weight=self.weight[rows])
+
+    def to(self, device: torch.device | str) -> Targets:
+        return Targets(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +255,7 @@ class LossInputs:
     score_mask        [N, T] bool: the tokens drawn as the score (all False where not readable)
     response_mask     [N, T] bool
     cot, score, squared_error, likelihood   [N] float32: the coefficients
-    target_value, target_low, target_high, target_weight   [N]
+    targets           the N labels
     values            [S] the scale's values
     rollout_logprobs  [N, T] float32: log-probs at sampling time; needed for ratio and importance weights
     ref_logprobs      [N, T] float32: log-probs under the reference policy; needed for KL
@@ -242,10 +272,7 @@ class LossInputs:
     score: Tensor
     squared_error: Tensor
     likelihood: Tensor
-    target_value: Tensor
-    target_low: Tensor
-    target_high: Tensor
-    target_weight: Tensor
+    targets: Targets
     values: Tensor
     rollout_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from real_openrlhf.common.errors import FolderError
 
-class CheckpointError(ValueError):
+
+class CheckpointError(FolderError):
     """No checkpoint can be used as asked; the message names the path and what would work."""
 
 

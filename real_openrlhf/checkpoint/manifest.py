@@ -18,8 +18,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from real_openrlhf.checkpoint.compat import RunIdentity
-from real_openrlhf.checkpoint.durable import MIB, Fingerprint, files_of
 from real_openrlhf.checkpoint.errors import CheckpointError
+from real_openrlhf.common.durable import MIB, Fingerprint, files_of
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "real_openrlhf.checkpoint"
@@ -183,3 +183,45 @@ def find_defect(folder: Path, manifest: Manifest, *, hashes: bool) -> str | None
 
 def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A folder and its manifest. Paths below `path` may be read by any process."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @property
+    def metric(self) -> float | None:
+        return self.manifest.metric
+
+    @property
+    def meta(self) -> CheckpointMeta:
+        return self.manifest.meta
+
+    def read_json(self, name: str) -> Any:
+        """What `write_json` wrote. CheckpointError if it is not there or not JSON."""
+        try:
+            return json.loads((self.path / name).read_bytes())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path / name} cannot be read: {error}") from error
+
+    def read_torch(self, name: str) -> Any:
+        """What `write_torch` wrote, on the CPU; no code of the file is run. CheckpointError if it cannot be read."""
+        import torch
+
+        try:
+            return torch.load(self.path / name, weights_only=True, map_location="cpu")
+        except Exception as error:  # torch raises whatever its unpickler met
+            raise CheckpointError(f"{self.path / name} cannot be read: {error}") from error
+
+    def verify(self) -> None:
+        """Compare every file with the manifest, hashes included; CheckpointError names the first that differs."""
+        defect = find_defect(self.path, self.manifest, hashes=True)
+        if defect:
+            raise CheckpointError(f"{self.path} is not a complete checkpoint: {defect}")

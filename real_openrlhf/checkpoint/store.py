@@ -11,73 +11,30 @@ there was one. All that the store knows it reads from the manifests, so nothing 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
-from real_openrlhf.checkpoint import durable
 from real_openrlhf.checkpoint.errors import CheckpointError, CheckpointWriteError, NoCheckpointError
 from real_openrlhf.checkpoint.manifest import (
     MANIFEST_FILE,
+    Checkpoint,
     CheckpointMeta,
     Manifest,
     find_defect,
     list_files,
 )
 from real_openrlhf.checkpoint.writer import CheckpointWriter
+from real_openrlhf.common import durable
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d+)(\.seq_\d+)?")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """A folder and its manifest. Paths below `path` may be read by any process."""
-
-    path: Path
-    manifest: Manifest
-
-    @property
-    def step(self) -> int:
-        return self.manifest.step
-
-    @property
-    def metric(self) -> float | None:
-        return self.manifest.metric
-
-    @property
-    def meta(self) -> CheckpointMeta:
-        return self.manifest.meta
-
-    def read_json(self, name: str) -> Any:
-        """What `write_json` wrote. CheckpointError if it is not there or not JSON."""
-        try:
-            return json.loads((self.path / name).read_bytes())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.path / name} cannot be read: {error}") from error
-
-    def read_torch(self, name: str) -> Any:
-        """What `write_torch` wrote, on the CPU; no code of the file is run. CheckpointError if it cannot be read."""
-        import torch
-
-        try:
-            return torch.load(self.path / name, weights_only=True, map_location="cpu")
-        except Exception as error:  # torch raises whatever its unpickler met
-            raise CheckpointError(f"{self.path / name} cannot be read: {error}") from error
-
-    def verify(self) -> None:
-        """Compare every file with the manifest, hashes included; CheckpointError names the first that differs."""
-        defect = find_defect(self.path, self.manifest, hashes=True)
-        if defect:
-            raise CheckpointError(f"{self.path} is not a complete checkpoint: {defect}")
 
 
 class CheckpointStore:

@@ -10,14 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from real_openrlhf.checkpoint.durable import MIB, remove_tree, write_file
 from real_openrlhf.checkpoint.errors import CheckpointWriteError
-from real_openrlhf.checkpoint.manifest import MANIFEST_FILE
-
-if TYPE_CHECKING:
-    from real_openrlhf.checkpoint.store import Checkpoint
+from real_openrlhf.checkpoint.manifest import MANIFEST_FILE, Checkpoint
+from real_openrlhf.common.durable import MIB, remove_tree, write_file
 
 logger = logging.getLogger(__name__)
 

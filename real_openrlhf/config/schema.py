@@ -11,9 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from real_openrlhf.algo.kl import KLEstimator
-from real_openrlhf.algo.loss import Aggregation
-from real_openrlhf.algo.rewards import AnswerReward
+from real_openrlhf.algo.choices import Aggregation, AnswerReward, KLEstimator
+from real_openrlhf.algo.objectives import OBJECTIVES
 from real_openrlhf.algo.score_scale import DEFAULT_ANCHOR, ScaleError, ScoreScale
 from real_openrlhf.config.flags import ConfigError, Section, flag
 from real_openrlhf.config.guard_flags import GuardConfig
@@ -262,7 +261,7 @@ class AlgoConfig(Section):
 class RealConfig(Section):
     prefix: ClassVar[str] = "real"
     preset: PresetName = flag(DEFAULT_PRESET, "named settings; flags and --config override single values")
-    objective: str = flag("real", "what is trained", choices=("real",))
+    objective: str = flag("real", "what is trained", choices=tuple(OBJECTIVES))
     scale: str = flag("1-5", "the score scale: '1-5', '0,1,2' or '1=Bad,2=Good'")
     anchor: tuple[str, ...] = flag((DEFAULT_ANCHOR,), "text right before the score; the last one written counts")
     lam: float = flag(1.0, "lambda, weight of the label's likelihood in the reward", ge=0)
@@ -322,6 +321,11 @@ class WandbConfig(Section):
     org: str | None = flag(None, "W&B team or user")
     mode: Literal["disabled", "online", "offline"] = flag("disabled", "whether and how to log to W&B")
     key: str | None = flag(None, "W&B API key; better set WANDB_API_KEY, flags are visible to others", secret=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode != "disabled" and not self.project:
+            self.reject("project", "is empty; name a project")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from real_openrlhf.config.batch_plan import resolve_ratio
 from real_openrlhf.config.convert import flags_by_name, get_value
 from real_openrlhf.config.flags import ConfigError
-from real_openrlhf.config.plan import resolve_ratio
 from real_openrlhf.config.schema import Config, LoraConfig
 
 __all__ = ["ConfigError", "validate"]
@@ -323,7 +323,7 @@ def _device(config: Config, device: str) -> list[str]:
 
 
 # Log p of a token differs by so much between trainer and engine in bf16 with the same weights, as its standard
-# deviation: 0.03 to 0.05 in the mean were measured (actors/device.py).
+# deviation: 0.03 to 0.05 in the mean were measured (common/device.py).
 _BF16_TOKEN_NOISE = 0.05
 
 

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 from real_openrlhf.checkpoint.compat import RunIdentity, check
 from real_openrlhf.checkpoint.errors import CheckpointWriteError
-from real_openrlhf.checkpoint.manifest import CheckpointMeta
-from real_openrlhf.checkpoint.store import Checkpoint, CheckpointStore
+from real_openrlhf.checkpoint.manifest import Checkpoint, CheckpointMeta
+from real_openrlhf.checkpoint.store import CheckpointStore
 
 logger = logging.getLogger(__name__)
 

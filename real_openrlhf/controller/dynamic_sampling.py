@@ -13,10 +13,10 @@ from typing import Literal, Protocol
 
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import Group
+from real_openrlhf.common.errors import RunError
 from real_openrlhf.controller.rollout_stats import group_accuracy
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.data.stream import StreamExhausted
-from real_openrlhf.errors import RunError
 
 Keep = Literal["partial", "some_right", "some_wrong", "all"]
 

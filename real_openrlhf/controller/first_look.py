@@ -13,7 +13,7 @@ import torch
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.score_stats import expected_score
 from real_openrlhf.algo.types import Group, count_reasons
-from real_openrlhf.errors import RunError
+from real_openrlhf.common.errors import RunError
 
 
 class ScoresNotThere(RunError):

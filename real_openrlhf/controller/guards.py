@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from real_openrlhf.common.errors import RunError
 from real_openrlhf.config.guard_flags import GuardConfig
-from real_openrlhf.errors import RunError
 
 if TYPE_CHECKING:
     from real_openrlhf.evals.change import Change

@@ -7,14 +7,14 @@ judge's, `best_step_<n>`; at the end that takes the judge's place. A run that di
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from real_openrlhf.checkpoint.errors import CheckpointError
+from real_openrlhf.common.atomic_folder import replace_folder
+from real_openrlhf.common.errors import FolderError
 from real_openrlhf.controller.checkpointing import LOWER_IS_BETTER
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ BEST = "best_step_"
 
 
 class Exporter(Protocol):
-    def save_model(self, path: str) -> None: ...
+    def save_model(self, path: str, complete: Callable[[Path], None]) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class JudgeExport:
     """
     folder    of the judge
     metric    of the evaluation that decides ("expected/pearson"); None: the last weights are exported
-    describe  writes into an exported folder what it says of itself, from `chosen`
+    describe  writes into an exported folder what it says of itself, and checks it
     step_of   the step that an exported folder says of itself; None where it says none
     """
 
@@ -52,7 +52,7 @@ class JudgeExport:
         folder: str | Path,
         *,
         metric: str | None,
-        describe: Callable[[Path], None] = lambda folder: None,
+        describe: Callable[[Path, Chosen], None] = lambda folder, chosen: None,
         step_of: Callable[[Path], int | None] = lambda folder: None,
     ) -> None:
         self.policy = policy
@@ -74,8 +74,8 @@ class JudgeExport:
             return
         self.chosen = Chosen(step=step, why=self._why(step, value, None), evaluation=dict(metrics))
         try:
-            self.policy.save_model(str(self._beside(step)))
-        except (OSError, CheckpointError) as error:
+            self._write(self._beside(step))
+        except (OSError, FolderError) as error:
             # The run is worth more than this export; the next better evaluation tries again.
             logger.error("the judge of step %d, the best so far, could not be exported: %s", step, error)
             return
@@ -88,7 +88,7 @@ class JudgeExport:
         if best is None:
             why = "the last ones" if self.metric is None else f"the last ones: no evaluation has {self.metric}"
             self.chosen = Chosen(step=step, why=f"{why}, of step {step}", evaluation=dict(evaluation))
-            self.policy.save_model(str(self.folder))
+            self._write(self.folder)
             self._remove_all_but(None)
             return
         self.chosen = Chosen(
@@ -96,11 +96,12 @@ class JudgeExport:
         )
         logger.info("the judge has the weights of %s", self.chosen.why)
         folder = self._beside(best.step)
-        self.describe(folder)
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
-        os.replace(folder, self.folder)
+        self.describe(folder, self.chosen)
+        replace_folder(folder, self.folder)
         self._best = None
+
+    def _write(self, folder: Path) -> None:
+        self.policy.save_model(str(folder), lambda new: self.describe(new, self.chosen))
 
     def _remove_all_but(self, kept: Path | None) -> None:
         """Also what an earlier run left that ended in this folder before its first checkpoint."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.score_stats import ScoreStats, score_stats
-from real_openrlhf.algo.types import REASONS, Group, TrainGroup, count_reasons, group_scores
+from real_openrlhf.algo.types import REASONS, Group, Targets, TrainGroup, count_reasons, group_scores
 
 Metrics = dict[str, float | None]
 
@@ -182,13 +182,10 @@ def _group_stats(group: Group, scale: ScoreScale, renormalise: bool) -> tuple[Sc
     """Stats [K] in float64, and which rollouts are readable; the others' stats mean nothing."""
     target = scale.target(group.label)
     scores = group_scores(group, scale.tensor(), target)
-    k = len(group)
     stats = score_stats(
         scores.label_logprobs.double(),
         scores.values,
-        torch.full((k,), target.low),
-        torch.full((k,), target.high),
-        torch.full((k,), target.weight, dtype=torch.float64),
+        Targets.repeat(target, len(group)),
         renormalise=renormalise,
     )
     return stats, scores.readable

@@ -20,18 +20,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
 
-from real_openrlhf.jsonl import JsonLines, JsonLinesError, keep_lines
+from real_openrlhf.common.jsonl import JsonLines, JsonLinesError, keep_lines
+from real_openrlhf.config.schema import WandbConfig
 
 logger = logging.getLogger(__name__)
 
 Phase = Literal["train", "eval", "sync"]
-WandbMode = Literal["online", "offline", "disabled"]
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -48,24 +47,6 @@ _SECRET_VARIABLES = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 class RunLogError(ValueError):
     """The run cannot be recorded as asked; raised before training starts."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WandbSettings:
-    """Weights & Biases. key: None leaves WANDB_API_KEY or an earlier login; it is never written anywhere."""
-
-    mode: WandbMode = "disabled"
-    project: str = "real_openrlhf"
-    run_name: str | None = None
-    group: str | None = None
-    org: str | None = None
-    key: str | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        if self.mode not in get_args(WandbMode):
-            raise RunLogError(f"--logger.wandb.mode {self.mode!r} is unknown; use one of {list(get_args(WandbMode))}")
-        if self.mode != "disabled" and not self.project:
-            raise RunLogError("--logger.wandb.project is empty; name a project")
 
 
 def redact(config: Any, secrets: Iterable[str] = ()) -> Any:
@@ -143,7 +124,7 @@ class RunLog:
         output_dir: str | Path,
         *,
         tensorboard_dir: str | None,
-        wandb: WandbSettings,
+        wandb: WandbConfig,
         config: Mapping[str, Any],
         append: bool = False,
         resume_step: int | None = None,
@@ -336,7 +317,7 @@ class _Wandb:
     name = "W&B"
 
     def __init__(
-        self, settings: WandbSettings, output_dir: Path, config: Any, *, append: bool, secrets: Sequence[str]
+        self, settings: WandbConfig, output_dir: Path, config: Any, *, append: bool, secrets: Sequence[str]
     ) -> None:
         try:
             import wandb

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 
 from real_openrlhf.algo.score_scale import ScoreScale
-from real_openrlhf.algo.types import Target
+from real_openrlhf.algo.target import Target
 
 
 def stochastic(target: Target, rng: random.Random) -> int:

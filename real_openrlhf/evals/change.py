@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from real_openrlhf.algo.score_scale import ScoreScale
@@ -93,3 +93,22 @@ def to_json(judgements: Judgements) -> dict[str, list[dict[str, Any]]]:
 
 def from_json(content: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[Judged]]:
     return {name: [Judged(**row) for row in rows] for name, rows in content.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalReport:
+    """One evaluation of the weights of this version.
+
+    metrics  by flat name ("expected/pearson")
+    changes  of "reward" and "expected/pearson"; empty for the first evaluation
+    samples  a few judgements to read
+    plots    name -> path of a PNG
+    seconds  that it took, from its start to its last metric
+    """
+
+    version: int
+    metrics: dict[str, float | None]
+    changes: dict[str, Change] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    plots: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0

@@ -9,11 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from real_openrlhf.common.numeric import CONSTANT
+
 Floats = NDArray[np.float64]
 Metric = Callable[[Floats, Floats], "float | None"]
-
-# Below this share of the mean a spread is rounding noise, and a correlation of it would mean nothing.
-CONSTANT = 1e-13
 
 
 def pearson(predictions: Floats, labels: Floats) -> float | None:

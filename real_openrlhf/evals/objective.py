@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from real_openrlhf.algo.rewards import AnswerReward, real_rewards
+from real_openrlhf.algo.choices import AnswerReward
+from real_openrlhf.algo.rewards import real_rewards
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import GroupScores
 from real_openrlhf.evals.predictions import Prediction

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from real_openrlhf.common.jsonl import JsonLines, JsonLinesError, keep_lines, read_lines
 from real_openrlhf.data.sources import shorten
-from real_openrlhf.jsonl import JsonLines, JsonLinesError, keep_lines, read_lines
 
 FORMAT = "real_openrlhf.predictions"
 FORMAT_VERSION = 1

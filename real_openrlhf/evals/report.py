@@ -10,7 +10,6 @@ plots/              `plots`
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.common.atomic_file import write_text
 from real_openrlhf.evals.plots import write_plots
 from real_openrlhf.evals.predictions import EvaluationError, Prediction, read_predictions
 from real_openrlhf.evals.results import Results, Settings, compare, evaluate
@@ -66,10 +66,10 @@ def write_report(
         "interval": _interval_settings(settings),
         **to_json(results),
     }
-    _write(folder / RESULTS, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    _write(folder / "results.csv", csv_text(results))
+    write_text(folder / RESULTS, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(folder / "results.csv", csv_text(results))
     table = paper_table([NamedResults(method=method, training=training, results=results)])
-    _write(
+    write_text(
         folder / "results.md",
         f"# {method}\n\nCorrelations ×100 (r Pearson, ρ Spearman, τ Kendall's tau-b).\n\n{table}\n\n"  # noqa: RUF001
         f"{_about(settings)}\n\n{details_table(results)}\n",
@@ -150,8 +150,8 @@ def compare_runs(runs: Sequence[Run], *, seed: int, n_resamples: int, confidence
 def write_comparison(folder: Path, text: str, content: Mapping[str, Any]) -> None:
     """comparison.md and comparison.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / f"{COMPARISON}.md", text)
-    _write(folder / f"{COMPARISON}.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(folder / f"{COMPARISON}.md", text)
+    write_text(folder / f"{COMPARISON}.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def settings_of(identity: Mapping[str, Any], *, seed: int, n_resamples: int, confidence: float) -> Settings:
@@ -179,10 +179,3 @@ def _about(settings: Settings) -> str:
         f"{100 * settings.confidence:g}% percentile intervals from {settings.n_resamples} resamples of the groups of "
         "rows. ECE leans upward in resamples, which have fewer different rows."
     )
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -17,8 +17,9 @@ import numpy as np
 from scipy import optimize, stats
 
 from real_openrlhf.algo.score_scale import ScoreScale
-from real_openrlhf.evals.metrics import CONSTANT
-from real_openrlhf.judge_settings import ExportError, read_json, write_text
+from real_openrlhf.common.atomic_file import write_text
+from real_openrlhf.common.numeric import CONSTANT
+from real_openrlhf.export.settings import ExportError, read_json
 
 FILE = "calibration.json"
 FORMAT = "real_openrlhf.calibration"

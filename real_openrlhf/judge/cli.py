@@ -19,10 +19,10 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from real_openrlhf.common.errors import RunError
+from real_openrlhf.common.progress_bar import BAR_FORMAT
 from real_openrlhf.data.sources import BadRow, DataError, Row, lookup, read_json_lines, read_rows
 from real_openrlhf.data.template import PromptError
-from real_openrlhf.errors import RunError
-from real_openrlhf.judge.benchmarking import BAR_FORMAT
 from real_openrlhf.judge.cli_model import add_model, chosen_settings, make_parser, read_key
 from real_openrlhf.judge.cli_tools import fit_args, serve_args
 from real_openrlhf.judge.judge import Judge, Prepared

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from real_openrlhf.algo.score_scale import DEFAULT_ANCHOR
 from real_openrlhf.data.tokenizer import load_tokenizer
+from real_openrlhf.export.settings import SETTINGS_FILE, JudgeSettings
 from real_openrlhf.judge.judge import MAX_PROMPT_TOKENS
-from real_openrlhf.judge.settings import plain_settings
+from real_openrlhf.judge.resolve_settings import plain_settings
 from real_openrlhf.judge.types import JudgeError
-from real_openrlhf.judge_settings import SETTINGS_FILE, JudgeSettings
 
 
 def make_parser(prog: str, description: str) -> argparse.ArgumentParser:

@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from real_openrlhf.actors.device import Device
-from real_openrlhf.actors.engine_spec import logprobs_mode_for
+from real_openrlhf.actors.engine.spec import logprobs_mode_for
+from real_openrlhf.common.device import Device
 from real_openrlhf.data.dataset import read_label
 from real_openrlhf.data.sources import BadRow, DataError, lookup, read_rows
 from real_openrlhf.data.tokenizer import load_tokenizer
 from real_openrlhf.judge.calibration import METHODS, Calibration
 from real_openrlhf.judge.cli_model import add_model, chosen_settings, make_parser
 from real_openrlhf.judge.judge import engine_length
+from real_openrlhf.judge.resolve_settings import find_settings, make_reader
 from real_openrlhf.judge.scoring import room_for_forcing
 from real_openrlhf.judge.serve import serve, serve_command
-from real_openrlhf.judge.settings import find_settings, make_reader
 from real_openrlhf.judge.types import RESULT, JudgeError
 
 logger = logging.getLogger(__name__)

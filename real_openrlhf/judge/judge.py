@@ -10,19 +10,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from real_openrlhf.actors.engine_spec import check_sampling, logprobs_mode_for
-from real_openrlhf.actors.protocols import Sampling
+from real_openrlhf.actors.engine.spec import check_sampling, logprobs_mode_for
+from real_openrlhf.algo.sampling import Sampling
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.data.judge_prompt import JudgeTemplate
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.data.template import PromptError
 from real_openrlhf.data.tokenizer import load_tokenizer
+from real_openrlhf.export.settings import JudgeSettings
 from real_openrlhf.judge.calibration import Calibration
+from real_openrlhf.judge.resolve_settings import find_settings, make_reader
 from real_openrlhf.judge.rubrics import SINGLE, AnyRubric, as_dimensions, check_weights, combine
 from real_openrlhf.judge.scoring import average, room_for_forcing, score_prompts
-from real_openrlhf.judge.settings import find_settings, make_reader
 from real_openrlhf.judge.types import JudgeBackend, JudgeError, Score
-from real_openrlhf.judge_settings import JudgeSettings
 
 # Dimension -> prompt; the one dimension of a single rubric is "".
 Prepared = dict[str, Prompt]
@@ -248,11 +248,11 @@ class Judge:
     def _make_backend(self) -> JudgeBackend:
         mode = logprobs_mode_for(self.sampling.temperature, self.sampling.top_p)
         if self._server is not None:
-            from real_openrlhf.judge.server import ServerBackend
+            from real_openrlhf.judge.http_backend import ServerBackend
 
             options = {"logprobs_mode": mode, **self._server_options}
             return ServerBackend(self._server, reader=self.reader, **options)
-        from real_openrlhf.judge.engine import VLLMBackend
+        from real_openrlhf.judge.vllm_backend import VLLMBackend
 
         assert self._limit is not None
         return VLLMBackend(

@@ -13,10 +13,11 @@ from statistics import fmean
 
 import torch
 
-from real_openrlhf.actors.engine_spec import request_seed
-from real_openrlhf.actors.protocols import Sampling
+from real_openrlhf.actors.engine.spec import request_seed
+from real_openrlhf.algo.bound_scale import decode
+from real_openrlhf.algo.sampling import Sampling
 from real_openrlhf.algo.score_position import ScoreReader
-from real_openrlhf.algo.score_scale import ScoreScale, decode
+from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.score_stats import expected_score
 from real_openrlhf.algo.types import Group, Rollout
 from real_openrlhf.data.prompt import Prompt

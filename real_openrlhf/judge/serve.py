@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from real_openrlhf.actors.device import Device
+from real_openrlhf.common.device import Device
 
 
 def serve_command(

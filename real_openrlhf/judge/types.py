@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from real_openrlhf.actors.protocols import Sampling
+from real_openrlhf.algo.sampling import Sampling
 from real_openrlhf.algo.types import Group
 from real_openrlhf.data.prompt import Prompt
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from real_openrlhf.actors.prompt_attention import _group
-from real_openrlhf.actors.varlen_attention import VarlenOps, ops_for, varlen_attention
+from real_openrlhf.actors.policy.prompt_attention import _group
+from real_openrlhf.actors.policy.varlen_attention import VarlenOps, ops_for, varlen_attention
 from real_openrlhf.algo.packing import PromptLayout, layout_of
 from tests.gpu.harness import DEVICE, ON_GPU, Report, milliseconds, peak_gib, relative_error, run
 from tests.helpers.varlen_ops import PlainOps

@@ -59,7 +59,7 @@ def policy_logprobs(path: str, rows: list[list[int]], dtype: torch.dtype) -> lis
     """[L - 1, V] on the CPU: of the model that the policy trains, its output layer in fp32 as there."""
     from transformers import AutoModelForCausalLM
 
-    from real_openrlhf.actors.policy_model import accept_packed_rows
+    from real_openrlhf.actors.policy.model import accept_packed_rows
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").to(DEVICE).eval()
     accept_packed_rows(model)
@@ -74,7 +74,7 @@ def policy_logprobs(path: str, rows: list[list[int]], dtype: torch.dtype) -> lis
 
 def child(path: str, fp32_head: bool, max_num_seqs: int, sleeps: bool) -> dict[str, Any]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from real_openrlhf.actors.device import Device
+    from real_openrlhf.common.device import Device
 
     device = Device(name=DEVICE, dtype_name="bf16")
     os.environ.update(device.engine_env())
@@ -96,7 +96,7 @@ def child(path: str, fp32_head: bool, max_num_seqs: int, sleeps: bool) -> dict[s
         enable_sleep_mode=sleeps and ON_GPU,
         seed=0,
         logprobs_mode="raw_logprobs",
-        worker_extension_cls="real_openrlhf.actors.worker_extension.SyncWorkerExtension",
+        worker_extension_cls="real_openrlhf.actors.engine.vllm_worker.SyncWorkerExtension",
         **device.engine_options(1024, max_num_seqs=max_num_seqs, fp32_head=fp32_head),
     )
     found["start, s"] = time.perf_counter() - start
@@ -170,7 +170,7 @@ def make_model(folder: str, *, tied: bool) -> str:
 
 
 def check(report: Report) -> None:
-    from real_openrlhf.actors.device import SYNC_TOLERANCE
+    from real_openrlhf.common.device import SYNC_TOLERANCE
 
     with tempfile.TemporaryDirectory() as folder:
         real = os.environ.get("SMOLLM2")

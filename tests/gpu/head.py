@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from real_openrlhf.actors.logprob_head import LogprobHead, Request
+from real_openrlhf.actors.policy.logprob_head import LogprobHead, Request
 from real_openrlhf.algo.packing import layout_of
 from tests.gpu.harness import DEVICE, ON_GPU, Report, milliseconds, peak_gib, relative_error, run
 

@@ -7,8 +7,8 @@ import statistics
 import torch
 
 from examples.benchmark.protocol import Case
-from real_openrlhf.actors.device import Device
-from real_openrlhf.actors.policy_model import CHECKED_PROMPT, CHECKED_RESPONSES, PolicyModel
+from real_openrlhf.actors.policy.model import CHECKED_PROMPT, CHECKED_RESPONSES, PolicyModel
+from real_openrlhf.common.device import Device
 from tests.gpu.harness import DEVICE, ON_GPU, Report, relative_error, run
 from tests.gpu.small_models import gradient, in_dtype, packed_step, random_model, separate_step, train_group
 

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from examples.benchmark.protocol import Case
 from examples.benchmark.rollouts import SCALE, make_group
-from real_openrlhf.actors.policy_model import accept_packed_rows, outputs_of
-from real_openrlhf.actors.policy_trainer import loss_inputs
+from real_openrlhf.actors.policy.model import accept_packed_rows, outputs_of
+from real_openrlhf.actors.policy.trainer import loss_inputs
 from real_openrlhf.algo.batch import RealBatch, collate, denominators_of, rows_of
 from real_openrlhf.algo.loss import LossOptions, policy_loss
-from real_openrlhf.algo.objectives import RealObjective
+from real_openrlhf.algo.objectives.real import RealObjective
 from real_openrlhf.algo.types import TrainGroup, group_scores
 from tests.gpu.harness import DEVICE
 

@@ -17,8 +17,8 @@ import torch
 from examples.benchmark.flops import Shape, needed
 from examples.benchmark.protocol import Case
 from examples.benchmark.rollouts import SCALE
-from real_openrlhf.actors.policy_model import outputs_of
-from real_openrlhf.actors.policy_trainer import loss_inputs
+from real_openrlhf.actors.policy.model import outputs_of
+from real_openrlhf.actors.policy.trainer import loss_inputs
 from real_openrlhf.algo.batch import collate, denominators_of, rows_of
 from real_openrlhf.algo.loss import LossOptions, policy_loss
 from tests.gpu.harness import DEVICE, ON_GPU, Report, milliseconds, peak_gib, run

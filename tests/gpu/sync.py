@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from real_openrlhf.actors.cuda_ipc import CudaIpc
-from real_openrlhf.actors.weight_transfer import (
+from real_openrlhf.actors.sync.cuda_ipc import CudaIpc
+from real_openrlhf.actors.sync.transfer import (
     Bucket,
     SyncGroup,
     free_port,

@@ -32,11 +32,11 @@ def child(folder: str, micro: int, accumulate: str, profile: bool) -> dict[str, 
 
     from examples.benchmark.protocol import Case
     from examples.benchmark.rollouts import SCALE
-    from real_openrlhf.actors.device import Device
-    from real_openrlhf.actors.policy_actor import RealPolicyActor
-    from real_openrlhf.actors.policy_spec import PolicySpec
-    from real_openrlhf.actors.weight_transfer import free_port
+    from real_openrlhf.actors.policy.policy_actor import RealPolicyActor
+    from real_openrlhf.actors.policy.spec import PolicySpec
+    from real_openrlhf.actors.sync.transfer import free_port
     from real_openrlhf.algo.loss import LossOptions
+    from real_openrlhf.common.device import Device
     from real_openrlhf.config.convert import build_config
     from real_openrlhf.config.openrlhf_args import to_openrlhf_args
     from tests.gpu.small_models import train_group

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from real_openrlhf.algo.batch import RealBatch
+from real_openrlhf.algo.bound_scale import bind_scale
 from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.algo.score_rows import ScoreRows
-from real_openrlhf.algo.score_scale import ScoreScale, bind_scale
-from real_openrlhf.algo.types import Coefficients, Group, LossInputs, Rollout, ScoreReading, TrainGroup
+from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.algo.target import Target
+from real_openrlhf.algo.types import Coefficients, Group, LossInputs, Rollout, ScoreReading, Targets, TrainGroup
 
 
 class PieceTokenizer:
@@ -155,10 +157,7 @@ def make_inputs(token_logprobs: Tensor, label_logprobs: Tensor, **fields: Any) -
         "score": zeros,
         "squared_error": zeros,
         "likelihood": zeros,
-        "target_value": zeros + 2.0,
-        "target_low": torch.ones(n, dtype=torch.int64),
-        "target_high": torch.ones(n, dtype=torch.int64),
-        "target_weight": zeros,
+        "targets": Targets.repeat(Target(value=2.0, low=1, high=1, weight=0.0), n),
         "values": torch.arange(1, label_logprobs.shape[1] + 1, dtype=torch.float64),
     }
     return LossInputs(token_logprobs=token_logprobs, label_logprobs=label_logprobs, **(defaults | fields))
@@ -216,7 +215,7 @@ def inputs_of(policy: torch.nn.Module, batch: RealBatch, values: Tensor, *, refe
     token_logprobs, label_logprobs, entropy = policy(batch)
     names = (
         *("readable", "cot_mask", "score_mask", "response_mask", "cot", "score", "squared_error", "likelihood"),
-        *("target_value", "target_low", "target_high", "target_weight", "rollout_logprobs"),
+        *("targets", "rollout_logprobs"),
     )
     return LossInputs(
         token_logprobs=token_logprobs,

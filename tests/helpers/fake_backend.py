@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from real_openrlhf.actors.engine_spec import make_rollout, request_seed
-from real_openrlhf.actors.protocols import Sampling
+from real_openrlhf.actors.engine.spec import make_rollout, request_seed
+from real_openrlhf.algo.sampling import Sampling
 from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.algo.types import Group
 from real_openrlhf.data.prompt import Prompt

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from real_openrlhf.algo.loss import LossOptions
-from real_openrlhf.algo.objectives import RealObjective
+from real_openrlhf.algo.objectives.real import RealObjective
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import Group, TrainGroup, group_scores
 from real_openrlhf.config.convert import build_config
@@ -63,7 +63,7 @@ def make_groups(vocabulary: int, seed: int = 3) -> list[TrainGroup]:
 
 def receive(actor: Any) -> dict[str, Tensor]:
     """Push the policy's weights to an engine, which is a thread of rank 0; what arrived. Nothing may change by it."""
-    from real_openrlhf.actors.weight_transfer import SyncGroup, free_port, receive_bucket
+    from real_openrlhf.actors.sync.transfer import SyncGroup, free_port, receive_bucket
 
     plan, arrived = actor.weight_plan(), {}
     before = local_weights(actor)
@@ -87,8 +87,8 @@ def receive(actor: Any) -> dict[str, Tensor]:
 
 def receive_by_ipc(actor: Any) -> dict[str, Tensor]:
     """The same by CUDA IPC: every rank has a GPU, which is an anonymous file, and an engine on it, a thread."""
-    from real_openrlhf.actors import weight_transfer
-    from real_openrlhf.actors.weight_transfer import SyncGroup, free_port, receive_buckets
+    from real_openrlhf.actors.sync import transfer as weight_transfer
+    from real_openrlhf.actors.sync.transfer import SyncGroup, free_port, receive_buckets
     from tests.helpers.memfd_memory import MemfdMemory
 
     rank, world = actor._rank, actor._world_size
@@ -124,7 +124,7 @@ def same_logprobs(one: list[tuple[Tensor, ...]], two: list[tuple[Tensor, ...]]) 
 
 def expect_failure(actor: Any, path: str) -> None:
     """A save that fails on the last rank fails on this one too."""
-    from real_openrlhf.actors.policy_checkpoint import ShardError
+    from real_openrlhf.actors.policy.shards import ShardError
 
     try:
         actor.save_checkpoint(path)
@@ -160,10 +160,10 @@ def main() -> None:
     parser.add_argument("--load", help="checkpoint of the first update: go on behind it")
     args = parser.parse_args()
 
-    from real_openrlhf.actors.device import Device
-    from real_openrlhf.actors.policy_actor import RealPolicyActor
-    from real_openrlhf.actors.policy_spec import Lora, PolicySpec
-    from real_openrlhf.actors.reference_actor import ReferenceActor
+    from real_openrlhf.actors.policy.policy_actor import RealPolicyActor
+    from real_openrlhf.actors.policy.reference_actor import ReferenceActor
+    from real_openrlhf.actors.policy.spec import Lora, PolicySpec
+    from real_openrlhf.common.device import Device
 
     config = build_config(
         {

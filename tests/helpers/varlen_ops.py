@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from real_openrlhf.actors.varlen_attention import Segments
+from real_openrlhf.actors.policy.varlen_attention import Segments
 
 
 class PlainOps:

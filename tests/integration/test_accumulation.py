@@ -12,8 +12,8 @@ pytestmark = pytest.mark.integration
 PROGRAM = """
 import os, sys
 import deepspeed, torch
-from real_openrlhf.actors.policy_strategy import add_up_in_fp32
-from real_openrlhf.actors.weight_transfer import free_port
+from real_openrlhf.actors.policy.strategy import add_up_in_fp32
+from real_openrlhf.actors.sync.transfer import free_port
 
 stage, mended = int(sys.argv[1]), sys.argv[2] == "mended"
 os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from examples.benchmark.protocol import CONTESTANTS, Case
 from examples.benchmark.rollouts import SCALE, make_group
-from real_openrlhf.algo.objectives import RealObjective
+from real_openrlhf.algo.objectives.real import RealObjective
 from real_openrlhf.algo.types import Group, group_scores
 
 pytestmark = pytest.mark.integration

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from real_openrlhf.actors.device import SYNC_TOLERANCE
-from real_openrlhf.actors.protocols import Sampling
+from real_openrlhf.algo.sampling import Sampling
+from real_openrlhf.common.device import SYNC_TOLERANCE
 from tests.integration.test_rollout_engine import WORDS, Stack, prompts, stack
 
 __all__ = ["stack"]  # the fixture

@@ -19,14 +19,14 @@ import torch
 from scipy import stats
 
 from real_openrlhf import evaluate
-from real_openrlhf.actors.protocols import Sampling
-from real_openrlhf.actors.weight_transfer import free_port
+from real_openrlhf.actors.sync.transfer import free_port
+from real_openrlhf.algo.sampling import Sampling
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.data.tokenizer import load_tokenizer
 from real_openrlhf.evals.report import load_run
 from real_openrlhf.judge.judge import Judge
+from real_openrlhf.judge.resolve_settings import plain_settings
 from real_openrlhf.judge.scoring import score_given, score_prompts
-from real_openrlhf.judge.settings import plain_settings
 from real_openrlhf.judge.types import Judgement
 from tests.helpers.tiny_judge import ANCHOR, make_rows, write_rows
 

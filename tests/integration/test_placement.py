@@ -11,9 +11,9 @@ from ray import PlacementGroupID
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import PlacementGroup
 
-from real_openrlhf.actors.device import Device
-from real_openrlhf.actors.placement import COLOCATED_SHARE, Bundle, PlacementError, Request, reserve
-from real_openrlhf.actors.remote import _remote
+from real_openrlhf.common.device import Device
+from real_openrlhf.run.placement import COLOCATED_SHARE, Bundle, PlacementError, Request, reserve
+from real_openrlhf.run.ray_groups import _remote
 from tests.helpers.placement_probe import Probe
 
 pytestmark = pytest.mark.integration

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from real_openrlhf.actors.weight_transfer import free_port
+from real_openrlhf.actors.sync.transfer import free_port
 from real_openrlhf.algo.batch import collate, denominators_of, rows_of
 from real_openrlhf.algo.loss import LossOptions, policy_loss
 from tests.helpers.algo_factory import plain_rows
@@ -82,7 +82,7 @@ def reference(
         for row, node_rollout in enumerate(batch.score_rows.rollout.tolist()):
             position = int(batch.score_rows.position[row])
             labels[node_rollout] = logprobs[node_rollout, position, batch.score_rows.token_ids[row]]
-        from real_openrlhf.actors.policy_trainer import loss_inputs
+        from real_openrlhf.actors.policy.trainer import loss_inputs
 
         inputs = loss_inputs(batch, tokens, labels, SCALE.tensor())
         loss = policy_loss(inputs, options=LossOptions(), denominators=denominators).loss

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from real_openrlhf.actors.weight_transfer import free_port
+from real_openrlhf.actors.sync.transfer import free_port
 from tests.helpers.policy_worker import UPDATES
 
 pytestmark = pytest.mark.integration

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from real_openrlhf.checkpoint.signals import EXIT_RESUME
+from real_openrlhf.run.signals import EXIT_RESUME
 from tests.integration.test_train_real import flags, read_lines
 
 pytestmark = pytest.mark.integration

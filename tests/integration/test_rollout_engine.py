@@ -13,13 +13,14 @@ import psutil
 import pytest
 import torch
 
-from real_openrlhf.actors.device import Device
-from real_openrlhf.actors.engine_spec import EngineSpec, EngineSpecError, logprobs_mode_for
-from real_openrlhf.actors.protocols import Sampling
-from real_openrlhf.actors.shared_memory import host_id
-from real_openrlhf.actors.weight_transfer import SyncError, SyncGroup, free_port, make_plan, send_bucket, to_wire
+from real_openrlhf.actors.engine.spec import EngineSpec, EngineSpecError, logprobs_mode_for
+from real_openrlhf.actors.sync.shared_memory import host_id
+from real_openrlhf.actors.sync.transfer import SyncError, SyncGroup, free_port, make_plan, send_bucket, to_wire
+from real_openrlhf.algo.bound_scale import BoundScale, bind_scale
+from real_openrlhf.algo.sampling import Sampling
 from real_openrlhf.algo.score_position import ScoreReader
-from real_openrlhf.algo.score_scale import BoundScale, ScoreScale, bind_scale
+from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.common.device import Device
 from real_openrlhf.data.prompt import Prompt
 
 pytestmark = pytest.mark.integration
@@ -71,7 +72,7 @@ class Stack:
     ) -> None:
         from transformers import AutoTokenizer
 
-        from real_openrlhf.actors.rollout_engine import RolloutEngine
+        from real_openrlhf.actors.engine.rollout_engine import RolloutEngine
 
         self.model = make_model(folder, tied)
         self.bound = bind_scale(ScoreScale.parse("1-5"), AutoTokenizer.from_pretrained(folder), [ANCHOR])

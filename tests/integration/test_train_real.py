@@ -21,8 +21,8 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from real_openrlhf.actors.weight_transfer import free_port
-from real_openrlhf.judge_settings import JudgeSettings
+from real_openrlhf.actors.sync.transfer import free_port
+from real_openrlhf.export.settings import JudgeSettings
 from tests.helpers.tiny_judge import ANCHOR
 
 pytestmark = pytest.mark.integration

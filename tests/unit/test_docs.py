@@ -26,7 +26,7 @@ from real_openrlhf.config.convert import flags_by_name
 from real_openrlhf.config.presets import PRESETS
 from real_openrlhf.controller.rollout_stats import rollout_metrics
 from real_openrlhf.evals.results import metric_names
-from real_openrlhf.export import _SNIPPET
+from real_openrlhf.export.model_card import SNIPPET
 from tests.helpers.algo_factory import make_group, make_inputs, make_rollout, make_train_group
 
 ROOT = Path(__file__).parents[2]
@@ -188,11 +188,11 @@ def metrics_of_the_code() -> set[str]:
     names |= {f"{prefix}/{term}" for prefix in ("loss", "logit_grad_norm") for term in terms}
     names |= {f"eval/change/{name}{end}" for name in ("reward", "expected/pearson") for end in ("", "_low", "_high")}
     for module in (
-        "controller/trainer.py",
+        "controller/controller.py",
         "controller/step_metrics.py",
-        "actors/policy_trainer.py",
-        "actors/term_norms.py",
-        "launch.py",
+        "actors/policy/trainer.py",
+        "actors/policy/term_norms.py",
+        "run/start.py",
     ):
         names |= literals(f"real_openrlhf/{module}")
     return names
@@ -245,7 +245,7 @@ def test_the_loss_in_readme_runs_and_is_the_papers(capsys: pytest.CaptureFixture
 def test_the_judge_snippet_of_readme_is_that_of_the_model_card() -> None:
     (code,) = blocks(section("Use the judge"), "python")
     folder = re.compile(r'^folder = ".*$', flags=re.MULTILINE)
-    assert folder.sub("folder", code).strip() == folder.sub("folder", _SNIPPET).strip()
+    assert folder.sub("folder", code).strip() == folder.sub("folder", SNIPPET).strip()
 
 
 def test_every_python_block_is_python() -> None:

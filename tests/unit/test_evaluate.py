@@ -14,8 +14,8 @@ from transformers import LlamaConfig
 from real_openrlhf import evaluate
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.data.template import PromptTemplate
-from real_openrlhf.judge.benchmarking import name_of
-from real_openrlhf.judge_settings import JudgeSettings
+from real_openrlhf.evals.judging import name_of
+from real_openrlhf.export.settings import JudgeSettings
 from tests.helpers.completion_server import Behaviour, completion_server
 from tests.helpers.tokenizers import CHAT_TEMPLATE, word_tokenizer
 

@@ -35,8 +35,8 @@ from examples.benchmark.contestants.common import (
 from examples.benchmark.protocol import Case
 from examples.benchmark.rollouts import SCALE, SCORE_IDS
 from examples.benchmark.timers import Timers
-from real_openrlhf.actors.policy_strategy import PolicyStrategy
-from real_openrlhf.algo.objectives import RealObjective
+from real_openrlhf.actors.policy.strategy import PolicyStrategy
+from real_openrlhf.algo.objectives.real import RealObjective
 from real_openrlhf.algo.types import Group, group_scores
 
 

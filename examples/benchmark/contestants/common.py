@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 from examples.benchmark.protocol import Case
 from examples.benchmark.timers import Timers
-from real_openrlhf.actors.device import Device
-from real_openrlhf.actors.weight_transfer import free_port
+from real_openrlhf.actors.sync.transfer import free_port
 from real_openrlhf.algo.types import Group
+from real_openrlhf.common.device import Device
 from real_openrlhf.config.convert import build_config
 from real_openrlhf.config.openrlhf_args import to_openrlhf_args
 

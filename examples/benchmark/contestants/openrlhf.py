@@ -32,10 +32,10 @@ from examples.benchmark.contestants.common import (
 from examples.benchmark.protocol import Case
 from examples.benchmark.rollouts import SCALE
 from examples.benchmark.timers import Timers
-from real_openrlhf.actors.device import Device
-from real_openrlhf.actors.policy_strategy import PolicyStrategy
-from real_openrlhf.algo.objectives import RealObjective
+from real_openrlhf.actors.policy.strategy import PolicyStrategy
+from real_openrlhf.algo.objectives.real import RealObjective
 from real_openrlhf.algo.types import Group, group_scores
+from real_openrlhf.common.device import Device
 
 # OpenRLHF wraps its class with @ray.remote; the plain class lies under the wrapper.
 _PolicyModelActor = ppo_actor.PolicyModelActor.__ray_metadata__.modified_class.__ray_actor_class__

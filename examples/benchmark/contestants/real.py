@@ -18,10 +18,10 @@ from examples.benchmark.contestants.common import (
 from examples.benchmark.protocol import Case
 from examples.benchmark.rollouts import SCALE
 from examples.benchmark.timers import Timers
-from real_openrlhf.actors.policy_actor import PolicySpec, RealPolicyActor
-from real_openrlhf.actors.policy_model import PolicyOutputs
+from real_openrlhf.actors.policy.model import PolicyOutputs
+from real_openrlhf.actors.policy.policy_actor import PolicySpec, RealPolicyActor
 from real_openrlhf.algo.loss import LossOptions
-from real_openrlhf.algo.objectives import RealObjective
+from real_openrlhf.algo.objectives.real import RealObjective
 from real_openrlhf.algo.types import Group, TrainGroup, group_scores
 
 

@@ -1,6 +1,30 @@
-"""One file per objective; the table below is where a run's `--real.objective` is looked up."""
+"""One file per objective. OBJECTIVES is the one list: flag, factory and model card derive from it."""
 
-from real_openrlhf.algo.objectives.base import Objective
-from real_openrlhf.algo.objectives.real import RealObjective
+from __future__ import annotations
 
-__all__ = ["Objective", "RealObjective"]
+import importlib
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from real_openrlhf.algo.objectives.base import Objective
+
+# Name -> module and class. As text: flags are parsed before torch is imported.
+OBJECTIVES = {
+    "real": "real_openrlhf.algo.objectives.real:RealObjective",
+}
+
+
+def objective_class(name: str) -> type[Any]:
+    """The dataclass of an objective; its fields are the settings that it reads."""
+    module, _, cls = OBJECTIVES[name].partition(":")
+    found: type[Any] = getattr(importlib.import_module(module), cls)
+    return found
+
+
+def make_objective(name: str, settings: Mapping[str, Any]) -> Objective:
+    """The objective with those of the settings that it reads. KeyError where one of them is absent."""
+    cls = objective_class(name)
+    objective: Objective = cls(**{field.name: settings[field.name] for field in fields(cls)})
+    return objective

@@ -1,6 +1,6 @@
 """What an objective is: from a group's score distributions to detached coefficients.
 
-A new objective is one small file beside this one, registered in `objectives/__init__.py`.
+A new objective is one frozen dataclass in a file beside this one, and a line in `objectives.OBJECTIVES`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ from real_openrlhf.algo.types import Coefficients, GroupScores
 
 
 class Objective(Protocol):
-    """name: for logs and the model card. trains_score_token: the sampled score is an action too."""
-
-    @property
-    def name(self) -> str: ...
+    """trains_score_token: the sampled score is an action too."""
 
     @property
     def trains_score_token(self) -> bool: ...

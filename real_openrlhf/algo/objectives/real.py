@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 
 from real_openrlhf.algo.advantages import rloo_advantages
-from real_openrlhf.algo.rewards import AnswerReward, real_rewards
+from real_openrlhf.algo.choices import AnswerReward
+from real_openrlhf.algo.rewards import real_rewards
 from real_openrlhf.algo.types import Coefficients, GroupScores
 
 
@@ -36,7 +37,6 @@ class RealObjective:
     invalid_penalty: float = 0.0
     renormalise: bool = False
 
-    name: ClassVar[str] = "real"
     trains_score_token: ClassVar[bool] = False
 
     def __call__(self, scores: GroupScores) -> Coefficients:

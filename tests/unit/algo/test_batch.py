@@ -47,17 +47,17 @@ def test_worked_example() -> None:
     assert batch.score_rows.n_rollouts == 2
     assert (batch.cot.tolist(), batch.score.tolist()) == ([0.5, -0.5], [0.25, 0.0])
     assert (batch.squared_error.tolist(), batch.likelihood.tolist()) == ([2.0, 0.0], [3.0, 0.0])
-    assert (batch.target_value.tolist(), batch.target_weight.tolist()) == ([2.25, 3.0], [0.25, 0.0])
-    assert (batch.target_low.tolist(), batch.target_high.tolist()) == ([1, 2], [2, 2])
+    assert (batch.targets.value.tolist(), batch.targets.weight.tolist()) == ([2.25, 3.0], [0.25, 0.0])
+    assert (batch.targets.low.tolist(), batch.targets.high.tolist()) == ([1, 2], [2, 2])
 
 
 def test_dtypes() -> None:
     batch = collate(rows_of(docstring_groups()))
-    floats = ("cot", "score", "squared_error", "likelihood", "target_value", "target_weight", "rollout_logprobs")
+    floats = ("cot", "score", "squared_error", "likelihood", "rollout_logprobs")
     masks = ("response_mask", "cot_mask", "score_mask", "readable")
     assert all(getattr(batch, name).dtype == torch.float32 for name in floats)
     assert all(getattr(batch, name).dtype == torch.bool for name in masks)
-    indices = ("token_ids", "position_ids", "logit_index", "logit_row", "score_row", "response_ids", "target_low")
+    indices = ("token_ids", "position_ids", "logit_index", "logit_row", "score_row", "response_ids")
     assert all(getattr(batch, name).dtype == torch.int64 for name in indices)
 
 

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from real_openrlhf.algo.batch import Row, collate
+from real_openrlhf.algo.bound_scale import bind_scale
 from real_openrlhf.algo.loss import LossOptions, policy_loss
-from real_openrlhf.algo.objectives import RealObjective
+from real_openrlhf.algo.objectives.real import RealObjective
 from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.algo.score_rows import ScoreRows
-from real_openrlhf.algo.score_scale import ScoreScale, bind_scale
+from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import (
     NO_ANCHOR,
     OFF_SCALE,
@@ -37,6 +38,7 @@ from real_openrlhf.algo.types import (
     Group,
     LossInputs,
     Rollout,
+    Targets,
     TrainGroup,
     group_scores,
 )
@@ -221,10 +223,7 @@ def loss_of(
         cot_mask=batch.cot_mask[rows],
         score_mask=batch.score_mask[rows],
         response_mask=batch.response_mask[rows],
-        target_value=torch.full((len(rows),), target.value, dtype=torch.float64),
-        target_low=batch.target_low[rows],
-        target_high=batch.target_high[rows],
-        target_weight=torch.full((len(rows),), target.weight, dtype=torch.float64),
+        targets=Targets.repeat(target, len(rows)),
         values=world.scale.tensor(),
         **coefficients,
     )

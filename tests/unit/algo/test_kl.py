@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from real_openrlhf.algo.kl import KL_IS_WEIGHT_CLIP, KLEstimator, kl_per_token
+from real_openrlhf.algo.choices import KLEstimator
+from real_openrlhf.algo.kl import KL_IS_WEIGHT_CLIP, kl_per_token
 from tests.helpers.algo_factory import grad_of
 
 ESTIMATORS = pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])

@@ -12,7 +12,8 @@ from torch import Tensor
 from real_openrlhf.algo.batch import Row, collate, denominators_of, rows_of
 from real_openrlhf.algo.loss import LossOptions, policy_loss
 from real_openrlhf.algo.score_scale import ScoreScale
-from real_openrlhf.algo.types import Denominators, LossInputs, LossOutputs
+from real_openrlhf.algo.target import Target
+from real_openrlhf.algo.types import Denominators, LossInputs, LossOutputs, Targets
 from tests.helpers.algo_factory import TinyPolicy, grad_of, inputs_of, make_inputs, random_groups
 
 SCALE = ScoreScale.parse("1-3")
@@ -51,9 +52,7 @@ def example(**fields: Any) -> LossInputs:
         "score": vector(2.0, 0.0),
         "squared_error": vector(3.0, 5.0),
         "likelihood": vector(0.25, 5.0),
-        "target_value": vector(2.5, 2.5),
-        "target_high": torch.tensor([2, 2]),
-        "target_weight": vector(0.5, 0.5),
+        "targets": Targets.repeat(Target(value=2.5, low=1, high=2, weight=0.5), 2),
     }
     return make_inputs(
         leaf([[-1.0, -2.0, -0.5], [-0.1, -0.2, -0.3]]),
@@ -250,9 +249,9 @@ def slow_loss(x: LossInputs, o: LossOptions, d: Denominators) -> float:
         if x.readable[n]:
             p = [math.exp(float(v)) for v in x.label_logprobs[n].detach()]
             p = [v / sum(p) for v in p] if o.renormalise else p
-            w = at(x.target_weight, n)
-            likelihood = (1 - w) * math.log(p[int(x.target_low[n])]) + w * math.log(p[int(x.target_high[n])])
-            error = sum(float(v) * q for v, q in zip(x.values, p)) - at(x.target_value, n)
+            w = at(x.targets.weight, n)
+            likelihood = (1 - w) * math.log(p[int(x.targets.low[n])]) + w * math.log(p[int(x.targets.high[n])])
+            error = sum(float(v) * q for v, q in zip(x.values, p)) - at(x.targets.value, n)
             weight = 1.0 if o.tis_cap is None or o.ratio == "clip" else min(o.tis_cap, math.exp(product))
             term_2 += weight * (at(x.squared_error, n) * error**2 - at(x.likelihood, n) * likelihood)
     token_sum = o.aggregation == "token_sum"

@@ -5,8 +5,9 @@ import random
 
 import pytest
 
-from real_openrlhf.algo.score_scale import DEFAULT_ANCHOR, ScaleError, ScoreScale, bind_scale
-from real_openrlhf.algo.types import Target
+from real_openrlhf.algo.bound_scale import bind_scale
+from real_openrlhf.algo.score_scale import DEFAULT_ANCHOR, ScaleError, ScoreScale
+from real_openrlhf.algo.target import Target
 from tests.helpers.algo_factory import ANCHOR_WORDS, LETTERS, PieceTokenizer, WordTokenizer, merged_tokenizer
 from tests.helpers.algo_factory import spaced_tokenizer as spaced
 

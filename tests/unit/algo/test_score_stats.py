@@ -6,9 +6,16 @@ import pytest
 import torch
 
 from real_openrlhf.algo.score_stats import ScoreStats, expected_score, score_stats
+from real_openrlhf.algo.target import Target
+from real_openrlhf.algo.types import Targets
 from tests.helpers.algo_factory import grad_of
 
 VALUES = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+
+
+def target_of(low: int, high: int, weight: float) -> Targets:
+    """One target; what its value is, nothing here looks at."""
+    return Targets.of([Target(value=0.0, low=low, high=high, weight=weight)])
 
 
 def stats_of(probs: list[float], low: int, high: int, weight: float, **kwargs: bool) -> ScoreStats:
@@ -16,9 +23,7 @@ def stats_of(probs: list[float], low: int, high: int, weight: float, **kwargs: b
     return score_stats(
         logprobs,
         VALUES,
-        torch.tensor([low]),
-        torch.tensor([high]),
-        torch.tensor([weight], dtype=torch.float64),
+        target_of(low, high, weight),
         **kwargs,
     )
 
@@ -44,8 +49,8 @@ def test_whole_label_reads_one_neighbour() -> None:
 
 def test_dtype_and_shapes() -> None:
     logprobs = torch.randn(4, 3).log_softmax(-1)
-    low = torch.tensor([0, 1, 2, 0])
-    stats = score_stats(logprobs, VALUES, low, low, torch.zeros(4, dtype=torch.float64))
+    whole = Targets.of([Target(value=float(VALUES[i]), low=i, high=i, weight=0.0) for i in (0, 1, 2, 0)])
+    stats = score_stats(logprobs, VALUES, whole)
     assert all(v.shape == (4,) and v.dtype == torch.float32 for v in (stats.expected, stats.likelihood, stats.mass))
     assert torch.equal(expected_score(logprobs, VALUES), stats.expected)
     both = expected_score(torch.stack([logprobs, logprobs]), VALUES, renormalise=True)
@@ -60,9 +65,7 @@ def test_impossible_neighbour_of_weight_zero(low: int, high: int, weight: float,
     stats = score_stats(
         logits.log_softmax(-1)[:, :3],
         VALUES,
-        torch.tensor([low]),
-        torch.tensor([high]),
-        torch.tensor([weight], dtype=torch.float64),
+        target_of(low, high, weight),
         renormalise=renormalise,
     )
     (stats.likelihood + stats.expected).sum().backward()
@@ -78,9 +81,7 @@ def gradients(weight: float, renormalise: bool) -> tuple[list[torch.Tensor], tor
     stats = score_stats(
         logits.log_softmax(-1)[None, [3, 0, 2]],
         VALUES,
-        torch.tensor([0]),
-        torch.tensor([1]),
-        torch.tensor([weight], dtype=torch.float64),
+        target_of(0, 1, weight),
         renormalise=renormalise,
     )
     y = 1 + weight

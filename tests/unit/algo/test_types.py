@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from real_openrlhf.algo.score_scale import ScoreScale
-from real_openrlhf.algo.types import OFF_SCALE, REASONS, TRUNCATED, Coefficients, count_reasons, group_scores
+from real_openrlhf.algo.types import OFF_SCALE, REASONS, TRUNCATED, Coefficients, Targets, count_reasons, group_scores
 from tests.helpers.algo_factory import make_group, make_rollout, make_train_group
 
 SCALE = ScoreScale.parse("1-3")
@@ -55,3 +55,14 @@ def test_reference_logprobs_of_another_length_are_refused() -> None:
     replace(group, ref_logprobs=(torch.zeros(2), torch.zeros(1)))
     with pytest.raises(ValueError, match=r"lengths \[2, 2\], the responses \[2, 1\]"):
         replace(group, ref_logprobs=(torch.zeros(2), torch.zeros(2)))
+
+
+def test_targets_are_the_labels_of_their_rollouts() -> None:
+    scale = ScoreScale.parse("1-5")
+    targets = Targets.of([scale.target(2.25), scale.target(4)])
+    assert (targets.value.tolist(), targets.weight.tolist()) == ([2.25, 4.0], [0.25, 0.0])
+    assert (targets.low.tolist(), targets.high.tolist(), len(targets)) == ([1, 3], [2, 3], 2)
+    last = targets[torch.tensor([1, 1, 0])]
+    assert (last.value.tolist(), last.low.tolist()) == ([4.0, 4.0, 2.25], [3, 3, 1])
+    assert Targets.repeat(scale.target(3), 2).value.tolist() == [3.0, 3.0]
+    assert targets.to("meta").weight.device.type == "meta"

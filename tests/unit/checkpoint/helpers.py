@@ -11,10 +11,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from real_openrlhf.checkpoint import durable, writer
+from real_openrlhf.checkpoint import writer
 from real_openrlhf.checkpoint.compat import RunIdentity
-from real_openrlhf.checkpoint.manifest import CheckpointMeta
-from real_openrlhf.checkpoint.store import Checkpoint, CheckpointStore
+from real_openrlhf.checkpoint.manifest import Checkpoint, CheckpointMeta
+from real_openrlhf.checkpoint.store import CheckpointStore
+from real_openrlhf.common import durable
 
 KILLED = 9
 _MOVES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from real_openrlhf.checkpoint import durable
 from real_openrlhf.checkpoint.errors import CheckpointError
 from real_openrlhf.checkpoint.store import CheckpointStore
+from real_openrlhf.common import durable
 from tests.unit.checkpoint.helpers import content_of, names, save
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from real_openrlhf.checkpoint import durable
 from real_openrlhf.checkpoint.errors import CheckpointError, CheckpointWriteError, NoCheckpointError
 from real_openrlhf.checkpoint.manifest import MANIFEST_FILE
 from real_openrlhf.checkpoint.store import CheckpointStore
+from real_openrlhf.common import durable
 from tests.unit.checkpoint.helpers import content_of, in_child, meta, names, save
 
 

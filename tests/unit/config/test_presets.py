@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from real_openrlhf.config.batch_plan import batch_plan, resolve_ratio
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.convert import coerce, flags_by_name, get_value
-from real_openrlhf.config.plan import batch_plan, resolve_ratio
 from real_openrlhf.config.presets import PRESETS
 from real_openrlhf.config.schema import Config
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections import Counter
@@ -15,10 +16,10 @@ import pytest
 from real_openrlhf.algo.types import TrainGroup
 from real_openrlhf.checkpoint.errors import CheckpointError, IncompatibleCheckpointError, NoCheckpointError
 from real_openrlhf.controller.checkpointing import Checkpointer, find_checkpoint, make_store
-from real_openrlhf.controller.trainer import Controller, Stopped
+from real_openrlhf.controller.controller import Controller, Stopped
 from real_openrlhf.data.stream import PromptStream
 from tests.unit.checkpoint.helpers import identity
-from tests.unit.controller.test_trainer import World, controller, prompts
+from tests.unit.controller.test_controller import World, controller, prompts
 
 METRIC = "expected/pearson"
 
@@ -47,7 +48,7 @@ class Shards(World):
 
 def with_saver(world: Shards, root: Path, *, every: int, metric: str | None = METRIC, **changes: Any) -> Controller:
     run = controller(world, **changes)
-    run.saver = Checkpointer(
+    saver = Checkpointer(
         store=make_store(root, keep=2, metric=metric),
         identity=identity(),
         policy=world,
@@ -55,6 +56,7 @@ def with_saver(world: Shards, root: Path, *, every: int, metric: str | None = ME
         every=every,
         metric=metric,
     )
+    run.saver, run.fit = saver, functools.partial(run.fit, saver)  # type: ignore[attr-defined, method-assign]
     return run
 
 

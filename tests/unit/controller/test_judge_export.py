@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from real_openrlhf.controller.judge_export import JudgeExport
+from real_openrlhf.controller.judge_export import Chosen, JudgeExport
 
 
 class Policy:
@@ -18,12 +19,13 @@ class Policy:
     full = False
     saved = 0
 
-    def save_model(self, path: str) -> None:
+    def save_model(self, path: str, complete: Callable[[Path], None]) -> None:
         if self.full:
             raise OSError(28, "No space left on device")
         self.saved += 1
         Path(path).mkdir(parents=True)
         (Path(path) / "weights").write_text(str(self.weights))
+        complete(Path(path))
 
 
 class Run:
@@ -35,8 +37,8 @@ class Run:
             self.policy, folder / "model", metric=metric, describe=self._describe, step_of=self._step_of
         )
 
-    def _describe(self, folder: Path) -> None:
-        (folder / "card").write_text(f"{self.export.chosen.step}: {self.export.chosen.why}")
+    def _describe(self, folder: Path, chosen: Chosen) -> None:
+        (folder / "card").write_text(f"{chosen.step}: {chosen.why}")
 
     def _step_of(self, folder: Path) -> int | None:
         path = folder / "weights"

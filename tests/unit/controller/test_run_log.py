@@ -14,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from real_openrlhf.controller.run_log import REDACTED, RunLog, RunLogError, WandbSettings, redact
+from real_openrlhf.config.flags import ConfigError
+from real_openrlhf.config.schema import WandbConfig
+from real_openrlhf.controller.run_log import REDACTED, RunLog, RunLogError, redact
 
-OFF = WandbSettings()
+OFF = WandbConfig()
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -110,7 +112,7 @@ def test_config_is_written_without_secrets(tmp_path, monkeypatch):
         "wandb": {"key": REDACTED},
         "note": f"uses {REDACTED}",
     }
-    assert KEY not in repr(WandbSettings(key=KEY))
+    assert KEY not in repr(WandbConfig(key=KEY))
 
 
 def test_bad_output_directories(tmp_path):
@@ -235,14 +237,14 @@ def test_wandb_is_not_imported_unless_used(tmp_path, monkeypatch):
     with run_log(tmp_path / "a") as log:
         log.log(1, "train", {"a": 1})
     with pytest.raises(RunLogError, match="needs the package wandb"):
-        run_log(tmp_path / "b", wandb=WandbSettings(mode="offline"))
+        run_log(tmp_path / "b", wandb=WandbConfig(mode="offline"))
 
 
 def test_wandb_settings():
-    with pytest.raises(RunLogError, match="'on' is unknown; use one of"):
-        WandbSettings(mode="on")  # type: ignore[arg-type]
-    with pytest.raises(RunLogError, match="project is empty"):
-        WandbSettings(mode="offline", project="")
+    with pytest.raises(ConfigError, match=r"--logger\.wandb\.mode must be one of disabled, online, offline, got 'on'"):
+        WandbConfig(mode="on")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"--logger\.wandb\.project is empty"):
+        WandbConfig(mode="offline", project="")
 
 
 def test_wandb_that_does_not_start_is_a_clear_error_without_the_key(tmp_path, monkeypatch):
@@ -253,7 +255,7 @@ def test_wandb_that_does_not_start_is_a_clear_error_without_the_key(tmp_path, mo
 
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(RunLogError, match=r"W&B cannot start with --logger.wandb.mode online") as caught:
-        run_log(tmp_path, wandb=WandbSettings(mode="online", key=KEY))
+        run_log(tmp_path, wandb=WandbConfig(mode="online", key=KEY))
     assert KEY not in str(caught.value) and REDACTED in str(caught.value)
     assert caught.value.__suppress_context__
 
@@ -262,7 +264,7 @@ def test_wandb_online_without_a_key(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setattr(type(wandb.api), "api_key", property(lambda self: None))
     with pytest.raises(RunLogError, match=r"no key was found; give --logger.wandb.key"):
-        run_log(tmp_path, wandb=WandbSettings(mode="online"))
+        run_log(tmp_path, wandb=WandbConfig(mode="online"))
 
 
 def test_wandb_offline_keeps_no_key(tmp_path, monkeypatch, caplog):
@@ -274,7 +276,7 @@ def test_wandb_offline_keeps_no_key(tmp_path, monkeypatch, caplog):
         monkeypatch.setenv(name, str(home))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setattr(sys, "argv", ["train", "--logger.wandb.key", KEY])
-    settings = WandbSettings(mode="offline", project="p", run_name="r", key=KEY)
+    settings = WandbConfig(mode="offline", project="p", run_name="r", key=KEY)
     try:
         log = run_log(tmp_path / "out", wandb=settings, config={"logger": {"wandb": {"key": KEY}}, "argv": sys.argv})
     except RunLogError as error:

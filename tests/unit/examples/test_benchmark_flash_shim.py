@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from examples.benchmark import flash_shim
-from real_openrlhf.actors.device import flash_attn_available
+from real_openrlhf.common.device import flash_attn_available
 from tests.helpers.varlen_ops import PlainOps
 
 NAMES = ("fwd", "bwd", "varlen_fwd", "varlen_bwd")

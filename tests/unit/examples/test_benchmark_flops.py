@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from examples.benchmark.flops import Shape, executed, needed, needed_pairs, needed_tokens, rows
 from examples.benchmark.gemm import measure, rate
 from examples.benchmark.protocol import Case
-from real_openrlhf.actors.device import Device
+from real_openrlhf.common.device import Device
 
 SIZES = {
     "vocab_size": 50,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from examples.benchmark.memory import PeakMemory, release, status_bytes
-from real_openrlhf.actors.device import Device
+from real_openrlhf.common.device import Device
 
 MIB = 2**20
 # What the process does besides; far below the allocations.

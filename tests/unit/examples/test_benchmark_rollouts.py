@@ -9,7 +9,7 @@ import torch
 
 from examples.benchmark.protocol import Case
 from examples.benchmark.rollouts import END_ID, SCALE, SCORE_IDS, make_group
-from real_openrlhf.algo.objectives import RealObjective
+from real_openrlhf.algo.objectives.real import RealObjective
 from real_openrlhf.algo.types import group_scores
 
 CASE = Case(prompt=12, response=7, samples=6, micro_batch=3)

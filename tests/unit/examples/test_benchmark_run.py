@@ -18,7 +18,7 @@ from examples.benchmark.protocol import CONTESTANTS, Case
 from examples.benchmark.report import write_report
 from examples.benchmark.results import Results
 from examples.benchmark.run import about, main, parse_args
-from real_openrlhf.actors.device import Device
+from real_openrlhf.common.device import Device
 
 FAKE = (sys.executable, str(Path(__file__).parents[2] / "helpers" / "fake_contestant.py"))
 DEVICE = Device.resolve("cpu")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from examples.benchmark.timers import Timers
-from real_openrlhf.actors.device import Device
+from real_openrlhf.common.device import Device
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from examples.quickstart.task_files import write_files
+from real_openrlhf.algo.bound_scale import bind_scale
 from real_openrlhf.algo.score_position import ScoreReader
-from real_openrlhf.algo.score_scale import ScoreScale, bind_scale
+from real_openrlhf.algo.score_scale import ScoreScale
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from examples.quickstart.task_files import write_files
+from real_openrlhf.algo.bound_scale import bind_scale
 from real_openrlhf.algo.score_position import ScoreReader
-from real_openrlhf.algo.score_scale import ScoreScale, bind_scale
-from real_openrlhf.judge_settings import JudgeSettings
+from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.export.settings import JudgeSettings
 
 FOLDER = Path(__file__).parents[3] / "examples" / "quickstart"
 

@@ -10,8 +10,8 @@ import pytest
 
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.data.prompt import Prompt
+from real_openrlhf.export.settings import JudgeSettings
 from real_openrlhf.judge.judge import Judge
-from real_openrlhf.judge_settings import JudgeSettings
 from tests.helpers.fake_backend import FakeBackend
 from tests.helpers.tokenizers import word_tokenizer
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from examples.benchmark.rollout_timing import SHIPPED, make_prompts, parse_args, summary, variants
-from real_openrlhf.actors.device import CPU_ALLOCATOR_ENV, Device
+from real_openrlhf.common.device import CPU_ALLOCATOR_ENV, Device
 
 
 def test_every_variant_differs_from_the_shipped_engine_in_one_thing(monkeypatch: pytest.MonkeyPatch) -> None:

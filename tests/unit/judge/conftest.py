@@ -6,7 +6,7 @@ import pytest
 
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.data.template import PromptTemplate
-from real_openrlhf.judge_settings import JudgeSettings
+from real_openrlhf.export.settings import JudgeSettings
 from tests.helpers.tokenizers import CHAT_TEMPLATE, word_tokenizer
 
 

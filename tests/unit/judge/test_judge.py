@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from real_openrlhf.algo.bound_scale import bind_scale
 from real_openrlhf.algo.score_position import ScoreReader
-from real_openrlhf.algo.score_scale import ScoreScale, bind_scale
+from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.data.judge_prompt import JudgeTemplate, Rubric
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.data.template import PromptError, PromptTemplate
+from real_openrlhf.export.settings import SETTINGS_FILE, ExportError, JudgeSettings
 from real_openrlhf.judge.calibration import Calibration, CalibrationError
 from real_openrlhf.judge.judge import Judge
-from real_openrlhf.judge.settings import plain_settings
+from real_openrlhf.judge.resolve_settings import plain_settings
 from real_openrlhf.judge.types import JudgeError
-from real_openrlhf.judge_settings import SETTINGS_FILE, ExportError, JudgeSettings
 from tests.helpers.fake_backend import FakeBackend
 from tests.helpers.tokenizers import CHAT_TEMPLATE, word_tokenizer
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.export.settings import JudgeSettings
 from real_openrlhf.judge import cli, judge
-from real_openrlhf.judge_settings import JudgeSettings
 from tests.helpers.fake_backend import FakeBackend
 from tests.helpers.tokenizers import CHAT_TEMPLATE, word_tokenizer
 

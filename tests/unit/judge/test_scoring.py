@@ -6,9 +6,10 @@ import math
 
 import pytest
 
-from real_openrlhf.actors.protocols import Sampling
+from real_openrlhf.algo.bound_scale import bind_scale
+from real_openrlhf.algo.sampling import Sampling
 from real_openrlhf.algo.score_position import ScoreReader
-from real_openrlhf.algo.score_scale import ScoreScale, bind_scale
+from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.judge.scoring import average, room_for_forcing, score_given, score_prompts, with_anchor
 from tests.helpers.fake_backend import FakeBackend

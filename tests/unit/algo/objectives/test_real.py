@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from real_openrlhf.algo.objectives import RealObjective
+from real_openrlhf.algo.objectives.real import RealObjective
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import GroupScores
 
@@ -112,5 +112,5 @@ def test_options_reach_the_advantages() -> None:
     assert float(renormalised) == pytest.approx(-((mean - 2.5) ** 2) + 0.5 * math.log(p[1] * p[2]), abs=1e-6)
 
 
-def test_what_the_objective_declares() -> None:
-    assert RealObjective.name == "real" and RealObjective.trains_score_token is False
+def test_the_score_token_is_no_action() -> None:
+    assert RealObjective.trains_score_token is False

@@ -1,0 +1,52 @@
+"""What a rank of the policy is built from. Imports neither deepspeed nor peft: the driver makes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from real_openrlhf.algo.loss import LossOptions
+from real_openrlhf.common.device import Device
+from real_openrlhf.config.schema import LoraConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySpec:
+    """Everything a rank needs to build itself.
+
+    args                 OpenRLHF's nested arguments (config.openrlhf_args)
+    attn_implementation  "auto": the device's default
+    values               the score scale's values
+    max_steps            optimizer steps of the whole run, for the learning-rate schedule
+    logits_mb            megabytes that logits may take in training; None: the device's share for them
+    lora                 adapters of rank 0: all parameters are trained
+    seed                 of the adapters' start
+    text                 tokens of a training prompt, for the check of packed rows
+    """
+
+    path: str
+    args: Any
+    device: Device
+    attn_implementation: str
+    ranks_per_node: int
+    values: tuple[float, ...]
+    options: LossOptions
+    trains_score_token: bool
+    term_grad_norm_steps: int
+    norms_at_parameters: bool
+    max_steps: int
+    bucket_bytes: int
+    logits_mb: int | None
+    lora: LoraConfig
+    seed: int
+    text: tuple[int, ...] = ()
+
+    @property
+    def max_logit_bytes(self) -> int:
+        """Asked for in the actor, whose GPU decides."""
+        return (self.logits_mb or self.device.logits_mb()) * 2**20
+
+    @property
+    def attention(self) -> str:
+        """Asked for in the actor: the driver may sit on a node without flash attention."""
+        return self.attn_implementation if self.attn_implementation != "auto" else self.device.attn_implementation

@@ -1,0 +1,35 @@
+"""What the controller sees of its records, its progress bar and its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+
+class Log(Protocol):
+    def log(self, step: int, phase: Literal["train", "eval", "sync"], metrics: Mapping[str, Any]) -> None: ...
+
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def log_evaluation(self, step: int, samples: Sequence[Mapping[str, Any]], plots: Mapping[str, str]) -> None: ...
+
+    def warn(self, step: int, watch: str, message: str) -> None: ...
+
+
+class Saver(Protocol):
+    """Writes checkpoints; `controller.checkpointing.Checkpointer`. uses_evaluations: what is saved depends on them."""
+
+    @property
+    def uses_evaluations(self) -> bool: ...
+
+    def is_due(self, step: int, evaluation: dict[str, float | None] | None) -> bool: ...
+
+    def save(self, step: int, evaluation: dict[str, float | None] | None = None) -> bool: ...
+
+
+class Progress(Protocol):
+    def step(self, step: int, metrics: Mapping[str, float | None]) -> None: ...
+
+    def judged(self, step: int, done: int, total: int) -> None: ...
+
+    def evaluated(self, step: int, metrics: Mapping[str, float | None]) -> None: ...

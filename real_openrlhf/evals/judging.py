@@ -1,0 +1,150 @@
+"""A judge over benchmarks: what identifies an evaluation, and the loop that goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import AutoConfig
+
+from real_openrlhf.checkpoint.compat import model_config_sha256, tokenizer_sha256
+from real_openrlhf.common.progress_bar import BAR_FORMAT
+from real_openrlhf.evals.benchmarks import Benchmark
+from real_openrlhf.evals.predict import predict, predict_given
+from real_openrlhf.evals.predictions import EvaluationError, Prediction, PredictionStore
+from real_openrlhf.evals.report import PREDICTIONS, load_run
+from real_openrlhf.judge.judge import Judge
+
+logger = logging.getLogger(__name__)
+
+# Of a weight file, at each end: enough to tell trained weights apart, and read in no time.
+_FINGERPRINT_BYTES = 1 << 20
+
+
+def identity_of(
+    model: str, judge: Judge, benchmarks: Sequence[Benchmark], *, server: bool, feedback_of: Path | None = None
+) -> dict[str, Any]:
+    """What must be the same to go on with an evaluation, and what `evals.report.settings_of` reads."""
+    settings, sampling = judge.settings, judge.sampling
+    return {
+        "model": name_of(model),
+        "model_sha256": model_config_sha256(AutoConfig.from_pretrained(model).to_dict()),
+        "weights_sha256": weights_sha256(model),
+        "tokenizer_sha256": tokenizer_sha256(judge.tokenizer),
+        "backend": "server" if server else "in process",
+        "scale": str(settings.scale),
+        "anchors": list(settings.anchors),
+        "template_sha256": settings.template.sha256,
+        "renormalise": settings.renormalise,
+        "force": judge.force,
+        "sampling": {
+            "n": sampling.n,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_new_tokens": sampling.max_new_tokens,
+            "seed": sampling.seed,
+        },
+        "feedback_sha256": None if feedback_of is None else _sha256(feedback_of / PREDICTIONS),
+        "benchmarks": {b.name: {"rows": len(b.prompts), "sha256": b.sha256} for b in benchmarks},
+    }
+
+
+def name_of(model: str) -> str:
+    """A hub id as it is; a folder's name, or its parent's for the "model" of a training run."""
+    path = Path(model)
+    if not path.is_dir():
+        return model
+    path = path.resolve()
+    return path.parent.name if path.name == "model" else path.name
+
+
+def weights_sha256(model: str) -> str | None:
+    """Of every weight file's name, size, first and last MiB; None for a model that is not a local folder."""
+    folder = Path(model)
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]) if folder.is_dir() else []
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(_FINGERPRINT_BYTES)
+            file.seek(max(0, size - _FINGERPRINT_BYTES))
+            digest.update(f"{path.name}/{size}/".encode() + head + file.read())
+    return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def earlier_predictions(folder: Path, benchmarks: Sequence[Benchmark]) -> dict[tuple[str, int], Prediction]:
+    """Those of --feedback_of. EvaluationError unless every row of the benchmarks is there, with its label."""
+    found = {p.key: p for p in load_run(folder).predictions}
+    for benchmark in benchmarks:
+        for prompt in benchmark.prompts:
+            prediction = found.get((benchmark.name, prompt.row))
+            if prediction is None or prediction.label != prompt.label:
+                raise EvaluationError(
+                    f"--feedback_of {folder}: row {prompt.row} of {benchmark.name} is missing there, or has another "
+                    "label; give the same benchmarks"
+                )
+    return found
+
+
+def largest_difference(store: PredictionStore, earlier: Mapping[tuple[str, int], Prediction]) -> str:
+    """How far the scores of the same feedback lie apart, as a sentence."""
+    pairs = [(p.expected, earlier[key].expected) for key, p in store.done.items()]
+    gaps = [abs(a - b) for a, b in pairs if a is not None and b is not None]
+    return f"E[score] of the same feedback differs by at most {max(gaps, default=0.0):.2e} over {len(gaps)} rows"
+
+
+def judge_all(
+    judge: Judge,
+    benchmarks: Sequence[Benchmark],
+    path: Path,
+    identity: Mapping[str, Any],
+    *,
+    batch_size: int,
+    earlier: Mapping[tuple[str, int], Prediction] | None = None,
+) -> PredictionStore:
+    """Judge what is not in the file yet; every batch is in it once it is judged. earlier: see `predict_given`."""
+    store = PredictionStore(path, identity)
+    total = sum(len(b.prompts) for b in benchmarks)
+    if store.done:
+        logger.info("%s holds %d of %d judgements; going on", path, len(store.done), total)
+    if len(store.done) < total:
+        _ = judge.backend  # before the bar: an engine takes its time to start, which is none of the judgements'
+    with tqdm(
+        total=total,
+        initial=len(store.done),
+        desc="judged",
+        unit=" judgements",
+        bar_format=BAR_FORMAT,
+        dynamic_ncols=True,
+        file=sys.stderr,
+    ) as bar:
+        for benchmark in benchmarks:
+            left = [
+                (prompt, group)
+                for prompt, group in zip(benchmark.prompts, benchmark.groups)
+                if (benchmark.name, prompt.row) not in store.done
+            ]
+            bar.set_postfix_str(benchmark.name)
+            for start in range(0, len(left), batch_size):
+                prompts, groups = zip(*left[start : start + batch_size])
+                options: dict[str, Any] = dict(reader=judge.reader, renormalise=judge.settings.renormalise)
+                if earlier is None:
+                    named = (judge.backend, benchmark.name, prompts, groups, judge.sampling)
+                    store.append(predict(*named, force=judge.force, **options))
+                else:
+                    given = [earlier[benchmark.name, prompt.row] for prompt in prompts]
+                    store.append(predict_given(judge.backend, given, prompts, judge.sampling, **options))
+                bar.update(len(prompts))
+    store.close()
+    return store

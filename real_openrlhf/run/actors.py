@@ -1,0 +1,82 @@
+"""All actors of a run, started side by side, and the weight sync between them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import ray
+
+from real_openrlhf.controller.protocols import ReferenceGroup
+from real_openrlhf.run.placement import COLOCATED_SHARE, reserve
+from real_openrlhf.run.plan import RunPlan
+from real_openrlhf.run.ray_groups import (
+    RayEvaluator,
+    RayPolicyGroup,
+    RayReferenceGroup,
+    RayRolloutGroup,
+    RayWeightSync,
+    on_one_host,
+)
+from real_openrlhf.run.ray_session import passed_environment
+
+logger = logging.getLogger(__name__)
+
+
+class Actors:
+    """All actors of a run, started side by side."""
+
+    def __init__(self, plan: RunPlan) -> None:
+        config, device = plan.config, plan.device
+        env = passed_environment()
+        groups = reserve(plan.placement, config.ray.placement_timeout)
+        colocated = config.train.colocate_all
+        place: dict[str, Any] = dict(device=device, env=env)
+        shared: dict[str, Any] = dict(place, share=COLOCATED_SHARE if colocated else 1.0)
+        self.rollouts = RayRolloutGroup(
+            plan.engine, n_engines=config.vllm.num_engines, group=groups["rollout"], **shared
+        )
+        # An engine sizes itself by the GPU's free memory: it comes first, then makes room.
+        shared["after"] = [*self.rollouts.ready(), *self.rollouts.fall_asleep()] if colocated else []
+        engines = [self.rollouts]
+        if plan.evaluator_engine is not None:
+            engines.append(RayRolloutGroup(plan.evaluator_engine, n_engines=1, group=groups["evaluator"], **place))
+        self.policy = RayPolicyGroup(plan.policy, n_ranks=config.ranks, group=groups["policy"], **shared)
+        waiting = [ref for group in engines for ref in group.ready()]
+        # Now, so that its imports are done when the first evaluation is due.
+        self.evaluator = None
+        if plan.evaluator is not None:
+            self.evaluator = RayEvaluator(plan.evaluator, engines[-1], env=env)
+        self.reference: ReferenceGroup | None = None
+        if plan.reference is not None:
+            frozen = RayReferenceGroup(
+                plan.reference,
+                n_ranks=config.reference_ranks,
+                group=groups["reference"],
+                device=device,
+                env=env,
+            )
+            self.reference = frozen
+            waiting += frozen.ready()
+        elif config.algo.kl.init_coef > 0:
+            self.reference = self.policy
+        built = ray.get([*self.policy.ready(), *waiting])
+        self.facts = {name: value for name, value in built[0].items() if isinstance(value, int | float)}
+        logger.info("policy: %s; engines: %d", built[0], sum(len(group.engines) for group in engines))
+        self._engines = engines
+        backend = device.sync_backend(
+            config.sync.backend, colocated=colocated, one_host=on_one_host(self.policy, engines)
+        )
+        logger.info("weights travel by %s", backend)
+        self.weight_sync = RayWeightSync(
+            self.policy,
+            engines,
+            probes=plan.probes,
+            deadline_s=config.sync.deadline,
+            max_mean_difference=config.sync.max_mean_difference or device.sync_tolerance,
+            backend=backend,
+        )
+
+    def shutdown(self) -> None:
+        for group in self._engines:
+            group.shutdown()

@@ -1,0 +1,75 @@
+"""What an exported judge says of itself: its settings and its model card."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+from real_openrlhf.algo.objectives import objective_class
+from real_openrlhf.controller.judge_export import Chosen
+from real_openrlhf.export.check import check_export
+from real_openrlhf.export.model_card import CardInfo, write_model_card
+from real_openrlhf.export.settings import ExportError, JudgeSettings
+from real_openrlhf.run.plan import RunPlan
+
+
+def exported_step(folder: Path) -> int | None:
+    """After which step the weights of an exported judge were the policy's; None for none or an old one."""
+    try:
+        return JudgeSettings.load(folder).step
+    except ExportError:
+        return None
+
+
+def complete_export(plan: RunPlan, folder: Path, chosen: Chosen) -> None:
+    """Model card and judge settings beside the weights, then a check of the whole folder. Raises ExportError."""
+    config, inputs = plan.config, plan.inputs
+    read = [field.name for field in fields(objective_class(config.real.objective))]
+    settings = JudgeSettings(
+        scale=config.real.score_scale,
+        anchors=config.real.anchor,
+        end_ids=tuple(sorted(inputs.end_ids)),
+        max_new_tokens=config.rollout.max_new_tokens,
+        template=inputs.template,
+        temperature=config.rollout.temperature,
+        renormalise=config.real.renormalise,
+        preset=config.real.preset,
+        step=chosen.step,
+    )
+    info = CardInfo(
+        title=Path(config.ckpt.output_dir).resolve().name,
+        base_model=config.actor.model_name_or_path,
+        settings=settings,
+        data_source=config.data.prompt_dataset,
+        data_rows=len(inputs.train_set),
+        data_hash=inputs.train_set.sha256,
+        objective=config.real.objective,
+        objective_settings={
+            **{name: getattr(plan.objective, name) for name in read},
+            "aggregation of Term 1": config.real.aggregation,
+        },
+        steps=chosen.step,
+        chosen=chosen.why,
+        training={
+            "learning rate": config.actor.adam.lr,
+            "rollouts per prompt": config.rollout.n_samples_per_prompt,
+            "prompts per step": config.rollout.batch_size,
+            "groups kept": config.real.keep_groups,
+            "LoRA adapters": str(config.ds.lora),
+            "weight of the KL to the start": config.algo.kl.init_coef,
+            "differs from the preset in": ", ".join(config.overridden) or "nothing",
+        },
+        evaluation=split_metrics(dict(chosen.evaluation)) if chosen.evaluation else None,
+        evaluation_data=config.eval.dataset,
+    )
+    write_model_card(folder, info=info)
+    check_export(folder)
+
+
+def split_metrics(metrics: dict[str, float | None]) -> dict[str, dict[str, float | None]]:
+    """ "flask/expected/pearson" -> column "flask/expected", row "pearson"."""
+    columns: dict[str, dict[str, float | None]] = {}
+    for name, value in metrics.items():
+        column, slash, row = name.rpartition("/")
+        columns.setdefault(column if slash else "all", {})[row if slash else name] = value
+    return columns

@@ -1,0 +1,179 @@
+"""What a run's flags name, loaded and checked: tokenizer, scale, prompts, benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from real_openrlhf.actors.engine.spec import EngineSpecError, check_sampling, logprobs_mode_for
+from real_openrlhf.algo.bound_scale import BoundScale, bind_scale
+from real_openrlhf.algo.score_position import ScoreReader
+from real_openrlhf.common.device import Device
+from real_openrlhf.config.batch_plan import batch_plan
+from real_openrlhf.config.flags import ConfigError
+from real_openrlhf.config.sampling import evaluation_sampling, rollout_sampling
+from real_openrlhf.config.schema import Config
+from real_openrlhf.config.validate import validate
+from real_openrlhf.data.dataset import JudgeDataset
+from real_openrlhf.data.sources import nearest
+from real_openrlhf.data.template import PromptTemplate
+from real_openrlhf.data.tokenizer import end_token_ids, load_tokenizer
+from real_openrlhf.evals.benchmarks import Benchmark, load_benchmark, parse_benchmarks
+from real_openrlhf.evals.results import metric_names
+from real_openrlhf.judge.scoring import room_for_forcing
+from real_openrlhf.run.ray_session import cluster_to_join
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What the flags name, loaded and checked.
+
+    device: None where only the cluster that is to be joined can say.
+    """
+
+    config: Config
+    device: Device | None
+    tokenizer: PreTrainedTokenizerBase
+    bound: BoundScale
+    end_ids: frozenset[int]
+    template: PromptTemplate
+    train_set: JudgeDataset
+    benchmarks: tuple[Benchmark, ...]
+    warnings: tuple[str, ...]
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Check flags against each other, then load tokenizer, scale and data sets."""
+    config = with_absolute_paths(config)
+    device = known_device(config)
+    kind: Literal["cpu", "cuda"] | None = None if device is None else "cuda" if device.is_cuda else "cpu"
+    warnings = validate(config, device=kind)
+    check_samplings(config)
+    check_lora(config)
+    tokenizer = load_tokenizer(config.actor.model_name_or_path)
+    bound = bind_scale(config.real.score_scale, tokenizer, config.real.anchor)
+    template = PromptTemplate(
+        input_template=config.data.input_template,
+        apply_chat_template=config.data.apply_chat_template,
+        enable_thinking=config.data.enable_thinking,
+    )
+
+    train_set = JudgeDataset.load(
+        config.data.prompt_dataset,
+        max_prompt_tokens=config.data.max_len - config.rollout.max_new_tokens - bound.extra_tokens,
+        max_samples=config.data.max_samples,
+        **_reading(config, tokenizer, template),
+    )
+    batch_plan(config, len(train_set))  # raises when the prompts do not fill a step
+    return Inputs(
+        config=config,
+        device=device,
+        tokenizer=tokenizer,
+        bound=bound,
+        end_ids=end_token_ids(config.actor.model_name_or_path, tokenizer),
+        template=template,
+        train_set=train_set,
+        benchmarks=load_benchmarks(config, tokenizer, bound, template),
+        warnings=tuple(warnings),
+    )
+
+
+def check_samplings(config: Config) -> None:
+    """ConfigError for rollouts or evaluation that draw from another distribution than the engines give log-probs of."""
+    try:
+        mode = logprobs_mode_for(config.rollout.temperature, config.rollout.top_p)
+        check_sampling(rollout_sampling(config), mode)
+    except EngineSpecError as error:
+        raise ConfigError(f"--rollout.temperature, --rollout.top_p: {error}") from error
+    if config.eval.dataset is None:
+        return
+    try:
+        check_sampling(evaluation_sampling(config), mode)
+    except EngineSpecError as error:
+        raise ConfigError(
+            f"--eval.temperature {config.eval.temperature:g} with --eval.top_p {config.eval.top_p:g} does not go "
+            f"together with --rollout.temperature {config.rollout.temperature:g}: {error}"
+        ) from error
+
+
+def check_lora(config: Config) -> None:
+    """ConfigError for adapters that the model cannot have; reads the model's config, not its weights."""
+    lora = config.ds.lora
+    if lora.rank == 0:
+        return
+    # Here: peft takes seconds to import, and a run without adapters does not need it.
+    from real_openrlhf.actors.policy.lora import LoraError, check_adapters
+
+    try:
+        check_adapters(config.actor.model_name_or_path, lora)
+    except (LoraError, OSError) as error:
+        raise ConfigError(f"--actor.model_name_or_path {config.actor.model_name_or_path}: {error}") from error
+
+
+def load_benchmarks(
+    config: Config, tokenizer: PreTrainedTokenizerBase, bound: BoundScale, template: PromptTemplate
+) -> tuple[Benchmark, ...]:
+    """The held-out benchmarks of --eval.dataset; none without it. Checks that the best checkpoint's metric exists."""
+    if config.eval.dataset is None:
+        return ()
+    room = bound.extra_tokens
+    if config.eval.force_anchor:
+        reader = ScoreReader.build(bound, tokenizer, end_token_ids(config.actor.model_name_or_path, tokenizer))
+        room = room_for_forcing(reader)
+    sources = parse_benchmarks([config.eval.dataset], "--eval.dataset")
+    metric, names = config.ckpt.best_metric, metric_names(list(sources))
+    if metric is not None and metric not in names:
+        raise ConfigError(
+            f"--ckpt.best_metric_key: there is no evaluation metric {metric!r}{nearest(metric, names)}; the benchmarks "
+            f"are {', '.join(sources)}, their metrics stand in README"
+        )
+    return tuple(
+        load_benchmark(
+            name,
+            source,
+            group_key=None,
+            max_prompt_tokens=config.data.max_len - config.rollout.max_new_tokens - room,
+            max_samples=config.eval.max_samples,
+            **_reading(config, tokenizer, template),
+        )
+        for name, source in sources.items()
+    )
+
+
+def _reading(config: Config, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate) -> dict[str, Any]:
+    """How training and evaluation data are read alike."""
+    return dict(
+        input_key=config.data.input_key,
+        label_key=config.data.label_key,
+        scale=config.real.score_scale,
+        tokenizer=tokenizer,
+        template=template,
+        skip_bad_rows=config.data.skip_bad_rows,
+    )
+
+
+def known_device(config: Config) -> Device | None:
+    """The device as far as it is known before Ray: a cluster that is joined decides "auto" by its own GPUs.
+
+    Its GPUs are believed in where they are asked for. Raises DeviceError where --real.device asks for GPUs that this
+    machine does not have.
+    """
+    joined = cluster_to_join(config.ray.address)
+    if joined and config.real.device == "auto":
+        return None
+    return Device.resolve(config.real.device, config.ds.param_dtype, cluster_gpus=1 if joined else None)
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Local paths made absolute: actors on a joined cluster run in another folder than the driver."""
+    actor, ckpt = config.actor, config.ckpt
+    if Path(actor.model_name_or_path).is_dir():
+        actor = replace(actor, model_name_or_path=str(Path(actor.model_name_or_path).resolve()))
+    if ckpt.output_dir:
+        ckpt = replace(ckpt, output_dir=str(Path(ckpt.output_dir).resolve()))
+    if ckpt.path:
+        ckpt = replace(ckpt, path=str(Path(ckpt.path).resolve()))
+    return replace(config, actor=actor, ckpt=ckpt)

@@ -1,0 +1,58 @@
+"""A run from its configuration to its exit code."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from real_openrlhf.checkpoint.errors import CheckpointError
+from real_openrlhf.common.device import DeviceError
+from real_openrlhf.common.errors import RunError
+from real_openrlhf.config.flags import ConfigError
+from real_openrlhf.config.schema import Config
+from real_openrlhf.controller.controller import Stopped
+from real_openrlhf.controller.run_log import RunLogError
+from real_openrlhf.run.inputs import load_inputs
+from real_openrlhf.run.plan import make_plan
+from real_openrlhf.run.plan_text import render
+from real_openrlhf.run.resume import check_folders, checkpoint_to_load
+from real_openrlhf.run.signals import EXIT_RESUME
+from real_openrlhf.run.start import launch
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: Config) -> int:
+    """Exit codes: 0 done, 2 the input is wrong, 1 the run failed, 85 stopped by a signal: run me again to resume."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
+    for noisy in ("httpx", "filelock", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        plan = make_plan(load_inputs(config))
+        if config.dry_run:
+            sys.stdout.write(render(plan) + "\n")
+            return 0
+        for warning in plan.warnings:
+            logger.warning("%s", warning)
+        checkpoint = checkpoint_to_load(plan)
+        check_folders(plan, checkpoint)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    try:
+        launch(plan, checkpoint)
+    except Stopped as stopped:
+        if not stopped.saved:
+            sys.stderr.write(f"error: {stopped}, but its state could not be saved\n")
+            return 1
+        logger.info("%s; the same command with --ckpt.load latest goes on", stopped)
+        return EXIT_RESUME
+    except (ConfigError, DeviceError, RunLogError, CheckpointError) as error:
+        # What only shows once the cluster or the log is there; nothing has been trained.
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except RunError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    logger.info("done: the judge is in %s", plan.model_folder)
+    return 0

@@ -1,0 +1,95 @@
+"""A run's plan as plain text: what --dry_run prints, and what the log of a run opens with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from real_openrlhf.algo.bound_scale import BoundScale
+from real_openrlhf.common.device import Device
+from real_openrlhf.config.batch_plan import BatchPlan, resolve_ratio
+from real_openrlhf.config.convert import get_value
+from real_openrlhf.config.presets import PRESETS
+from real_openrlhf.config.schema import Config
+from real_openrlhf.run.plan import RunPlan
+
+
+def render(plan: RunPlan) -> str:
+    """One section per subject; warnings come last, if there are any."""
+    config, inputs = plan.config, plan.inputs
+    sections = [
+        ("Model", _model_lines(config, plan.device)),
+        ("Placement", [str(request) for request in plan.placement]),
+        ("Batch", _batch_lines(config, plan.batch, inputs.bound, plan.reward_tolerance)),
+        ("Steps", _step_lines(config, plan.batch)),
+        ("Score tokens", _score_lines(inputs.bound, lambda token: inputs.tokenizer.decode([token]))),
+        ("Preset", _preset_lines(config)),
+    ]
+    if plan.warnings:
+        sections.append(("Warnings", list(plan.warnings)))
+    return "\n".join(line for title, lines in sections for line in [title, *(f"  {text}" for text in lines)])
+
+
+def _model_lines(config: Config, device: Device) -> list[str]:
+    lines = [
+        f"{config.actor.model_name_or_path}, {device.dtype_name} on {device.name}, ZeRO {config.ds.zero_stage}",
+        f"prompts: {config.data.prompt_dataset}; output: {config.ckpt.output_dir or 'none'}",
+    ]
+    if config.ds.lora.rank:
+        lines.append(f"LoRA adapters: {config.ds.lora}")
+    kl = config.algo.kl
+    if kl.init_coef:
+        where = f"{config.reference_ranks} rank(s) of its own" if config.reference_ranks else "the policy, adapters off"
+        lines.append(f"KL: weight {kl.init_coef:g}, estimator {kl.estimator}; reference: {where}")
+    return lines
+
+
+def _batch_lines(config: Config, plan: BatchPlan, bound: BoundScale, tolerance: float) -> list[str]:
+    k = config.rollout.n_samples_per_prompt
+    prompt_tokens = config.data.max_len - config.rollout.max_new_tokens - bound.extra_tokens
+    lines = [
+        f"{plan.prompts_per_step} prompts x {k} rollouts = {plan.samples_per_step} rollouts per step",
+        f"{plan.updates_per_step} update(s) per step ({plan.updates_per_epoch} x {config.train.max_epochs} epoch(s)) "
+        f"of {plan.samples_per_update} rollouts; ratio: {resolve_ratio(config)}",
+        f"{plan.samples_per_rank} rollouts per update and rank, {plan.ranks} rank(s); up to {config.rollouts_per_pass} "
+        f"rollouts and {config.train.max_tokens_per_gpu} tokens per forward pass",
+        f"up to {prompt_tokens} prompt and {config.rollout.max_new_tokens} response tokens",
+    ]
+    if config.real.filters_groups:
+        refill = f"refilled up to {config.real.max_refills} times" if config.real.refill else "not refilled"
+        lines.append(f"dynamic sampling: {config.real.keep_groups}, {refill}")
+    lines.append(f"rewards of one prompt that differ by less than {tolerance:g} count as equal")
+    return lines
+
+
+def _step_lines(config: Config, plan: BatchPlan) -> list[str]:
+    bound = "at most " if plan.at_most else ""
+    every = "" if config.eval.steps < 0 else f", every {config.eval.steps} steps"
+    return [
+        f"{plan.n_prompts} prompts x {config.train.num_episodes} episode(s): {bound}{plan.total_steps} steps, "
+        f"{bound}{plan.total_updates} updates",
+        "no evaluation" if config.eval.dataset is None else f"evaluation before training{every}, and at the end",
+    ]
+
+
+def _score_lines(bound: BoundScale, decode: Callable[[int], str]) -> list[str]:
+    lines = []
+    for anchor in bound.anchors:
+        lines.append(f"after {anchor.prefix!r} (anchor {anchor.text!r}):")
+        for value, label, tokens in zip(bound.scale.values, bound.scale.labels, anchor.labels):
+            shown = ", ".join(f"{token} {decode(token)!r}" for token in tokens)
+            lines.append(f"  {label!r} (value {value:g}) -> token{'s' if len(tokens) > 1 else ''} {shown}")
+    n_branches = len(bound.anchors[0].trie.branches)
+    if n_branches:
+        lines.append(
+            f"labels of several tokens: up to {n_branches} more sequence(s) per rollout, for engine and policy to read "
+            "labels that it did not write"
+        )
+    return lines
+
+
+def _preset_lines(config: Config) -> list[str]:
+    preset = PRESETS[config.real.preset]
+    lines = [f"{config.real.preset}, nothing overridden" if not config.overridden else config.real.preset]
+    for name in config.overridden:
+        lines.append(f"--{name} {get_value(config, name)} (preset: {preset[name]})")
+    return lines

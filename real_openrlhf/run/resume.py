@@ -1,0 +1,38 @@
+"""Where a run goes on: the checkpoint that its flags ask for, and folders that can be written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from real_openrlhf.checkpoint.manifest import Checkpoint
+from real_openrlhf.config.schema import CkptConfig
+from real_openrlhf.controller.checkpointing import find_checkpoint, make_store
+from real_openrlhf.controller.run_log import CONFIG_FILE, check_output_dir
+from real_openrlhf.run.plan import RunPlan
+
+
+def checkpoint_to_load(plan: RunPlan) -> Checkpoint | None:
+    """The complete checkpoint that --ckpt.load names, if any. CheckpointError for one that cannot be resumed from."""
+    ckpt = plan.config.ckpt
+    if ckpt.load == "none":
+        return None
+    return find_checkpoint(ckpt.folder, ckpt.load, plan.identity, metric=ckpt.best_metric, force=ckpt.force)
+
+
+def check_folders(plan: RunPlan, checkpoint: Checkpoint | None) -> None:
+    """Prove that records and checkpoints can be written; CheckpointError or RunLogError, before anything starts."""
+    ckpt = plan.config.ckpt
+    check_output_dir(ckpt.output_dir, append=checkpoint is not None, overwrite=starts_anew(ckpt, checkpoint))
+    make_store(ckpt.folder, keep=ckpt.max_num, metric=ckpt.best_metric).open()
+
+
+def starts_anew(ckpt: CkptConfig, checkpoint: Checkpoint | None) -> bool:
+    """--ckpt.load auto on what a run left that ended before its first checkpoint: its records begin again.
+
+    A folder with a judge, or with anything like a checkpoint, whole or broken, is never begun again.
+    """
+    output = Path(ckpt.output_dir)
+    if ckpt.load != "auto" or checkpoint is not None or not output.is_dir():
+        return False
+    ours = (output / CONFIG_FILE).is_file() or {path.name for path in output.iterdir()} <= {"checkpoints"}
+    return ours and not any(Path(ckpt.folder).glob("step_*")) and not (output / "model").exists()

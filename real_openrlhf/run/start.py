@@ -1,0 +1,109 @@
+"""From a plan to a run: start, train, export, end."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+from real_openrlhf.checkpoint.manifest import Checkpoint
+from real_openrlhf.config.cli import config_to_dict
+from real_openrlhf.controller.checkpointing import Checkpointer, make_store
+from real_openrlhf.controller.controller import Controller
+from real_openrlhf.controller.guards import Guards
+from real_openrlhf.controller.judge_export import JudgeExport
+from real_openrlhf.controller.progress import PhaseTimer, Progress
+from real_openrlhf.controller.run_log import RunLog
+from real_openrlhf.data.stream import PromptStream
+from real_openrlhf.run.actors import Actors
+from real_openrlhf.run.export import complete_export, exported_step
+from real_openrlhf.run.plan import RunPlan, make_plan
+from real_openrlhf.run.plan_text import render
+from real_openrlhf.run.ray_session import Session, ray_session
+from real_openrlhf.run.signals import StopRequest
+
+logger = logging.getLogger(__name__)
+
+
+def launch(plan: RunPlan, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
+    """Start, train, export, end. Returns the metrics of the last evaluation; raises Stopped after a signal.
+
+    checkpoint: resume from there.
+    """
+    config = plan.config
+    store = make_store(config.ckpt.folder, keep=config.ckpt.max_num, metric=config.ckpt.best_metric)
+    with (
+        RunLog(
+            config.ckpt.output_dir,
+            tensorboard_dir=config.logger.tensorboard_dir,
+            wandb=config.logger.wandb,
+            config=config_to_dict(config),
+            append=checkpoint is not None,
+            # The folder was looked at before anything started (resume.check_folders).
+            overwrite=checkpoint is None,
+            resume_step=None if checkpoint is None else checkpoint.step,
+        ) as log,
+        ray_session(config.ray.address, num_cpus=config.ray.num_cpus, needed_cpus=plan.needed_cpus) as session,
+        # Inside: ray.init installs a SIGTERM handler of its own.
+        StopRequest() as stop,
+    ):
+        plan = on_cluster(plan, session)
+        logger.info("%s", render(plan))
+        timer = PhaseTimer()
+        with timer.phase("start"):
+            actors = Actors(plan)
+            # Also without --ckpt.save_steps: a signal saves all the same.
+            store.check_shared(actors.policy.sees)
+        if checkpoint is None:
+            log.log(0, "sync", {"seconds/start": timer.seconds("start"), **actors.facts})
+        initial = 0 if checkpoint is None else checkpoint.step
+        with Progress(plan.batch.total_steps, initial=initial, enabled=config.logger.progress) as progress:
+            controller = make_controller(plan, actors, log, progress, stop)
+            saver = Checkpointer(
+                store=store,
+                identity=plan.identity,
+                policy=actors.policy,
+                parts=controller.checkpointed_parts(),
+                every=config.ckpt.save_steps,
+                metric=config.ckpt.best_metric,
+            )
+            if checkpoint is not None:
+                saver.load(checkpoint)
+            metrics = controller.fit(saver)
+        actors.shutdown()
+    return metrics
+
+
+def on_cluster(plan: RunPlan, session: Session) -> RunPlan:
+    """The plan for the cluster that was joined, whose GPUs were not known before. DeviceError if it lacks them."""
+    if session.owned:
+        return plan
+    return make_plan(plan.inputs, cluster_gpus=math.floor(session.gpus))
+
+
+def make_controller(plan: RunPlan, actors: Actors, log: RunLog, progress: Progress, stop: StopRequest) -> Controller:
+    config, inputs = plan.config, plan.inputs
+    values = config.real.score_scale.values
+    return Controller(
+        plan.controller,
+        scale=config.real.score_scale,
+        objective=plan.objective,
+        prompts=PromptStream(inputs.train_set.prompts, seed=config.train.seed, num_episodes=config.train.num_episodes),
+        rollouts=actors.rollouts,
+        policy=actors.policy,
+        weight_sync=actors.weight_sync,
+        evaluator=actors.evaluator,
+        reference=actors.reference,
+        guards=Guards(config.guard, scale_range=max(values) - min(values)),
+        export=JudgeExport(
+            actors.policy,
+            plan.model_folder,
+            metric=config.ckpt.best_metric if inputs.benchmarks else None,
+            describe=lambda folder, chosen: complete_export(plan, folder, chosen),
+            step_of=exported_step,
+        ),
+        log=log,
+        progress=progress,
+        decode=inputs.tokenizer.decode,
+        stop_requested=lambda: stop.requested,
+    )

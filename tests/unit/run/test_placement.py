@@ -1,0 +1,114 @@
+"""What can never fit is refused at once, with what was asked for and what there is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from real_openrlhf.run.placement import Bundle, PlacementError, Request, by_node, check_fits
+
+GPU = {"GPU": 1.0, "CPU": 1.0}
+CPU = {"CPU": 1.0}
+
+
+def node(cpus: float, gpus: float = 0.0, **other: float) -> dict[str, float]:
+    return {"CPU": cpus, "memory": 1e10, **({"GPU": gpus} if gpus else {}), **other}
+
+
+@pytest.mark.parametrize(
+    ("requests", "nodes"),
+    [
+        ([Request(name="policy", bundles=(CPU,) * 2)], [node(2)]),
+        ([Request(name="policy", bundles=(CPU,)), Request(name="rollout", bundles=(CPU,))], [node(1), node(1)]),
+        ([Request(name="policy", bundles=(GPU,) * 8)], [node(16, 4), node(16, 4)]),
+        ([Request(name="policy", bundles=({"CPU": 0.1},) * 10)], [node(1)]),  # 0.1 * 10 > 1 in floats
+        ([], [node(1)]),
+        ([Request(name="rollout", bundles=(GPU,) * 6, strategy="STRICT_PACK", width=2)], [node(8, 2), node(8, 5)]),
+        ([Request(name="engine", bundles=(GPU,) * 4, strategy="STRICT_PACK")], [node(8, 1), node(8, 4)]),
+    ],
+)
+def test_what_fits(requests: list[Request], nodes: list[dict[str, float]]) -> None:
+    check_fits(requests, nodes)
+
+
+def test_a_bundle_that_no_node_can_hold() -> None:
+    requests = [
+        Request(name="policy", bundles=(CPU,)),
+        Request(name="rollout", bundles=({"GPU": 1.0, "CPU": 4.0},) * 2),
+    ]
+    # The sums would do: 2 GPUs and 9 CPUs.
+    nodes = [node(3, 2), node(20)]
+    with pytest.raises(PlacementError) as caught:
+        check_fits(requests, nodes)
+    message = str(caught.value)
+    assert message.startswith("no node can hold one bundle of rollout: 2 x (4 CPU, 1 GPU), PACK")
+    assert "Asked for: policy: 1 x (1 CPU), PACK; rollout: 2 x" in message
+    assert "Nodes: [{'CPU': 3, 'GPU': 2}, {'CPU': 20}]" in message
+
+
+def test_gpus_on_a_cluster_without_any() -> None:
+    with pytest.raises(PlacementError, match="no node can hold one bundle of policy"):
+        check_fits([Request(name="policy", bundles=(GPU,))], [node(64)])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "says"),
+    [
+        ([node(64, 3)], "4 GPU asked for, the cluster has 3"),
+        ([node(2, 2), node(1, 2)], "4 CPU asked for, the cluster has 3"),
+    ],
+)
+def test_a_sum_that_is_too_large(nodes: list[dict[str, float]], says: str) -> None:
+    requests = [Request(name="policy", bundles=(GPU,) * 2), Request(name="rollout", bundles=(GPU,) * 2)]
+    with pytest.raises(PlacementError, match=says) as caught:
+        check_fits(requests, nodes)
+    assert "policy: 2 x (1 CPU, 1 GPU), PACK; rollout: 2 x (1 CPU, 1 GPU), PACK" in str(caught.value)
+
+
+def test_other_resources_count_too() -> None:
+    request = Request(name="policy", bundles=({"CPU": 1.0, "special": 1.0},) * 2)
+    check_fits([request], [node(4, special=2)])
+    with pytest.raises(PlacementError, match="2 special asked for, the cluster has 1"):
+        check_fits([request], [node(4, special=1)])
+
+
+def test_no_nodes() -> None:
+    with pytest.raises(PlacementError, match="no node can hold"):
+        check_fits([Request(name="policy", bundles=(CPU,))], [])
+
+
+def test_different_bundles_are_all_shown() -> None:
+    request = Request(name="mixed", bundles=(CPU, GPU, CPU), strategy="SPREAD")
+    assert str(request) == "mixed: 3 x (1 CPU / 1 CPU, 1 GPU), SPREAD"
+
+
+def test_engines_of_several_gpus_need_them_on_one_node() -> None:
+    wide = Request(name="rollout", bundles=(GPU,) * 4, strategy="STRICT_PACK", width=4)
+    assert str(wide) == "rollout: 1 x 4 x (1 CPU, 1 GPU), STRICT_PACK"
+    with pytest.raises(
+        PlacementError, match=r"no node can hold the 4 bundles of an engine .*tensor_parallel_size"
+    ) as e:
+        check_fits([wide], [node(8, 3), node(8, 3)])
+    assert "Nodes: [{'CPU': 8, 'GPU': 3}, {'CPU': 8, 'GPU': 3}]" in str(e.value)
+    # Three GPUs on each of two nodes: 6 in all, but a pair on each node only.
+    pairs = Request(name="rollout", bundles=(GPU,) * 6, strategy="STRICT_PACK", width=2)
+    with pytest.raises(PlacementError, match=r"3 engines asked for that lie on one node each, .* room for 2"):
+        check_fits([pairs], [node(8, 3), node(8, 3)])
+    # Enough GPUs, not enough CPUs.
+    with pytest.raises(PlacementError, match="room for 2"):
+        check_fits([pairs], [node(2, 8), node(3, 8)])
+
+
+def test_bundles_that_are_no_whole_groups() -> None:
+    with pytest.raises(ValueError, match="5 bundles cannot be groups of 2"):
+        Request(name="rollout", bundles=(GPU,) * 5, width=2)
+
+
+def test_bundles_of_a_node_stand_beside_each_other() -> None:
+    group: Any = None
+    nodes = ["c", "a", "b", "c", "a", "b"]
+    ordered = by_node([Bundle(group=group, index=i, node=name) for i, name in enumerate(nodes)])
+    # Bundle 0's node is first, and a node's bundles keep their order.
+    assert [(b.index, b.node) for b in ordered] == [(0, "c"), (3, "c"), (1, "a"), (4, "a"), (2, "b"), (5, "b")]
+    assert by_node([]) == []

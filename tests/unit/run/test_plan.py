@@ -1,0 +1,146 @@
+"""The plan of a run: what it holds, what it says, and when it is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from real_openrlhf.common.device import DeviceError
+from real_openrlhf.config.cli import parse_args
+from real_openrlhf.config.flags import ConfigError
+from real_openrlhf.run.inputs import Inputs, load_inputs
+from real_openrlhf.run.plan import make_plan
+from real_openrlhf.run.plan_text import render
+from tests.helpers.tiny_judge import make_rows, make_tokenizer, write_rows
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("inputs")
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder / "model")
+    LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, num_attention_heads=1).save_pretrained(folder / "model")
+    write_rows(folder / "train.jsonl", make_rows(40, seed=0))
+    write_rows(folder / "test.jsonl", make_rows(6, seed=1))
+    named = {
+        "actor.model_name_or_path": folder / "model",
+        "data.prompt_dataset": folder / "train.jsonl",
+        "eval.dataset": folder / "test.jsonl",
+        "ckpt.output_dir": folder / "out",
+        "real.anchor": "score ",
+        "real.device": "cpu",
+        "data.max_len": 32,
+        "rollout.max_new_tokens": 8,
+        "rollout.batch_size": 8,
+        "rollout.n_samples_per_prompt": 4,
+    }
+    return [part for name, value in named.items() for part in (f"--{name}", str(value))]
+
+
+def inputs_of(flags: list[str], *more: str) -> Inputs:
+    return load_inputs(parse_args([*flags, *more]))
+
+
+def test_the_plan_says_what_a_run_would_do(flags: list[str]) -> None:
+    more = ["--real.beta", "0.1", "--actor.num_gpus_per_node", "2", "--eval.engine", "own", "--eval.steps", "3"]
+    inputs = inputs_of(flags, *more)
+    text = render(make_plan(inputs))
+    token = inputs.tokenizer.convert_tokens_to_ids("3")
+    for piece in (
+        "fp32 on cpu, ZeRO 2",
+        "policy: 2 x (1 CPU), PACK",
+        "rollout: 1 x (1 CPU), PACK",
+        "evaluator: 1 x (1 CPU), PACK",
+        "8 prompts x 4 rollouts = 32 rollouts per step",
+        "16 rollouts per update and rank, 2 rank(s); up to 4 rollouts and 16192 tokens per forward pass",
+        "up to 24 prompt and 8 response tokens",
+        "dynamic sampling: partial, refilled up to 10 times",
+        "40 prompts x 1 episode(s): at most 5 steps, at most 5 updates",
+        "evaluation before training, every 3 steps, and at the end",
+        "after 'score' (anchor 'score '):",
+        f"'3' (value 3) -> token {token} '3'",
+        "--real.beta 0.1 (preset: 1.0)",
+    ):
+        assert piece in text, piece
+    assert "Warnings" not in text and "LoRA" not in text and "KL" not in text
+
+
+@pytest.mark.parametrize(
+    ("lora", "pieces"),
+    [
+        ((), ["KL: weight 0.1, estimator k3; reference: 2 rank(s) of its own", "reference: 2 x (1 CPU), PACK"]),
+        (
+            ("--ds.lora.rank", "8"),
+            [
+                "LoRA adapters: rank 8, alpha 16, beside all-linear",
+                "KL: weight 0.1, estimator k3; reference: the policy, adap",
+            ],
+        ),
+    ],
+)
+def test_the_plan_says_where_the_reference_is(flags: list[str], lora: tuple[str, ...], pieces: list[str]) -> None:
+    config = parse_args([*flags, "--algo.kl.init_coef", "0.1", "--ref.num_gpus_per_node", "2", *lora])
+    text = render(make_plan(replace(inputs_of(flags), config=config)))
+    assert [piece for piece in pieces if piece not in text] == []
+
+
+def test_the_plan_shows_warnings(flags: list[str]) -> None:
+    text = render(make_plan(inputs_of(flags, "--actor.adam.lr", "0")))
+    assert text.splitlines()[-2:] == ["Warnings", "  --actor.adam.lr 0: nothing is learned"]
+
+
+def test_the_plan_for_a_cluster_with_gpus(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(DeviceError, match="no GPU"):
+        inputs_of(flags, "--real.device", "cuda")
+    # A head node without GPUs believes what is asked for, until the cluster is joined.
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    inputs = inputs_of(flags, "--real.device", "cuda")
+    text = render(make_plan(inputs))
+    assert "bf16 on cuda" in text and "policy: 1 x (1 CPU, 1 GPU), PACK" in text
+    assert make_plan(inputs, cluster_gpus=8).device.is_cuda
+    with pytest.raises(DeviceError, match="no GPU"):
+        make_plan(inputs, cluster_gpus=0)
+
+
+def test_a_cluster_decides_what_auto_is(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    inputs = inputs_of([*flags, "--real.device", "auto"])
+    assert inputs.device is None
+    assert make_plan(inputs, cluster_gpus=0).device.name == "cpu"
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert make_plan(inputs, cluster_gpus=8).placement[0].bundles == ({"GPU": 1.0, "CPU": 1.0},)
+
+
+def test_checks_that_depend_on_the_device_wait_for_the_cluster(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    inputs = inputs_of([*flags, "--real.device", "auto"], "--vllm.tensor_parallel_size", "2")
+    with pytest.raises(ConfigError, match="needs GPUs"):
+        make_plan(inputs, cluster_gpus=0)
+
+
+def test_the_plan_holds_what_the_start_takes(flags: list[str]) -> None:
+    plan = make_plan(inputs_of(flags, "--eval.engine", "own", "--algo.kl.init_coef", "0.1"))
+    assert [request.name for request in plan.placement] == ["policy", "rollout", "reference", "evaluator"]
+    assert plan.needed_cpus == 4 == sum(len(request.bundles) for request in plan.placement)
+    assert plan.reference is not None and plan.evaluator is not None and plan.evaluator_engine == plan.engine
+    assert plan.batch.total_steps == plan.controller.total_steps == plan.policy.max_steps == 5
+    assert plan.identity is plan.identity and plan.model_folder.name == "model"
+    plain = make_plan(inputs_of(flags))
+    assert plain.reference is None and plain.evaluator_engine is None and plain.evaluator is not None
+
+
+def test_every_warning_is_shown_once(flags: list[str]) -> None:
+    inputs = inputs_of(flags, "--actor.adam.lr", "0")
+    assert make_plan(inputs, cluster_gpus=0).warnings == ("--actor.adam.lr 0: nothing is learned",)
