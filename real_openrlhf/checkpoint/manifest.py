@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -32,31 +32,28 @@ class CheckpointMeta:
 
     identity         what must be the same to resume
     weight_version   of the weights that the engines had at the step boundary
-    extra            anything else that JSON can hold; keys are strings
     """
 
     identity: RunIdentity
     weight_version: int
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
             "identity": self.identity.to_json(),
             "weight_version": self.weight_version,
-            "extra": dict(self.extra),
         }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> CheckpointMeta:
         """Inverse of `to_json`; CheckpointError for anything else."""
         try:
-            identity, version, extra = content["identity"], content["weight_version"], content["extra"]
+            identity, version = content["identity"], content["weight_version"]
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"the meta data lacks {error}") from error
-        if type(version) is not int or not isinstance(extra, dict):
-            raise CheckpointError("the meta data has a weight_version or extra of another type")
-        return cls(identity=RunIdentity.from_json(identity), weight_version=version, extra=extra)
+        if type(version) is not int:
+            raise CheckpointError("the meta data has a weight_version of another type")
+        return cls(identity=RunIdentity.from_json(identity), weight_version=version)
 
 
 @dataclass(frozen=True, kw_only=True)

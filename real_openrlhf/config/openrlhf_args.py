@@ -78,6 +78,7 @@ _OPENRLHF_DEFAULTS: dict[str, Any] = {
     "ckpt.disable_ds": False,
     "ckpt.max_mem": float("inf"),
     "ckpt.load_enable": False,
+    "ds.packing_samples": False,
     "ds.use_universal_ckpt": False,
     "ds.deepcompile": False,
     "ds.experts_implementation": None,

@@ -129,7 +129,6 @@ class DsConfig(Section):
     use_liger_kernel: bool | None = flag(
         None, "Liger's RMSNorm, rotary embedding and SwiGLU in the policy; none: on GPUs, where liger-kernel knows it"
     )
-    packing_samples: bool = flag(False, "has no effect: micro-batches never hold padding; kept for OpenRLHF's scripts")
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
@@ -251,9 +250,6 @@ class AdvantageConfig(Section):
 class AlgoConfig(Section):
     prefix: ClassVar[str] = "algo"
     kl: KLConfig = field(default_factory=KLConfig)
-    dynamic_filtering_enable: bool | None = flag(
-        None, "OpenRLHF's name for dynamic sampling; --real.keep_groups decides, this must agree with it"
-    )
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
 
 

@@ -93,17 +93,7 @@ def _sampling(config: Config) -> list[str]:
 
 
 def _groups(config: Config) -> list[str]:
-    real, named = config.real, config.algo.dynamic_filtering_enable
-    if named is True and not real.filters_groups:
-        raise ConfigError(
-            "--algo.dynamic_filtering_enable contradicts --real.keep_groups all; "
-            "choose partial, some_right or some_wrong"
-        )
-    if named is False and real.filters_groups:
-        raise ConfigError(
-            f"--no-algo.dynamic_filtering_enable contradicts --real.keep_groups {real.keep_groups}; "
-            "switch dynamic sampling off by --real.keep_groups all"
-        )
+    real = config.real
     if real.refill and not real.filters_groups:
         raise ConfigError("--real.refill needs dynamic sampling, but --real.keep_groups is all: nothing is dropped")
     if real.refill and real.max_refills == 0:

@@ -3,8 +3,7 @@
 policy/           DeepSpeed's shards of weights, optimizer and schedule, and every rank's RNG
 controller.json   step, guards, last evaluation
 prompts.json      position in the prompt stream, data hash, prompts put back by dynamic sampling
-rollouts.json     engines
-evaluator.json    history of evaluations
+evaluator.json    the first evaluation, with which later ones are compared
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ class Controller:
 
     def checkpointed_parts(self) -> dict[str, Any]:
         """What a checkpoint holds beside the policy's shards: objects with state_dict and load_state_dict, by name."""
-        parts: dict[str, Any] = {"controller": self, "prompts": self.batches, "rollouts": self.rollouts}
+        parts: dict[str, Any] = {"controller": self, "prompts": self.batches}
         if self.evaluator is not None:
             parts["evaluator"] = self.evaluator
         return parts

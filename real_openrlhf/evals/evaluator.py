@@ -59,7 +59,6 @@ class EvaluatorActor:
     def __init__(self, spec: EvaluatorSpec, generator: Generator) -> None:
         self.spec = spec
         self.generator = generator
-        self.history: dict[int, dict[str, float | None]] = {}
         # Of the run's first evaluation, with which later ones are compared.
         self.start: dict[str, list[change.Judged]] | None = None
 
@@ -98,7 +97,6 @@ class EvaluatorActor:
             for name, predictions in judged.items()
         }
         self._write(version, [row for benchmark in rows.values() for row in benchmark])
-        self.history[version] = metrics
         report = EvalReport(
             version=version,
             metrics=metrics,
@@ -145,11 +143,10 @@ class EvaluatorActor:
         return {path.stem: str(path) for path in paths}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history, "start": None if self.start is None else change.to_json(self.start)}
+        return {"start": None if self.start is None else change.to_json(self.start)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         # JSON has string keys only.
-        self.history = {int(version): dict(metrics) for version, metrics in state["history"].items()}
         # Not in checkpoints of earlier versions.
         self.start = change.from_json(state["start"]) if state.get("start") else None
 

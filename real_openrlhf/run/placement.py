@@ -26,15 +26,14 @@ class PlacementError(RunError):
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Bundles for one kind of actor, and Ray's strategy ("PACK", "STRICT_PACK", "SPREAD").
+    """Bundles for one kind of actor.
 
     name   the kind of actors, or several that share the bundles, as in "policy+rollout"
-    width  bundles of one placement group, which the strategy is for; None: all of them
+    width  bundles that must lie on one node, an engine's; None: they may lie anywhere
     """
 
     name: str
     bundles: tuple[dict[str, float], ...]
-    strategy: str = "PACK"
     width: int | None = None
 
     def __post_init__(self) -> None:
@@ -49,7 +48,12 @@ class Request:
 
     @property
     def on_one_node(self) -> bool:
-        return self.strategy == "STRICT_PACK"
+        return self.width is not None
+
+    @property
+    def strategy(self) -> str:
+        """Ray's name of it."""
+        return "STRICT_PACK" if self.on_one_node else "PACK"
 
     def __str__(self) -> str:
         kinds = {tuple(sorted(b.items())) for b in self.bundles}

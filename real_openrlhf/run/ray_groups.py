@@ -39,7 +39,7 @@ _WATCH_S = 5.0
 # The driver imports neither vLLM nor DeepSpeed; tests/unit/run/test_lazy_actor.py holds the names against the classes.
 _ENGINE = lazy_actor(
     "real_openrlhf.actors.engine.rollout_engine:RolloutEngine",
-    methods=("state_dict", "load_state_dict"),
+    methods=(),
     coroutines=(
         *("ready", "generate", "prompt_logprobs", "init_sync_group", "sync_hosts", "receive_weights", "sync_version"),
         *("sleep", "wake_up", "reset_prefix_cache", "finished_requests", "shutdown"),
@@ -52,7 +52,7 @@ _POLICY = lazy_actor(
     methods=(
         *_RANK,
         *("train", "token_logprobs", "save_model", "save_checkpoint", "load_checkpoint", "sees"),
-        *("state_dict", "load_state_dict", "offload_states", "reload_states"),
+        *("offload_states", "reload_states"),
         *("free_port", "weight_plan", "sync_host", "join_sync_group", "send_weights"),
     ),
 )
@@ -123,12 +123,6 @@ class RayRolloutGroup:
     def wake_up(self, tag: str) -> list[Any]:
         """Refs; tag "weights" or "kv_cache". Nothing for engines that do not sleep."""
         return [engine.wake_up.remote([tag]) for engine in self.engines] if self.sleeps else []
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"engines": ray.get([engine.state_dict.remote() for engine in self.engines])}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        ray.get([e.load_state_dict.remote(s) for e, s in zip(self.engines, state["engines"])])
 
     def shutdown(self) -> None:
         ray.get([engine.shutdown.remote() for engine in self.engines])
@@ -237,12 +231,6 @@ class RayPolicyGroup(_Ranks):
     def load_checkpoint(self, path: str) -> None:
         with self._states_at_hand():
             ray.get(self.call("load_checkpoint", path))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"ranks": ray.get(self.call("state_dict"))}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        ray.get([rank.load_state_dict.remote(s) for rank, s in zip(self.ranks, state["ranks"])])
 
 
 def on_one_host(policy: RayPolicyGroup, groups: Sequence[RayRolloutGroup]) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 from real_openrlhf.actors.engine.spec import EngineSpec, logprobs_mode_for
 from real_openrlhf.actors.policy.spec import PolicySpec
@@ -86,8 +85,8 @@ def placement_requests(config: Config, device: Device) -> list[Request]:
     """
     bundle = device.bundle()
     width = config.vllm.tensor_parallel_size
-    engine: dict[str, Any] = dict(strategy="STRICT_PACK", width=width) if width > 1 else {}
-    workers = Request(name="rollout", bundles=(bundle,) * (config.vllm.num_engines * width), **engine)
+    on_one_node = width if width > 1 else None
+    workers = Request(name="rollout", bundles=(bundle,) * (config.vllm.num_engines * width), width=on_one_node)
     if config.train.colocate_all:
         requests = [replace(workers, name="policy+rollout")]
     else:
@@ -95,7 +94,7 @@ def placement_requests(config: Config, device: Device) -> list[Request]:
     if config.reference_ranks:
         requests.append(Request(name="reference", bundles=(bundle,) * config.reference_ranks))
     if config.eval.dataset and config.eval.engine == "own":
-        requests.append(Request(name="evaluator", bundles=(bundle,) * width, **engine))
+        requests.append(Request(name="evaluator", bundles=(bundle,) * width, width=on_one_node))
     return requests
 
 

@@ -22,6 +22,7 @@ from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import Group, TrainGroup, group_scores
 from real_openrlhf.config.convert import build_config
 from real_openrlhf.config.openrlhf_args import to_openrlhf_args
+from real_openrlhf.config.schema import LoraConfig
 from tests.helpers.algo_factory import make_rollout
 
 SCALE = ScoreScale.parse("1-5")
@@ -162,7 +163,7 @@ def main() -> None:
 
     from real_openrlhf.actors.policy.policy_actor import RealPolicyActor
     from real_openrlhf.actors.policy.reference_actor import ReferenceActor
-    from real_openrlhf.actors.policy.spec import Lora, PolicySpec
+    from real_openrlhf.actors.policy.spec import PolicySpec
     from real_openrlhf.common.device import Device
 
     config = build_config(
@@ -196,7 +197,8 @@ def main() -> None:
         max_steps=10,
         bucket_bytes=2**14,
         logits_mb=64,
-        lora=Lora(rank=args.lora, alpha=LORA_ALPHA, targets="all-linear", dropout=0.0, seed=42) if args.lora else None,
+        lora=LoraConfig(rank=args.lora, alpha=LORA_ALPHA),
+        seed=42,
     )
     facts = actor.build(spec)
     torch.set_num_threads(1)
@@ -209,7 +211,7 @@ def main() -> None:
         if not args.lora:
             # In this process and its process group; in a run it has its own.
             reference = ReferenceActor(args.world, args.rank, "127.0.0.1", args.port)
-            reference.build(replace(spec, lora=None))
+            reference.build(replace(spec, lora=LoraConfig()))
         frozen = reference.reference_logprobs(mine)
         mine = [replace(group, ref_logprobs=logprobs) for group, logprobs in zip(mine, frozen)]
     metrics = []

@@ -59,7 +59,6 @@ class RolloutEngine(_Base):
         self.tokenizer = load_tokenizer(spec.model, trust_remote_code=spec.trust_remote_code)
         self.reader = ScoreReader.build(spec.bound, self.tokenizer, end_token_ids(spec.model, self.tokenizer))
         self._version = NO_VERSION if spec.load_format == "dummy" else 0
-        self._requests = 0
         self._finished = 0
         self._in_flight = 0
         self._mm_pad_token_ids = None  # read by the base class; text only here
@@ -239,7 +238,6 @@ class RolloutEngine(_Base):
         return torch.tensor(flat.logprobs, dtype=torch.float32)
 
     async def _request(self, ids: Sequence[int], params: vllm.SamplingParams) -> vllm.RequestOutput:
-        self._requests += 1
         output = await super().generate(list(ids), params)
         if output is None or not output.finished:
             raise RuntimeError("the engine ended a request without an output")
@@ -345,19 +343,11 @@ class RolloutEngine(_Base):
             await asyncio.sleep(0.05)  # a finished request's last block is freed a moment later
         raise RuntimeError("the prefix cache could not be reset: requests still hold blocks of it")
 
-    # -- state -----------------------------------------------------------------------------------
+    # -- state and end -----------------------------------------------------------------------------------
 
     async def finished_requests(self) -> int:
         """Requests answered since this engine started; also while others are under way."""
         return self._finished
-
-    def state_dict(self) -> dict[str, Any]:
-        """Number of requests and weight version. Weights are not in it: they come by a sync."""
-        return {"requests": self._requests, "weight_version": self._version}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the request count. The version stays that of the weights really present."""
-        self._requests = int(state["requests"])
 
     async def shutdown(self) -> None:
         """End the engine's processes; killed when they do not go within the grace period."""

@@ -37,9 +37,6 @@ _PROBE_TOKENS = 4096
 class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
     """Methods are called on all ranks at once; results of rank 0 count."""
 
-    def __init__(self, world_size: int, rank: int, master_addr: str | None, master_port: int | None) -> None:
-        super().__init__(world_size, rank, master_addr, master_port)
-
     def build(self, spec: PolicySpec, *after: Any) -> dict[str, Any]:
         """Load the model, shard it, make the optimizer. Returns facts for the log (rank 0's are shown).
 
@@ -216,18 +213,18 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
 
     def save_checkpoint(self, path: str) -> None:
         """Weights, optimizer and schedule, and this rank's own state. ShardError on every rank if one fails."""
-        save_shards(self.actor.model, path, self.state_dict())
+        save_shards(self.actor.model, path, self._own_state())
 
     def load_checkpoint(self, path: str) -> None:
         """The inverse, on as many ranks or on others."""
         args = self.spec.args
-        self.load_state_dict(load_shards(self.actor.model, path, scratch=args.ckpt.path, seed=args.train.seed))
+        self._restore(load_shards(self.actor.model, path, scratch=args.ckpt.path, seed=args.train.seed))
 
     def sees(self, path: str) -> bool:
         """Whether this rank's node has the file."""
         return Path(path).exists()
 
-    def state_dict(self) -> dict[str, Any]:
+    def _own_state(self) -> dict[str, Any]:
         """This rank's state outside of DeepSpeed's own checkpoint, which holds weights and optimizer."""
         return {
             "weight_version": self.weight_version,
@@ -236,7 +233,7 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
             "rng": rng_state(self.spec.device),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: dict[str, Any]) -> None:
         self.weight_version = state["weight_version"]
         self.trainer.n_calls = state["n_calls"]
         self.trainer.n_updates = state["n_updates"]

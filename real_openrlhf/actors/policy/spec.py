@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from real_openrlhf.algo.loss import LossOptions
@@ -37,8 +37,8 @@ class PolicySpec:
     max_steps: int
     bucket_bytes: int
     logits_mb: int | None
-    lora: LoraConfig
-    seed: int
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    seed: int = 42
     text: tuple[int, ...] = ()
 
     @property

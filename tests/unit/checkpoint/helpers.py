@@ -39,7 +39,7 @@ def identity(**changes: Any) -> RunIdentity:
 
 
 def meta() -> CheckpointMeta:
-    return CheckpointMeta(identity=identity(), weight_version=7, extra={"note": "x"})
+    return CheckpointMeta(identity=identity(), weight_version=7)
 
 
 def save(store: CheckpointStore, step: int, metric: float | None = None, content: str | None = None) -> Checkpoint:

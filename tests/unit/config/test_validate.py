@@ -52,8 +52,6 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"rollout.n_samples_per_prompt": 1}, None, "n_samples_per_prompt must be at least 2"),
     ({"rollout.top_p": 0.9, "rollout.temperature": 0.7}, None, "top_p 0.9 needs --rollout.temperature 1, got 0.7"),
     ({"rollout.top_p": 0.9, "algo.advantage.is_correction_level": "token"}, None, "is_correction_level token"),
-    ({"algo.dynamic_filtering_enable": True, "real.keep_groups": "all", "real.refill": False}, None, "contradicts"),
-    ({"algo.dynamic_filtering_enable": False}, None, "contradicts --real.keep_groups partial"),
     ({"real.keep_groups": "all"}, None, "--real.refill needs dynamic sampling"),
     ({"real.max_refills": 0}, None, "--real.max_refills 0"),
     ({"actor.lr_warmup_ratio": 0.1}, None, "use constant_with_warmup"),
@@ -117,13 +115,10 @@ def test_contradictions(changes: dict[str, Any], device: Any, message: str) -> N
         {"ckpt.output_dir": "", "dry_run": True},
         {"rollout.batch_size": 8, "actor.num_nodes": 2, "actor.num_gpus_per_node": 4},
         {"real.keep_groups": "all", "real.refill": False},
-        {"algo.dynamic_filtering_enable": True},
-        {"algo.dynamic_filtering_enable": False, "real.keep_groups": "all", "real.refill": False},
         {"actor.lr_scheduler": "constant_with_warmup", "actor.lr_warmup_ratio": 0.1},
         {"train.micro_batch_size": 3},  # micro-batches need not be equal
         {"train.max_tokens_per_gpu": 3072},
         {"vllm.tensor_parallel_size": 2},  # unknown device: left to the caller who knows it
-        {"ds.packing_samples": True},  # what OpenRLHF's scripts ask for is always so
         {"rollout.temperature": 0.7},
         {"ds.lora.rank": 8, "ds.lora.alpha": 32, "ds.lora.target_modules": ("q_proj", "v_proj")},
         {"algo.kl.init_coef": 0.1, "ref.num_nodes": 2, "ref.offload": True, "ds.zero_stage": 3},

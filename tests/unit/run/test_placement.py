@@ -24,8 +24,8 @@ def node(cpus: float, gpus: float = 0.0, **other: float) -> dict[str, float]:
         ([Request(name="policy", bundles=(GPU,) * 8)], [node(16, 4), node(16, 4)]),
         ([Request(name="policy", bundles=({"CPU": 0.1},) * 10)], [node(1)]),  # 0.1 * 10 > 1 in floats
         ([], [node(1)]),
-        ([Request(name="rollout", bundles=(GPU,) * 6, strategy="STRICT_PACK", width=2)], [node(8, 2), node(8, 5)]),
-        ([Request(name="engine", bundles=(GPU,) * 4, strategy="STRICT_PACK")], [node(8, 1), node(8, 4)]),
+        ([Request(name="rollout", bundles=(GPU,) * 6, width=2)], [node(8, 2), node(8, 5)]),
+        ([Request(name="engine", bundles=(GPU,) * 4, width=4)], [node(8, 1), node(8, 4)]),
     ],
 )
 def test_what_fits(requests: list[Request], nodes: list[dict[str, float]]) -> None:
@@ -79,12 +79,12 @@ def test_no_nodes() -> None:
 
 
 def test_different_bundles_are_all_shown() -> None:
-    request = Request(name="mixed", bundles=(CPU, GPU, CPU), strategy="SPREAD")
-    assert str(request) == "mixed: 3 x (1 CPU / 1 CPU, 1 GPU), SPREAD"
+    request = Request(name="mixed", bundles=(CPU, GPU, CPU))
+    assert str(request) == "mixed: 3 x (1 CPU / 1 CPU, 1 GPU), PACK"
 
 
 def test_engines_of_several_gpus_need_them_on_one_node() -> None:
-    wide = Request(name="rollout", bundles=(GPU,) * 4, strategy="STRICT_PACK", width=4)
+    wide = Request(name="rollout", bundles=(GPU,) * 4, width=4)
     assert str(wide) == "rollout: 1 x 4 x (1 CPU, 1 GPU), STRICT_PACK"
     with pytest.raises(
         PlacementError, match=r"no node can hold the 4 bundles of an engine .*tensor_parallel_size"
@@ -92,7 +92,7 @@ def test_engines_of_several_gpus_need_them_on_one_node() -> None:
         check_fits([wide], [node(8, 3), node(8, 3)])
     assert "Nodes: [{'CPU': 8, 'GPU': 3}, {'CPU': 8, 'GPU': 3}]" in str(e.value)
     # Three GPUs on each of two nodes: 6 in all, but a pair on each node only.
-    pairs = Request(name="rollout", bundles=(GPU,) * 6, strategy="STRICT_PACK", width=2)
+    pairs = Request(name="rollout", bundles=(GPU,) * 6, width=2)
     with pytest.raises(PlacementError, match=r"3 engines asked for that lie on one node each, .* room for 2"):
         check_fits([pairs], [node(8, 3), node(8, 3)])
     # Enough GPUs, not enough CPUs.

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig as PeftConfig
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from real_openrlhf.actors.policy.lora import (
     ADAPTER,
-    Lora,
     LoraError,
     add_adapters,
     check_adapters,
@@ -21,13 +21,14 @@ from real_openrlhf.actors.policy.lora import (
     weights_of,
     without_adapters,
 )
+from real_openrlhf.config.schema import LoraConfig
 
 IDS = torch.tensor([[3, 7, 1, 30, 12]])
 
 
-def lora(**changes: object) -> Lora:
-    values: dict[str, object] = {"rank": 4, "alpha": 8, "targets": "all-linear", "dropout": 0.0, "seed": 3, **changes}
-    return Lora(**values)  # type: ignore[arg-type]
+def lora(**changes: object) -> LoraConfig:
+    values: dict[str, object] = {"rank": 4, "alpha": 8, **changes}
+    return LoraConfig(**values)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +58,10 @@ def load(folder: Path) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def trained(folder: Path, settings: Lora) -> nn.Module:
+def trained(folder: Path, settings: LoraConfig) -> nn.Module:
     """A network whose adapters are no longer what they began as."""
     network = load(folder)
-    add_adapters(network, settings)
+    add_adapters(network, settings, seed=3)
     generator = torch.Generator().manual_seed(5)
     for layer in lora_layers(network).values():
         weight = layer.lora_B[ADAPTER].weight
@@ -77,10 +78,10 @@ def logits(network: nn.Module) -> Tensor:
 def test_adapters_start_as_peft_starts_them_and_change_nothing_yet(folders: Path, name: str) -> None:
     network = load(folders / name)
     state = torch.get_rng_state()
-    add_adapters(network, lora())
+    add_adapters(network, lora(), seed=3)
     assert torch.get_rng_state().equal(state)
     torch.manual_seed(3)
-    theirs = get_peft_model(load(folders / name), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    theirs = get_peft_model(load(folders / name), PeftConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     peft = {n.removeprefix("base_model.model."): p for n, p in theirs.named_parameters()}
     mine = dict(network.named_parameters())
     assert mine.keys() == peft.keys()
@@ -91,8 +92,8 @@ def test_adapters_start_as_peft_starts_them_and_change_nothing_yet(folders: Path
 
 @pytest.mark.parametrize("name", ["tied", "untied", "gpt2"])
 def test_weights_with_their_adapters(folders: Path, name: str, tmp_path: Path) -> None:
-    targets = ("c_attn", "c_proj") if name == "gpt2" else "all-linear"
-    network = trained(folders / name, lora(targets=targets))
+    targets = ("c_attn", "c_proj") if name == "gpt2" else ("all-linear",)
+    network = trained(folders / name, lora(target_modules=targets))
     before = {n: p.detach().clone() for n, p in network.named_parameters()}
     weights = weights_of(network)
     state = {w.name: w.value().clone() for w in weights}
@@ -122,7 +123,7 @@ class Layers(nn.Sequential):
 
 def test_a_merged_bf16_weight_is_rounded_once() -> None:
     network = Layers(nn.Linear(64, 64, bias=False).bfloat16())
-    add_adapters(network, lora(rank=1, alpha=1, targets=("0",)))
+    add_adapters(network, lora(rank=1, alpha=1, target_modules=("0",)), seed=3)
     (weight,) = weights_of(network)
     (a, b) = weight.adapter.values()
     a.data.fill_(1.0)
@@ -137,7 +138,7 @@ def test_a_merged_bf16_weight_is_rounded_once() -> None:
 def test_biases_and_a_network_without_adapters() -> None:
     network = Layers(nn.Linear(3, 3), nn.Linear(3, 3))
     assert [w.name for w in weights_of(network)] == ["0.weight", "0.bias", "1.weight", "1.bias"]
-    add_adapters(network, lora(targets=("1",)))
+    add_adapters(network, lora(target_modules=("1",)), seed=3)
     weights = weights_of(network)
     assert [w.name for w in weights] == ["0.weight", "0.bias", "1.weight", "1.bias"]
     assert [list(w.adapter) for w in weights] == [[], [], ["1.lora_A.weight", "1.lora_B.weight"], []]
@@ -168,9 +169,9 @@ def test_the_network_without_its_adapters_is_the_start(folders: Path) -> None:
 )
 def test_targets_that_cannot_have_adapters(folders: Path, name: str, targets: tuple[str, ...], says: str) -> None:
     with pytest.raises(LoraError, match=says):
-        check_adapters(str(folders / name), lora(targets=targets))
+        check_adapters(str(folders / name), lora(target_modules=targets))
 
 
 def test_targets_that_can(folders: Path) -> None:
-    check_adapters(str(folders / "tied"), lora(targets=("q_proj", "down_proj")))
+    check_adapters(str(folders / "tied"), lora(target_modules=("q_proj", "down_proj")))
     check_adapters(str(folders / "gpt2"), lora())
