@@ -17,12 +17,12 @@ OURS = Path(real_openrlhf.__file__).parent
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 # Our subclass -> the class under it, as the table names it.
 SUBCLASSES = {
-    ("actors.policy_strategy", "PolicyStrategy"): "openrlhf.utils.deepspeed:DeepspeedStrategy",
-    ("actors.policy_model", "PolicyModel"): "openrlhf.models:Actor",
-    ("actors.policy_trainer", "RealTrainer"): "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer",
-    ("actors.policy_actor", "RealPolicyActor"): "openrlhf.trainer.ray.ppo_actor:PolicyModelActor",
-    ("actors.reference_actor", "ReferenceActor"): "openrlhf.trainer.ray.launcher:ReferenceModelActor",
-    ("actors.rollout_engine", "RolloutEngine"): "openrlhf.trainer.ray.vllm_engine:RolloutRayActor",
+    ("actors.policy.strategy", "PolicyStrategy"): "openrlhf.utils.deepspeed:DeepspeedStrategy",
+    ("actors.policy.model", "PolicyModel"): "openrlhf.models:Actor",
+    ("actors.policy.trainer", "RealTrainer"): "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer",
+    ("actors.policy.policy_actor", "RealPolicyActor"): "openrlhf.trainer.ray.ppo_actor:PolicyModelActor",
+    ("actors.policy.reference_actor", "ReferenceActor"): "openrlhf.trainer.ray.launcher:ReferenceModelActor",
+    ("actors.engine.rollout_engine", "RolloutEngine"): "openrlhf.trainer.ray.vllm_engine:RolloutRayActor",
 }
 
 

@@ -179,7 +179,7 @@ def terms_of(logits: Tensor, row: Row, options: LossOptions) -> dict[str, Tensor
     terms["squared_error"] = terms["likelihood"] = tokens.new_zeros(())
     if position is not None:
         labels = logprobs[position, 1:4]
-        y, w = float(torch.tensor(target.value)), float(torch.tensor(target.weight))
+        y, w = target.value, target.weight
         terms["squared_error"] = coefficients.squared_error[row.index].float() * (labels.exp() @ VALUES - y) ** 2
         likelihood = (1 - w) * labels[target.low] + w * labels[target.high]
         terms["likelihood"] = -coefficients.likelihood[row.index].float() * likelihood

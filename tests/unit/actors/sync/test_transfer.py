@@ -107,8 +107,8 @@ def test_a_group_that_is_not_complete():
 
 def test_imports_nothing_heavy():
     """Both sides of a sync and the driver import these modules; vLLM's workers do so before they load the model."""
-    names = ("weight_transfer", "device", "engine_spec")
-    code = "".join(f"import real_openrlhf.actors.{name}\n" for name in names)
+    names = ("actors.sync.transfer", "common.device", "actors.engine.spec")
+    code = "".join(f"import real_openrlhf.{name}\n" for name in names)
     code += (
         "import sys; print([m for m in ('vllm', 'ray', 'openrlhf', 'deepspeed', 'transformers') if m in sys.modules])"
     )
