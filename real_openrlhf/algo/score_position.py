@@ -7,12 +7,17 @@ early end of text all leave the position where it is.
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from real_openrlhf.algo.bound_scale import BoundAnchor, BoundScale, Tokenizer, decode
 from real_openrlhf.algo.types import NO_ANCHOR, OFF_SCALE, SPLIT_ANCHOR, TRUNCATED, ScoreReading
 
+# Decimal points and thousands separators, full-width and Arabic ones as well.
+_POINTS = frozenset(".,．，٫٬")
+_UNIT = re.compile(r"(?:points?|pts?|stars?|marks?)(?![^\W\d_])", re.IGNORECASE)
 # Tokens tried on both sides of a bisected position; no character has more bytes than 4.
 _SLACK = 4
 
@@ -38,6 +43,7 @@ class ScoreReader:
         | response                                    | result                                      |
         |---------------------------------------------|---------------------------------------------|
         | "... score is 4", then anything or nothing  | position and label of the 4                 |
+        | "... score is 4分", "4점", "4pts"            | position and label of the 4: a unit         |
         | several anchors                             | the last whole one counts, whatever follows |
         | "... score is 7" or "is 45" on "1".."5"     | position, no label: "off_scale"             |
         | "... score is 10." on "1".."10"             | the longest label that fits: "10"           |
@@ -100,13 +106,32 @@ class ScoreReader:
         match = anchor.trie.match(ids[position:])
         if match.label is None or match.cut:
             return None
-        rest = tail.lstrip()[len(self.bound.scale.labels[match.label]) :]
-        # "45", "4.5" and "Goodish" were not meant as "4" and "Good".
-        goes_on = rest[:1].isalnum() or (rest[:1] in (".", ",") and rest[1:2].isdigit())
-        return None if goes_on else match.label
+        label = self.bound.scale.labels[match.label]
+        return None if _goes_on(label, tail.lstrip()[len(label) :]) else match.label
 
     def _decode(self, ids: Sequence[int]) -> str:
         return decode(self.tokenizer, ids)
+
+
+def _goes_on(label: str, rest: str) -> bool:
+    """Whether the text behind a label belongs to it: "45", "4.5", "4th" and "Goodish" were not meant as "4" and "Good".
+
+    A unit is none of the number: "4分", "4점", "4балла", "4pts". Other Latin letters right behind a number make another
+    word of it; letters of another script than the label's last one do not.
+    """
+    after = rest[:1]
+    if after in _POINTS and rest[1:2].isnumeric():
+        return True
+    if not after.isalnum():
+        return False
+    if after.isnumeric() or not label[-1].isnumeric():
+        return after.isnumeric() or _script(after) == _script(label[-1]) or label[-1].isnumeric()
+    return _script(after) == "LATIN" and not _UNIT.match(rest)
+
+
+def _script(letter: str) -> str:
+    """The first word of its Unicode name: LATIN, CYRILLIC, CJK, HANGUL, THAI, ..."""
+    return unicodedata.name(letter, "?").split()[0].removeprefix("FULLWIDTH")
 
 
 def _ends_inside(text: str, anchor: str) -> bool:

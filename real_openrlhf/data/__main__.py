@@ -103,6 +103,7 @@ def _columns(words: Sequence[str]) -> dict[str, str]:
 
 def summary(manifest: Mapping[str, Any], folder: Path) -> str:
     """Row counts, what was left out, and the flags that fit the data set."""
+    cut = manifest["feedback_cut"]
     lines = [f"{manifest['builder']}: {sum(source['rows'] for source in manifest['sources'])} rows read"]
     for split, counts in manifest["splits"].items():
         lines.append(
@@ -111,6 +112,7 @@ def summary(manifest: Mapping[str, Any], folder: Path) -> str:
         )
     lines += [f"  dropped, {reason}: {count}" for reason, count in manifest["dropped"].items()]
     lines += [f"  feedback left out, {reason}: {count}" for reason, count in manifest["feedback_left_out"].items()]
+    lines += [f"  feedback cut, {reason}: {count} (read some of sft.parquet)" for reason, count in cut.items()]
     bad = manifest["bad_rows"]
     if bad["count"]:
         lines += [f"  bad rows left out: {bad['count']}", *(f"    {row}" for row in bad["first"])]

@@ -20,9 +20,11 @@ from real_openrlhf.data.sources import BadRow, DataError, Place, Row, read_rows
 from real_openrlhf.data.splits import PRECEDENCE, check_split, keep_one_split, split_of
 from real_openrlhf.data.table import MESSAGES, SCHEMA_VERSION, TEXT, prepare_folder, write_manifest, write_table
 from real_openrlhf.data.template import PromptError
-from real_openrlhf.data.verdict import cut
+from real_openrlhf.data.verdict import closing_number, cut, without_last_sentence
 
 LISTED = 20
+# Characters from which on a feedback that stands in a prompt cannot be there by chance.
+_LONG = 20
 SFT = "sft"
 _NAMED = re.compile(r"([A-Za-z]+)=(.+)", re.DOTALL)
 
@@ -57,12 +59,14 @@ class Settings:
 @dataclass(frozen=True, kw_only=True)
 class Built:
     """records: split to rows in the form of `table.schema`, prompts as chat messages; "sft" beside the splits.
-    dropped: reason to rows left out. feedback_left_out: reason to rows that stay without feedback."""
+    dropped: reason to rows left out. feedback_left_out: reason to rows that stay without feedback; feedback_cut: why
+    more than a known form of verdict was taken off it, and how often."""
 
     records: dict[str, list[dict[str, Any]]]
     skipped: list[BadRow]
     dropped: Counter[str]
     feedback_left_out: Counter[str]
+    feedback_cut: Counter[str]
     sources: list[dict[str, Any]]
 
 
@@ -85,6 +89,7 @@ def build(builder: Builder, settings: Settings) -> Built:
     if any(named) and not all(named):
         raise DataError("--source: either every source names its split (train=...), or none does")
     left_out: Counter[str] = Counter()
+    closing: Counter[str] = Counter()
     skipped: list[BadRow] = []
     rows: list[_Read] = []
     sources = []
@@ -96,7 +101,7 @@ def build(builder: Builder, settings: Settings) -> Built:
             count += 1
             if isinstance(row, Row):
                 digest.update(json.dumps(row.values, sort_keys=True, default=str).encode())
-                found = _read(builder, settings, options, row, split, len(rows), left_out)
+                found = _read(builder, settings, options, row, split, len(rows), left_out, closing)
             else:
                 found = row
             if isinstance(found, _Read):
@@ -118,7 +123,14 @@ def build(builder: Builder, settings: Settings) -> Built:
             random.Random(settings.seed).shuffle(kept[split])
     if settings.sft:
         records[SFT] = _warmup(builder, settings, kept)
-    return Built(records=records, skipped=skipped, dropped=dropped, feedback_left_out=left_out, sources=sources)
+    return Built(
+        records=records,
+        skipped=skipped,
+        dropped=dropped,
+        feedback_left_out=left_out,
+        feedback_cut=closing,
+        sources=sources,
+    )
 
 
 def write(
@@ -146,6 +158,7 @@ def _read(
     split: str | None,
     number: int,
     left_out: Counter[str],
+    closing: Counter[str],
 ) -> _Read | BadRow:
     column = None
     try:
@@ -159,10 +172,10 @@ def _read(
         return BadRow(place=row.place, column=error.column, reason=str(error))
     except (PromptError, DataError) as error:
         return BadRow(place=row.place, column=column, reason=str(error))
-    feedback, reason = _feedback(item)
+    feedback, reason = _feedback(item, closing)
     if reason is not None:
         left_out[reason] += 1
-    if feedback is not None and any(feedback in message["content"] for message in messages):
+    if feedback is not None and _gives_away(item, feedback, messages):
         return BadRow(place=row.place, column="feedback", reason="the prompt holds the feedback, and its label with it")
     return _Read(item=item, place=row.place, messages=messages, split=home, feedback=feedback, number=number)
 
@@ -190,8 +203,18 @@ def _messages(item: Item, template: JudgeTemplate) -> list[dict[str, str]]:
     return template.messages(**parts)
 
 
-def _feedback(item: Item) -> tuple[str | None, str | None]:
-    """(the feedback to train on, None), or (None, why there is none although there is a critique)."""
+def _gives_away(item: Item, feedback: str, messages: Sequence[Mapping[str, str]]) -> bool:
+    """Whether the prompt holds the critique. A short one ("Good.") may well occur there, and says nothing alone."""
+    whole = (item.critique or "").strip()
+    sought = [text for text in (whole, feedback) if text != feedback or len(text) >= _LONG]
+    return any(text in message["content"] for text in sought for message in messages)
+
+
+def _feedback(item: Item, closing: Counter[str]) -> tuple[str | None, str | None]:
+    """(the feedback to train on, None), or (None, why there is none although there is a critique).
+
+    closing counts critiques that end with a number like the label in no known form; their last sentence goes.
+    """
     if item.critique is None:
         return None, None
     if item.n != 1:
@@ -199,9 +222,13 @@ def _feedback(item: Item) -> tuple[str | None, str | None]:
     critique = cut(item.critique)
     if critique.verdict is not None and critique.verdict != item.label:
         return None, "its own verdict is not the label"
-    if not critique.feedback:
-        return None, "nothing stands before its verdict"
-    return critique.feedback, None
+    feedback = critique.feedback
+    if feedback and closing_number(feedback) == item.label:
+        closing["its last sentence ended with its label"] += 1
+        feedback = without_last_sentence(feedback)
+    if not feedback:
+        return None, "nothing stands beside its verdict"
+    return feedback, None
 
 
 def _split(builder: Builder, rows: Sequence[_Read]) -> tuple[dict[str, list[_Read]], Counter[str]]:
@@ -304,6 +331,7 @@ def _manifest(
         "dropped": dict(built.dropped),
         "bad_rows": {"count": len(built.skipped), "first": [str(row) for row in built.skipped[:LISTED]]},
         "feedback_left_out": dict(built.feedback_left_out),
+        "feedback_cut": dict(built.feedback_cut),
         "scale": str(settings.scale),
         "template": {"name": template.name, "sha256": template.sha256, "anchors": list(template.anchors)},
         "prompt_form": prompt_form,

@@ -18,6 +18,8 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SPLIT_WORDS = ("train", "validation", "valid", "val", "dev", "test", "eval")
 # "owner/name", or "owner/name:config" where the data set has several configurations.
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
+# Fields are as long as they are; the module's own limit is 131,072 characters.
+csv.field_size_limit(2**31 - 1)
 # Written by `python -m real_openrlhf.data` beside its parquet files; never data itself.
 MANIFEST = "manifest.json"
 
@@ -163,10 +165,27 @@ def _open(path: Path) -> IO[bytes]:
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
-def _row(place: Place, value: object) -> Row | BadRow:
-    if isinstance(value, dict):
-        return Row(place=place, values=value)
-    return BadRow(place=place, column=None, reason=f"a row must be an object, not {shorten(value)}")
+def _row(place: Place, value: object, *, escaped: bool = False) -> Row | BadRow:
+    """escaped: the JSON has escapes that may stand for half a character."""
+    if not isinstance(value, dict):
+        return BadRow(place=place, column=None, reason=f"a row must be an object, not {shorten(value)}")
+    column = _half_character(value, "") if escaped else None
+    if column is not None:
+        return BadRow(place=place, column=column, reason="not valid Unicode: half of a surrogate pair stands alone")
+    return Row(place=place, values=value)
+
+
+def _half_character(value: object, path: str) -> str | None:
+    """The dotted column of the first text that no encoding can write, as JSON's escapes may spell it."""
+    if isinstance(value, str):
+        return path if any("\ud800" <= c <= "\udfff" for c in value) else None
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inside:
+        name = f"{path}.{key}" if path else str(key)
+        found = _half_character(item, name) or (isinstance(key, str) and _half_character(key, name)) or None
+        if found is not None:
+            return found.encode("utf-8", "replace").decode()
+    return None
 
 
 def _read_jsonl(path: Path) -> Iterator[Row | BadRow]:
@@ -182,7 +201,7 @@ def read_json_lines(file: Iterable[bytes], name: str) -> Iterator[Row | BadRow]:
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             if text.strip():
-                yield _row(place, json.loads(text))
+                yield _row(place, json.loads(text), escaped="\\ud" in text or "\\uD" in text)
         except UnicodeDecodeError as error:
             yield BadRow(place=place, column=None, reason=f"not UTF-8 at byte {error.start} of the line")
         except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
@@ -201,7 +220,7 @@ def _read_json(path: Path) -> Iterator[Row | BadRow]:
     if not isinstance(rows, list):
         raise DataError(f"{path}: a .json file must hold a list of objects, not {shorten(rows)}")
     for index, value in enumerate(rows):
-        yield _row(Place(file=str(path), index=index, unit="row"), value)
+        yield _row(Place(file=str(path), index=index, unit="row"), value, escaped=True)
 
 
 def _read_csv(path: Path) -> Iterator[Row | BadRow]:

@@ -71,7 +71,7 @@ def write_report(
     table = paper_table([NamedResults(method=method, training=training, results=results)])
     write_text(
         folder / "results.md",
-        f"# {method}\n\nCorrelations ×100 (r Pearson, ρ Spearman, τ Kendall's tau-b).\n\n{table}\n\n"  # noqa: RUF001
+        f"# {method}\n\nCorrelations ×100 (r Pearson, ρ Spearman, τ Kendall's tau-b).\n\n{table}\n\n"
         f"{_about(settings)}\n\n{details_table(results)}\n",
     )
     write_plots(folder / "plots", predictions, results, settings)
@@ -119,7 +119,7 @@ def compare_runs(runs: Sequence[Run], *, seed: int, n_resamples: int, confidence
             for run in runs
         ]
     )
-    parts = [f"# Comparison\n\nCorrelations ×100.\n\n{table}"]  # noqa: RUF001
+    parts = [f"# Comparison\n\nCorrelations ×100.\n\n{table}"]
     content: dict[str, Any] = {"interval": _interval_settings(settings), "comparisons": []}
     for run in runs[1:]:
         for name in ("scale", "renormalise"):

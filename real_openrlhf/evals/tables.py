@@ -26,7 +26,7 @@ from real_openrlhf.evals.results import (
 PAPER_NAMES = {"feedback_bench": "FB Bench", "flask": "FLASK", "vicuna_bench": "Vic. Bench", "mt_bench": "MT Bench"}
 SYMBOLS = {
     "pearson": "r",
-    "spearman": "ρ",  # noqa: RUF001
+    "spearman": "ρ",
     "kendall": "τ",
     "rmse": "RMSE ↓",
     "mae": "MAE ↓",

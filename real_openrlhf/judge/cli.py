@@ -10,26 +10,25 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tqdm import tqdm
 
 from real_openrlhf.common.errors import RunError
+from real_openrlhf.common.plain import NotPlainError, plain
 from real_openrlhf.common.progress_bar import BAR_FORMAT
 from real_openrlhf.data.sources import BadRow, DataError, Row, lookup, read_json_lines, read_rows
 from real_openrlhf.data.template import PromptError
 from real_openrlhf.judge.cli_model import add_model, chosen_settings, make_parser, read_key
 from real_openrlhf.judge.cli_tools import fit_args, serve_args
 from real_openrlhf.judge.judge import Judge, Prepared
+from real_openrlhf.judge.output import STANDARD, open_output
 from real_openrlhf.judge.types import RESULT, JudgeError, Score
 
 logger = logging.getLogger(__name__)
-STANDARD = "-"
 _LISTED = 10
 
 
@@ -66,7 +65,12 @@ def _score_args(words: Sequence[str]) -> argparse.Namespace:
         help="jsonl, json, csv or parquet file, folder, hub id, or - for JSONL on standard input",
     )
     add("--output", default=STANDARD, help="JSONL file, or - for standard output")
-    add("--overwrite", action="store_true", help="replace an output file that exists")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace an output file that exists, or what a job left that ended early",
+    )
+    add("--resume", action="store_true", help="go on with a job that ended early, from OUTPUT.partial")
     add("--skip_bad_rows", action="store_true", help="leave out, count and list rows that cannot be used")
     add("--prompt_key", help="column with whole prompts in the form of the training data's, instead of the parts")
     for part in ("instruction", "response", "rubric", "reference", "context"):
@@ -115,20 +119,46 @@ def _score(args: argparse.Namespace) -> None:
         calibrated=args.calibrated,
         device=args.device,
     )
-    with judge, _output(args.output, args.overwrite) as out:
-        good = list(_prepared(rows, judge, args, rubric, weights))
-        if not good:
-            raise DataError(f"{args.input}: no usable row is left")
+    good = list(_prepared(rows, judge, args, rubric, weights))
+    if not good:
+        raise DataError(f"{args.input}: no usable row is left")
+    identity = _identity(judge, args, rubric, weights)
+    with judge, open_output(args.output, overwrite=args.overwrite, resume=args.resume, identity=identity) as out:
+        out.check_done([row for row, _ in good])
+        first = len(out.done)
         _ = judge.backend  # its start is none of the bar's time
-        with tqdm(total=len(good), desc="judged", unit=" rows", bar_format=BAR_FORMAT, file=sys.stderr) as bar:
-            for start in range(0, len(good), args.batch_size):
+        with tqdm(
+            total=len(good), initial=first, desc="judged", unit=" rows", bar_format=BAR_FORMAT, file=sys.stderr
+        ) as bar:
+            for start in range(first, len(good), args.batch_size):
                 batch = good[start : start + args.batch_size]
                 scores = judge.score_prepared([prepared for _, prepared in batch], weights=weights)
                 for (row, _), score in zip(batch, scores):
-                    line = {**row.values, RESULT: as_json(score)}
-                    out.write(json.dumps(line, ensure_ascii=False, allow_nan=False, default=str) + "\n")
-                out.flush()
+                    out.write({**row, RESULT: as_json(score)})
                 bar.update(len(batch))
+
+
+def _identity(judge: Judge, args: argparse.Namespace, rubric: Any, weights: Any) -> dict[str, Any]:
+    """What a job that goes on must have in common with the one that ended early."""
+    settings, sampling = judge.settings, judge.sampling
+    return {
+        "model": name_of_model(args.model),
+        "scale": str(settings.scale),
+        "anchors": list(settings.anchors),
+        "template": [args.template, args.template_suffix, settings.template.sha256],
+        "renormalise": settings.renormalise,
+        "sampling": [sampling.n, sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.seed],
+        "forcing": judge.force,
+        "calibration": args.calibrated,
+        "rubric": rubric,
+        "weights": weights,
+        "batch size": args.batch_size,
+    }
+
+
+def name_of_model(model: str) -> str:
+    """A hub id as it is, a folder by its full path."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def _rows(source: str) -> list[Row | BadRow]:
@@ -146,14 +176,13 @@ def _prepared(
     args: argparse.Namespace,
     rubric: Any,
     weights: Mapping[str, float] | None,
-) -> Iterator[tuple[Row, Prepared]]:
-    """Every usable row. The first bad one is an error, unless they are to be skipped."""
+) -> Iterator[tuple[dict[str, Any], Prepared]]:
+    """Every usable row as it is written, and its prompts. The first bad one is an error, unless it is to be skipped."""
     skipped: list[BadRow] = []
     for row in rows:
         made = row if isinstance(row, BadRow) else _prepare(row, judge, args, rubric, weights)
         if not isinstance(made, BadRow):
-            assert isinstance(row, Row)
-            yield row, made
+            yield made
         elif not args.skip_bad_rows:
             raise DataError(f"{made}. Repair the row, or pass --skip_bad_rows to leave such rows out.")
         else:
@@ -166,15 +195,16 @@ def _prepared(
 
 def _prepare(
     row: Row, judge: Judge, args: argparse.Namespace, rubric: Any, weights: Mapping[str, float] | None
-) -> Prepared | BadRow:
+) -> tuple[dict[str, Any], Prepared] | BadRow:
     column: str | None = None
     try:
         if RESULT in row.values:
             column = RESULT
             raise PromptError("the output has a column of this name; rename it")
+        written = plain(row.values)
         if args.prompt_key is not None:
             column = args.prompt_key
-            return judge.prepare_prompt(lookup(row.values, column))
+            return written, judge.prepare_prompt(lookup(row.values, column))
         item: dict[str, Any] = {}
         for part in ("instruction", "response"):
             column = getattr(args, f"{part}_key")
@@ -187,9 +217,11 @@ def _prepare(
         if item.get("rubric") in (None, ""):
             item["rubric"] = rubric
         column = None
-        return judge.prepare(item, weights)
+        return written, judge.prepare(item, weights)
     except KeyError as error:
         return BadRow(place=row.place, column=column, reason=str(error.args[0]))
+    except NotPlainError as error:
+        return BadRow(place=row.place, column=error.column, reason=str(error))
     except (PromptError, JudgeError) as error:
         return BadRow(place=row.place, column=column, reason=str(error))
 
@@ -218,24 +250,6 @@ def as_json(score: Score) -> dict[str, Any]:
         fields = ("expected", "decoded", "mass", "forced", "reason", "feedback")
         plain["samples"] = [{name: getattr(sample, name) for name in fields} for sample in score.samples]
     return plain
-
-
-@contextmanager
-def _output(target: str, overwrite: bool) -> Iterator[IO[str]]:
-    """Standard output, or a file that bears its name once it is whole."""
-    if target == STANDARD:
-        yield sys.stdout
-        return
-    path = Path(target)
-    if path.suffix != ".jsonl":
-        raise JudgeError(f"--output is a .jsonl file or -, got {target!r}")
-    if path.exists() and not overwrite:
-        raise JudgeError(f"--output {target} exists; pass --overwrite to replace it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        yield file
-    os.replace(partial, path)
 
 
 def _rubric(text: str | None) -> Any:

@@ -102,7 +102,7 @@ def test_everything_is_written(run, tmp_path: Path, capsys: pytest.CaptureFixtur
     table = {(r["benchmark"], r["reading"], r["metric"]): r for r in csv.DictReader((out / "results.csv").open())}
     assert float(table["flask", "expected", "pearson"]["estimate"]) == pytest.approx(want)
     markdown = (out / "results.md").read_text()
-    assert "| Tiny | SFT | RAIL |" in markdown and "| FLASK r | ρ | τ | MT Bench r |" in markdown  # noqa: RUF001
+    assert "| Tiny | SFT | RAIL |" in markdown and "| FLASK r | ρ | τ | MT Bench r |" in markdown
     assert f"| {100 * want:.1f} |" in markdown and "Average r" in markdown
     plots = {f"{b}_{kind}.png" for b in ("flask", "mt_bench") for kind in ("scatter", "reliability", "confusion")}
     assert {p.name for p in (out / "plots").iterdir()} == plots | {"error_by_benchmark.png"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -156,6 +157,21 @@ def group_of(*texts: str) -> str:
     """
     plain = "\n".join(" ".join(part.casefold().split()) for part in texts)
     return hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+_FIRST_TURN = re.compile(
+    r"\s*#*\s*(?:user|human)\s*:\s*(.+?)\n\s*#*\s*(?:assistant|ai|model)\s*:", re.IGNORECASE | re.DOTALL
+)
+
+
+def question_of(instruction: str) -> str:
+    """What was asked first: of a conversation, whose later turns hold the judged model's own answers, the first turn.
+
+    >>> question_of("User: Write about rain.\\n\\nAssistant: It pours.\\n\\nUser: Shorter.\\n\\nAssistant: ")
+    'Write about rain.'
+    """
+    match = _FIRST_TURN.match(instruction)
+    return match[1] if match else instruction
 
 
 def rubric_of(values: Mapping[str, Any], criteria: str, descriptions: Mapping[str, str]) -> Rubric:

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from real_openrlhf.data.builders.base import Builder, FieldError, Item, Options, Parts, get, group_of, label, text
+from real_openrlhf.data.builders.base import (
+    Builder,
+    FieldError,
+    Item,
+    Options,
+    Parts,
+    get,
+    group_of,
+    label,
+    question_of,
+    text,
+)
 from real_openrlhf.data.judge_prompt import Rubric
 from real_openrlhf.data.sources import DataError, nearest, shorten
 
@@ -39,7 +50,7 @@ def read(values: Mapping[str, Any], options: Options) -> Item:
         if isinstance(group, (list, dict)) or group is None:
             raise FieldError(columns["group"], f"a group is a number or text, not {shorten(group)}")
     else:
-        group = group_of(parts.instruction if parts else str(whole))
+        group = group_of(question_of(parts.instruction if parts else str(whole)))
     n = get(values, columns["n"]) if "n" in columns else 1
     if not str(n).isdecimal() or int(n) < 1:
         raise FieldError(columns["n"], f"expected how many judgements were averaged, got {shorten(n)}")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from real_openrlhf.data.builders.base import Item, Options, Parts, group_of, mean_label, text
+from real_openrlhf.data.builders.base import Item, Options, Parts, group_of, mean_label, question_of, text
 from real_openrlhf.data.judge_prompt import Rubric
 
 SCORES = "gpt4_score"
@@ -53,7 +53,9 @@ def reader(name: str) -> Callable[[Mapping[str, Any], Options], Item]:
         }
         number = values.get("idx")
         # The question itself rather than its number: two files may count alike, and one question may have two numbers.
-        group = group_of(parts.instruction) if parts else group_of(prompt) if number is None else str(number)
+        group = (
+            group_of(question_of(parts.instruction)) if parts else group_of(prompt) if number is None else str(number)
+        )
         return Item(label=score, n=n, group=f"{name}:{group}", whole=prompt, parts=parts, meta=meta)
 
     return read

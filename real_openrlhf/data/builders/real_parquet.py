@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from real_openrlhf.data.builders.base import Builder, FieldError, Item, Options, get, group_of, label
+from real_openrlhf.data.builders.base import Builder, FieldError, Item, Options, get, group_of, label, question_of
 from real_openrlhf.data.builders.prometheus import parts_of
 from real_openrlhf.data.sources import shorten
 
@@ -34,7 +34,7 @@ def read(values: Mapping[str, Any], options: Options) -> Item:
     return Item(
         id=None if index is None else str(index),
         label=label(values, options.label_key or LABEL, options.scale),
-        group=f"real:{group_of(parts.instruction if parts else asked)}",
+        group=f"real:{group_of(question_of(parts.instruction if parts else asked))}",
         whole=messages,
         parts=parts,
         split=split if isinstance(split, str) else None,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from real_openrlhf.algo.score_position import ScoreReader
+from real_openrlhf.algo.score_position import ScoreReader, _goes_on
 from real_openrlhf.algo.types import NO_ANCHOR, OFF_SCALE, SPLIT_ANCHOR, TRUNCATED, ScoreReading
 from tests.helpers.algo_factory import ANCHOR, PieceTokenizer, WordTokenizer, merged_tokenizer, reader_of
 from tests.helpers.algo_factory import spaced_tokenizer as spaced
@@ -323,3 +323,21 @@ def test_anchor_whose_decoded_length_shrinks_with_its_last_byte() -> None:
         ids = tokenizer.encode(head + "得分是4.", add_special_tokens=False)
         reading = reader_of(tokenizer, anchors=("得分是",)).read(ids)
         assert (reading.position, reading.label_index) == (len(ids) - 2, 3)
+
+
+UNITS = ("分", "点", "점", "балла", "คะแนน", "अंक", " points", "pts", "points.", "/5", "\ufe0f\u20e3")
+
+
+@pytest.mark.parametrize(
+    ("label", "rest", "goes_on"),
+    [
+        *(("4", unit, False) for unit in UNITS),
+        *(("4", more, True) for more in ("5", "５", ".5", "，5", "½", "十", "th", "a", "pointless", "e3", "٤")),
+        *(("Good", more, True) for more in ("ish", "4")),
+        *(("Good", more, False) for more in ("", ".", " ish", "分")),
+        ("优", "秀", True),
+        ("优", "!", False),
+    ],
+)
+def test_what_belongs_to_a_label(label: str, rest: str, goes_on: bool) -> None:
+    assert _goes_on(label, rest) is goes_on

@@ -96,7 +96,7 @@ def test_files_repeat_and_the_manifest_describes_them(tmp_path: Path, rows: list
 
 def test_feedback_without_a_label_of_its_own_is_left_out(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     rows = rows[:4]
-    rows[0]["f"] = "Rating: [[1]] It is bad."
+    rows[0]["f"] = "Rating: [[1]]."
     rows[1]["f"] = "Fine. Rating: [[6]]"
     rows[2]["n"] = 2
     build(
@@ -109,7 +109,7 @@ def test_feedback_without_a_label_of_its_own_is_left_out(tmp_path: Path, rows: l
     )
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["feedback_left_out"] == {
-        "nothing stands before its verdict": 1,
+        "nothing stands beside its verdict": 1,
         "its own verdict is not the label": 1,
         "several judgements were averaged": 1,
     }
@@ -126,6 +126,39 @@ def test_a_prompt_that_holds_its_feedback_is_refused(tmp_path: Path, capsys: pyt
     }
     assert build(tmp_path / "out", write(tmp_path / "a.jsonl", [row])) == 2
     assert "the prompt holds the feedback" in capsys.readouterr().err
+
+
+def test_a_short_critique_may_occur_in_the_prompt(tmp_path: Path) -> None:
+    row = {"q": "Say it.", "a": "Good. Here it is.", "y": 2, "f": "Good. Score: 2"}
+    assert build(tmp_path / "out", write(tmp_path / "a.jsonl", [row]), "--sft") == 0
+    assert [r["response"] for r in read(tmp_path / "out", "sft")] == ["Good. So the overall score is 2"]
+    # With its verdict it says the label.
+    row["a"] = "They wrote: Good. Score: 2"
+    assert build(tmp_path / "out2", write(tmp_path / "b.jsonl", [row]), "--sft") == 2
+
+
+def test_a_closing_number_like_the_label_is_cut_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"q": f"Q{i}", "a": "A", "y": y, "f": text}
+        for i, (y, text) in enumerate([(7, "Clear. Verdict of the panel 7"), (6, "It has 6 rows of 7"), (4, "4")])
+    ]
+    assert build(tmp_path / "out", write(tmp_path / "a.jsonl", rows), "--sft") == 0
+    assert [r["feedback"] for r in read(tmp_path / "out", "train")] == ["Clear.", "It has 6 rows of 7", None]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["feedback_cut"] == {"its last sentence ended with its label": 2}
+    assert "its last sentence ended with its label: 2" in capsys.readouterr().out
+
+
+def test_half_a_character_is_a_bad_row_of_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = {"q": "Q", "a": "A", "y": 3, "f": "Fine."}
+    path = tmp_path / "a.jsonl"
+    for column in ("q", "f"):
+        bad = json.dumps({**good, "q": "Q2", column: "half \ud800"})
+        path.write_text(json.dumps(good) + "\n" + bad + "\n", encoding="utf-8")
+        assert build(tmp_path / "out", path) == 2
+        assert f"a.jsonl, line 2, column '{column}': not valid Unicode" in capsys.readouterr().err
+        assert build(tmp_path / f"out_{column}", path, "--skip_bad_rows") == 0
+        assert len(read(tmp_path / f"out_{column}", "train")) == 1 and "bad rows left out: 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

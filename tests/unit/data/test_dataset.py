@@ -99,7 +99,7 @@ def test_bad_labels_name_file_row_column_and_scale(tmp_path, value, reason):
         ({"label": 3}, "input", "no such column"),
         (row(text=""), "input", "the prompt is empty"),
         (row(text=None), "input", "not null None"),
-        (row(text="half \ud800"), "input", "not valid Unicode: surrogates not allowed at 5"),
+        (row(text="half \ud800"), "input", "not valid Unicode: half of a surrogate pair"),
         (row(text="a b c a b c"), "input", "the prompt has 6 tokens, but 5 are left"),
         (row(text=[{"role": "user", "content": "a"}]), "input", "pass --data.apply_chat_template"),
         ("{broken", None, "broken JSON"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -279,3 +280,20 @@ class TestLookup:
     def test_missing(self, key, message):
         with pytest.raises(KeyError, match=message):
             lookup(self.VALUES, key)
+
+
+def test_csv_fields_of_any_length(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("a,b\n" + "x" * 200_000 + ",1\n", encoding="utf-8")
+    (row,) = read_rows(str(path))
+    assert isinstance(row, Row) and len(row.values["a"]) == 200_000
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_half_a_character_anywhere_is_a_bad_row(name: str, tmp_path: Path) -> None:
+    rows = ['{"a": "whole \\ud83d\\ude00"}', '{"a": [{"b": "half \\uDe00"}]}', '{"\\ud800": 1}']
+    text = "[" + ", ".join(rows) + "]" if name.endswith(".json") else "\n".join(rows) + "\n"
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    whole, *halves = read_rows(str(tmp_path / name))
+    assert isinstance(whole, Row) and whole.values == {"a": "whole \U0001f600"}
+    assert [isinstance(row, BadRow) and row.column for row in halves] == ["a.0.b", "?"]

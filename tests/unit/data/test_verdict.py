@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from real_openrlhf.data.verdict import cut
+from real_openrlhf.data.verdict import closing_number, cut, without_last_sentence
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real data are not at ../shared/data beside the checkout")
@@ -72,11 +72,58 @@ def test_numbers_that_are_content_stay(text: str) -> None:
     assert critique.feedback == text and critique.verdict is None
 
 
-@pytest.mark.parametrize(
-    "text", ["Rating: [[9]]\n\nWell done.", "[Rating]\nRating: [[8]]", "\n[The Start of Rating]\n\n[5]\n"]
-)
-def test_a_verdict_at_the_start_leaves_nothing(text: str) -> None:
+@pytest.mark.parametrize("text", ["Rating: [[9]]", "[Rating]\nRating: [[8]]", "\n[The Start of Rating]\n\n[5]\n"])
+def test_nothing_but_a_verdict_leaves_nothing(text: str) -> None:
     assert cut(text).feedback == ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Rating: [[9]]\n\nWell done.",
+        "Rating: [[9]] Well done.",
+        "Score: 9/10. Well done.",
+        "<score>9</score> Well done.",
+        "Note: 9\nWell done.",
+        "评分：9分。Well done.",
+        "Rating: 9\nWell done. All in all 9/10.",
+    ],
+)
+def test_reasons_behind_a_verdict_are_the_feedback(text: str) -> None:
+    critique = cut(text)
+    assert critique.feedback == "Well done." and critique.verdict == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "feedback", "verdict"),
+    [
+        ("回答正确但是太短。表述清楚。总分：[[8]]", "回答正确但是太短。表述清楚。", 8),
+        ("回答有错误。评分：4", "回答有错误。", 4),
+        ("内容完整。{'事实正确性': 8, '综合得分': 7}", "内容完整。", 7),
+        ("間違いがある。スコア：3点", "間違いがある。", 3),
+        ("좋습니다. 점수: 4점", "좋습니다.", 4),
+        ("Хорошо. Оценка: 5", "Хорошо.", 5),
+        ("Gut. Bewertung: 4 von 5", "Gut.", 4),
+        ("Too short. <score>3</score>", "Too short.", 3),
+        ("Fine. Final Score → 6", "Fine.", 6),
+        ("Fine. Score (out of 10): 6", "Fine.", 6),
+        ("Fine. Score: four", "Fine.", 4),
+        ("Fine. Overall: 6", "Fine.", 6),
+        ('Fine. {"feedback": "ok", "score": 2}', "Fine.", 2),
+        ("Correct. Thus \\boxed{9}", "Correct.", 9),
+        ("Fine. The score for this response is 6.", "Fine.", None),
+        ("Fine. The response gets 6 points.", "Fine.", None),
+        ("不错。我给这个回答打4分。", "不错。", None),
+    ],
+)
+def test_verdicts_of_other_forms_and_languages(text: str, feedback: str, verdict: float | None) -> None:
+    critique = cut(text)
+    assert critique.feedback == feedback and critique.verdict == verdict
+
+
+def test_the_number_that_closes_a_text() -> None:
+    assert closing_number("Panel says 7.") == 7 and closing_number("so: 4/5") == 4 and closing_number("7 rows") is None
+    assert without_last_sentence("Clear. Panel says 7.") == "Clear." and without_last_sentence("Panel 7") == ""
 
 
 # Written apart from the patterns that cut: words that introduce a score, soon followed by a number.

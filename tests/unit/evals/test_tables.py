@@ -32,7 +32,7 @@ def test_table_2_has_the_papers_columns_and_order() -> None:
     head, _, *lines = paper_table(runs).splitlines()
     assert cells(head) == [
         *("Method", "Training", "Inference"),
-        *("FB Bench r", "ρ", "τ", "MT Bench r", "ρ", "τ", "stsb r", "ρ", "τ", "Average r", "ρ", "τ"),  # noqa: RUF001
+        *("FB Bench r", "ρ", "τ", "MT Bench r", "ρ", "τ", "stsb r", "ρ", "τ", "Average r", "ρ", "τ"),
     ]
     assert [line.count("| RAIL |") for line in lines] == [1, 0, 1, 0] and lines[0].startswith("| A\\|B | RL | RAIL |")
     found = {r.name: r.scores["expected"] for r in results.benchmarks}

@@ -7,10 +7,14 @@ import json
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from real_openrlhf.common.errors import RunError
 from real_openrlhf.judge.calibration import FILE
 from real_openrlhf.judge.cli import main
+from real_openrlhf.judge.judge import Judge
 from tests.helpers.completion_server import Behaviour, completion_server
 from tests.helpers.tokenizers import word_tokenizer
 
@@ -142,3 +146,60 @@ def test_a_calibration_is_fitted_on_the_output_and_used(run, folder: Path, tmp_p
     data.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:10], {"label": 9, "judgement": {"score": 1.0}}]))
     assert main(fit) == 2 and "line 11, column 'label'" in capsys.readouterr().err
     assert main([*fit, "--label_key", "lable"]) == 2 and "did you mean 'label'" in capsys.readouterr().err
+
+
+def test_odd_values_in_columns_that_nobody_asked_for(run) -> None:
+    rows = ['{"instruction": "a", "response": "good", "x": NaN, "y": {"z": [Infinity, 1]}}\n']
+    code, (made,) = run(rows)
+    assert code == 0 and made["x"] is None and made["y"] == {"z": [None, 1]}
+
+
+def test_what_json_cannot_hold_is_named_before_anything_is_judged(run, tmp_path, capsys) -> None:
+    table = pa.table({"instruction": ["a", "a"], "response": ["good", "bad"], "extra": [None, b"raw"]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    out = tmp_path / "out.jsonl"
+    words = [*run.base, "--input", str(tmp_path / "rows.parquet"), "--output", str(out)]
+    assert main(words) == 2 and not out.exists()
+    assert "row 1 (counted from 0), column 'extra': JSON has no form for a bytes" in capsys.readouterr().err
+    assert main([*words, "--skip_bad_rows"]) == 0 and len(out.read_text().splitlines()) == 1
+
+
+def test_a_job_that_ended_early_goes_on(run, tmp_path, monkeypatch, capsys) -> None:
+    source, out, partial = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    rows = [{"id": i, "instruction": "a", "response": word} for i, word in enumerate(("good", "bad", "good", "bad"))]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [*run.base, "--input", str(source), "--output", str(out), "--batch_size", "2"]
+    judged: list[int] = []
+    real = Judge.score_prepared
+
+    def fails(self, prepared, **kwargs):
+        judged.append(len(prepared))
+        if len(judged) == 2:
+            raise RunError("the server went away")
+        return real(self, prepared, **kwargs)
+
+    monkeypatch.setattr(Judge, "score_prepared", fails)
+    assert main(words) == 1 and not out.exists() and len(partial.read_text().splitlines()) == 2
+    assert main(words) == 2 and "pass --resume to go on" in capsys.readouterr().err
+    assert main([*words, "--resume", "--seed", "3"]) == 2 and "had another sampling" in capsys.readouterr().err
+    with partial.open("a") as file:
+        file.write('{"id": 2, "torn')
+    assert main([*words, "--resume"]) == 0
+    made = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["id"] for row in made] == [0, 1, 2, 3] and judged == [2, 2, 2]
+    assert [row["judgement"]["decoded"] for row in made] == [3.0, 1.0, 3.0, 1.0]
+    assert sorted(path.name for path in tmp_path.glob("out*")) == ["out.jsonl"]
+
+
+def test_a_job_without_a_record_is_not_resumed(run, tmp_path, capsys) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"instruction": "a", "response": "good"}\n')
+    words = [*run.base, "--input", str(source), "--output", str(out)]
+    assert main(words) == 0
+    partial = tmp_path / "out.jsonl.partial"
+    partial.write_text(out.read_text())
+    assert main([*words, "--overwrite", "--resume"]) == 2 and "cannot be read" in capsys.readouterr().err
+    assert main([*words, "--overwrite"]) == 0
+    assert not partial.exists()
+    assert main([*run.base, "--input", str(source), "--resume"]) == 2
+    assert "--resume needs --output" in capsys.readouterr().err

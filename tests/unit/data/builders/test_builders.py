@@ -179,3 +179,20 @@ def test_bad_field_maps(columns: dict[str, str], message: str) -> None:
 def test_unknown_builders_name_the_nearest() -> None:
     with pytest.raises(DataError, match=r"no builder 'vicuna_bnch' \(did you mean 'vicuna_bench'\?\)"):
         get_builder("vicuna_bnch")
+
+
+@pytest.mark.parametrize("name", ["mt_bench", "real_parquet"])
+def test_the_group_of_a_conversation_is_its_question(name: str) -> None:
+    """A second turn's instruction holds the judged model's own first answer."""
+
+    def group(first: str, answer: str) -> str:
+        turns = f"User: {first}\n\nAssistant: {answer}\n\nUser: Now as a poem.\n\nAssistant: "
+        prompt = JudgeTemplate.load("paper").render(
+            instruction=turns, response="poem", reference="Reference.", rubric=RUBRIC
+        )
+        row = {"instruction": prompt, "gpt4_score": [3, 4]}
+        if name == "real_parquet":
+            row = {"prompt": [{"role": "user", "content": prompt}], "reward_model": {"ground_truth": "3"}}
+        return read(name, row).group
+
+    assert group("Write about rain.", "one") == group("Write about rain.", "two\n\nlines") != group("Snow.", "one")

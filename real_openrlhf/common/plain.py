@@ -1,0 +1,51 @@
+"""Values as JSON can hold them."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import math
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+
+class NotPlainError(ValueError):
+    """A value that JSON cannot hold. column: its dotted name."""
+
+    def __init__(self, column: str, reason: str) -> None:
+        super().__init__(reason)
+        self.column = column
+
+
+def plain(value: Any, column: str = "") -> Any:
+    """NaN and infinities become None, dates ISO text, decimals and UUIDs text, numpy's numbers and arrays Python's.
+
+    Raises NotPlainError for bytes, half characters, and whatever else JSON has no form for.
+    """
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return _text(value, column)
+    if isinstance(value, Mapping):
+        return {
+            _text(str(key), column): plain(item, f"{column}.{key}" if column else str(key))
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{column}.{i}" if column else str(i)) for i, item in enumerate(value)]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal | uuid.UUID | datetime.timedelta):
+        return str(value)
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return plain(value.tolist(), column)
+    raise NotPlainError(column, f"JSON has no form for a {type(value).__name__}")
+
+
+def _text(value: str, column: str) -> str:
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise NotPlainError(column, "not valid Unicode: half of a surrogate pair stands alone")
+    return value
