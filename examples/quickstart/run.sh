@@ -40,7 +40,7 @@ say "REAL"
   --data.prompt_dataset "$out/data/train.jsonl" \
   --data.input_key prompt --data.label_key label --data.max_len 128 \
   --rollout.batch_size 16 --rollout.n_samples_per_prompt 8 --rollout.max_new_tokens 32 \
-  --train.micro_batch_size 32 --train.max_steps 50 --train.seed "$seed" \
+  --train.micro_batch_size 32 --train.max_steps 100 --train.seed "$seed" \
   --actor.adam.lr 2e-4 \
   --real.scale 1-5 --real.anchor "score " --real.keep_groups all \
   --eval.dataset "valid=$out/data/valid.jsonl,test=$out/data/test.jsonl" --eval.steps 25 \

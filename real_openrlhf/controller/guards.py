@@ -11,6 +11,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from real_openrlhf.common.errors import RunError
@@ -52,6 +53,7 @@ class Guards:
         self._steps: dict[str, int] = {}
         self._evaluations: dict[str, int] = {}
         self._start_mass: float | None = None
+        self._since_norms = 0
 
     def step(self, metrics: Metrics) -> list[Alarm]:
         """After a training step, with its metrics."""
@@ -62,11 +64,14 @@ class Guards:
             "length": self._length(metrics),
             "entropy": self._entropy(metrics),
         }
+        self._since_norms += 1
+        measured: dict[str, int] = {}
         if term_norms(metrics) is not None:
-            # Measured now and then: the steps between say nothing.
+            # Measured now and then: a second fault stands for the steps between as well.
             faults["terms"] = self._terms(metrics)
+            measured["terms"], self._since_norms = self._since_norms, 0
         every = self.flags.warn_steps, self.flags.stop_steps
-        return self._count(faults, self._steps, *every, unit="steps")
+        return self._count(faults, self._steps, *every, unit="steps", measured=measured)
 
     def evaluation(self, metrics: Metrics, changes: Mapping[str, Change]) -> list[Alarm]:
         """After an evaluation. metrics by flat name ("mass"); changes: against the start's, empty at the start."""
@@ -74,14 +79,22 @@ class Guards:
         return self._count(faults, self._evaluations, 1, self.flags.stop_evaluations, unit="evaluations")
 
     def _count(
-        self, faults: Mapping[str, str | None], counts: dict[str, int], warn_at: int, stop_at: int, *, unit: str
+        self,
+        faults: Mapping[str, str | None],
+        counts: dict[str, int],
+        warn_at: int,
+        stop_at: int,
+        *,
+        unit: str,
+        measured: Mapping[str, int] = MappingProxyType({}),
     ) -> list[Alarm]:
+        """measured: units since a watch was last looked at, where that is not the unit before."""
         alarms = []
         for watch, fault in faults.items():
-            counts[watch] = counts.get(watch, 0) + 1 if fault else 0
-            n = counts[watch]
+            before = counts.get(watch, 0)
+            n = counts[watch] = (before + measured.get(watch, 1) if before else 1) if fault else 0
             stops = watch in self.flags.stop and n >= stop_at
-            if fault and (stops or n == warn_at):
+            if fault and (stops or before < warn_at <= n):
                 name = unit.removesuffix("s") if n == 1 else f"{unit} in a row"
                 alarms.append(Alarm(watch=watch, message=f"{fault} Seen for {n} {name}.", stops=stops))
         return alarms
@@ -202,12 +215,14 @@ class Guards:
             "steps": self._steps,
             "evaluations": self._evaluations,
             "start_mass": self._start_mass,
+            "since_norms": self._since_norms,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._series = {name: _Series(self.flags.window, s["first"], s["last"]) for name, s in state["series"].items()}
         self._steps, self._evaluations = dict(state["steps"]), dict(state["evaluations"])
         self._start_mass = state["start_mass"]
+        self._since_norms = state.get("since_norms", 0)
 
 
 class _Series:

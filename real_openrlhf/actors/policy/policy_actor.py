@@ -37,6 +37,10 @@ _PROBE_TOKENS = 4096
 class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
     """Methods are called on all ranks at once; results of rank 0 count."""
 
+    # Ray demands an __init__ of its own from the subclass of a class that it has wrapped.
+    def __init__(self, world_size: int, rank: int, master_addr: str | None, master_port: int | None) -> None:
+        super().__init__(world_size, rank, master_addr, master_port)
+
     def build(self, spec: PolicySpec, *after: Any) -> dict[str, Any]:
         """Load the model, shard it, make the optimizer. Returns facts for the log (rank 0's are shown).
 

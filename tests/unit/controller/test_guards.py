@@ -115,6 +115,17 @@ def test_a_fault_that_passes_is_forgotten() -> None:
     assert all(not alarm.stops for _, alarm in run(guards(stop_steps=6), steps))
 
 
+def test_norms_that_are_measured_now_and_then_stand_for_the_steps_between() -> None:
+    """Every tenth step: the first fault is seen at step 10, the warning is due ten steps later, not a hundred."""
+    lopsided = {"logit_grad_norm/cot": 900.0, "logit_grad_norm/squared_error": 1.0, "logit_grad_norm/likelihood": 1.0}
+    nothing = dict.fromkeys(lopsided)
+    steps = [{**healthy(i), **(nothing if i % 10 else lopsided)} for i in range(1, 71)]
+    alarms = run(Guards(GuardConfig(stop=("terms",)), scale_range=4.0), steps)
+    (first, warning), (last, stop), *_ = alarms
+    assert (first, last) == (20, 60) and not warning.stops and stop.stops
+    assert "Seen for 11 steps in a row." in warning.message and "Seen for 51 steps" in stop.message
+
+
 def test_feedback_without_a_token() -> None:
     alarms = run(guards(), then(10, length__cot=0.0))
     assert alarms and "scores without reasoning" in alarms[0][1].message
