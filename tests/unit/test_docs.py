@@ -23,6 +23,7 @@ from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import Denominators
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.convert import flags_by_name
+from real_openrlhf.config.flag_table import flag_table
 from real_openrlhf.config.presets import PRESETS
 from real_openrlhf.controller.rollout_stats import rollout_metrics
 from real_openrlhf.evals.results import metric_names
@@ -30,8 +31,11 @@ from real_openrlhf.export.model_card import SNIPPET
 from tests.helpers.algo_factory import make_group, make_inputs, make_rollout, make_train_group
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "slurm/README.md")
+FOLDERS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "real_openrlhf").glob("*/README.md"))
+# The front page, and what it sends its reader to.
+MANUAL = ("README.md", *FOLDERS)
+DOCUMENTS = (*MANUAL, "CONTRIBUTING.md", "slurm/README.md", "examples/README.md")
+README = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in MANUAL)
 MODULE = "-m real_openrlhf.train_real"
 
 
@@ -123,9 +127,37 @@ def test_shell_scripts_have_no_syntax_errors(script: str) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_flag_that_is_mentioned_exists(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
-    mentioned = set(re.findall(r"(?<![\w-])--((?:no-)?[a-z_]+(?:\.[a-z_]+)+)", text))
-    assert document != "README.md" or len(mentioned) > 40
+    mentioned = set(re.findall(r"(?<![\w-])--((?:no-)?[a-z_]+(?:\.[a-z0-9_]+)+)", text))
+    assert document != "real_openrlhf/config/README.md" or len(mentioned) > 100
     assert {name for name in mentioned if name.removeprefix("no-") not in flags_by_name()} == set()
+
+
+def test_the_front_page_is_short_and_leads_to_every_folder() -> None:
+    front = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(front.splitlines()) <= 150
+    assert [name for name in FOLDERS if f"({name})" not in front] == []
+
+
+def test_the_table_of_all_flags_is_the_schemas() -> None:
+    assert flag_table() in (ROOT / "real_openrlhf/config/README.md").read_text(encoding="utf-8")
+
+
+def test_every_example_is_in_the_index() -> None:
+    index = (ROOT / "examples/README.md").read_text(encoding="utf-8")
+    names = sorted(path.parent.name for path in (ROOT / "examples").glob("*/README.md"))
+    assert len(names) >= 5 and [name for name in names if f"({name}/README.md)" not in index] == []
+
+
+def test_the_judgement_on_the_front_page_is_that_of_the_quickstarts_report() -> None:
+    front = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.search(
+        r"```\nprompt  (.*)\nbefore  (.*?) {2,}E\[score\] (.*)\nafter   (.*?) {2,}E\[score\] (.*)\n", front
+    )
+    assert shown is not None
+    report = (ROOT / "examples/quickstart/results/seed_0.md").read_text(encoding="utf-8")
+    judged = r"(.*?) </s>    E\[score\] (.*)\n"
+    found = re.search(rf"prompt: (.*)\n    label:  1\n    start:  {judged}    after:  {judged}", report)
+    assert found is not None and shown.groups() == found.groups()
 
 
 def test_the_table_of_presets_is_the_presets() -> None:
@@ -243,7 +275,7 @@ def test_the_loss_in_readme_runs_and_is_the_papers(capsys: pytest.CaptureFixture
 
 
 def test_the_judge_snippet_of_readme_is_that_of_the_model_card() -> None:
-    (code,) = blocks(section("Use the judge"), "python")
+    (code,) = blocks((ROOT / "real_openrlhf/export/README.md").read_text(encoding="utf-8"), "python")
     folder = re.compile(r'^folder = ".*$', flags=re.MULTILINE)
     assert folder.sub("folder", code).strip() == folder.sub("folder", SNIPPET).strip()
 

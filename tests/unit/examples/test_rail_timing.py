@@ -15,7 +15,9 @@ from real_openrlhf.judge.judge import Judge
 from tests.helpers.fake_backend import FakeBackend
 from tests.helpers.tokenizers import word_tokenizer
 
-_SPEC = importlib.util.spec_from_file_location("rail_timing", Path(__file__).parents[3] / "examples" / "rail_timing.py")
+_SPEC = importlib.util.spec_from_file_location(
+    "rail_timing", Path(__file__).parents[3] / "examples/benchmark/rail_timing.py"
+)
 assert _SPEC and _SPEC.loader
 rail_timing = importlib.util.module_from_spec(_SPEC)
 sys.modules[_SPEC.name] = rail_timing  # dataclasses look their module up

@@ -14,8 +14,7 @@ from real_openrlhf.judge import cli, judge
 from tests.helpers.fake_backend import FakeBackend
 from tests.helpers.tokenizers import CHAT_TEMPLATE, word_tokenizer
 
-README = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-SECTION = README.partition("## Judge responses\n")[2].partition("\n## ")[0]
+SECTION = (Path(__file__).parents[3] / "real_openrlhf/judge/README.md").read_text(encoding="utf-8")
 COMMANDS = [line for line in re.findall(r"```bash\n(.*?)```", SECTION, re.DOTALL) for line in line.splitlines()]
 
 

@@ -1,6 +1,6 @@
 """How much one-pass RAIL saves against generate-then-rescore: all in one run, turn by turn, on the same engine.
 
-    python examples/rail_timing.py --model JUDGE --benchmark vicuna_bench=FILE --max_samples 16 --batch_size 4
+    python examples/benchmark/rail_timing.py --model JUDGE --benchmark vicuna_bench=FILE --max_samples 16 --batch_size 4
 
 One pass reads the score distribution while the feedback is generated. The others generate the same feedback (same
 seeds) and then send prompt and feedback once more to read the distribution: computed anew, as by a second program that
