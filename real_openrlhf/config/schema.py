@@ -379,6 +379,9 @@ class Config(Section):
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    assume_gpus: str | None = flag(
+        None, "with --dry_run: plan for GPUs that are not here, as in 8x80GB, or 2x8x80GB on two nodes"
+    )
     dry_run: bool = flag(False, "check everything, print the plan and stop")
     overridden: tuple[str, ...] = ()
 

@@ -22,6 +22,8 @@ def validate(config: Config, *, device: Literal["cpu", "cuda"] | None = None) ->
     for name, item in flags_by_name().items():
         if item.required and not get_value(config, name):
             raise ConfigError(f"--{name} is required: {item.help}")
+    if config.assume_gpus is not None and not config.dry_run:
+        raise ConfigError("--assume_gpus plans for GPUs that are not here; add --dry_run")
     if not config.ckpt.output_dir and not config.dry_run:
         raise ConfigError("--ckpt.output_dir is required: the folder of the trained model and logs")
     if device is None and config.real.device != "auto":

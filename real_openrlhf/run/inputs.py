@@ -61,6 +61,11 @@ def load_inputs(config: Config) -> Inputs:
         enable_thinking=config.data.enable_thinking,
     )
 
+    if tokenizer.chat_template and not config.data.apply_chat_template:
+        warnings.append(
+            f"{config.actor.model_name_or_path} has a chat template, but prompts are given without it; an Instruct "
+            "model wants --data.apply_chat_template"
+        )
     train_set = JudgeDataset.load(
         config.data.prompt_dataset,
         max_prompt_tokens=config.data.max_len - config.rollout.max_new_tokens - bound.extra_tokens,
@@ -161,6 +166,9 @@ def known_device(config: Config) -> Device | None:
     Its GPUs are believed in where they are asked for. Raises DeviceError where --real.device asks for GPUs that this
     machine does not have.
     """
+    if config.assume_gpus is not None:
+        dtype = "bf16" if config.ds.param_dtype == "auto" else config.ds.param_dtype
+        return Device(name="cuda" if config.real.device != "cpu" else "cpu", dtype_name=dtype)
     joined = cluster_to_join(config.ray.address)
     if joined and config.real.device == "auto":
         return None

@@ -60,12 +60,12 @@ def _gb(count: float) -> str:
     return f"{count / 1e9:.1f} GB"
 
 
-def check_memory(config: Config, cards: Sequence[Card]) -> list[str]:
+def check_memory(config: Config, cards: Sequence[Card], *, assumed: bool = False) -> list[str]:
     """ConfigError for a model that cannot fit into GPUs like this machine's; a warning where a cluster has others.
 
-    Nothing without GPUs here, as on a head node.
+    Nothing without GPUs here, as on a head node. assumed: the cards are not here, and are believed in.
     """
-    if config.real.device == "cpu" or not cards or torch.version.cuda is None:
+    if config.real.device == "cpu" or not cards or (torch.version.cuda is None and not assumed):
         return []
     parameters = count_parameters(config.actor.model_name_or_path)
     if parameters is None:
@@ -74,7 +74,7 @@ def check_memory(config: Config, cards: Sequence[Card]) -> list[str]:
     problem = memory_problem(config, parameters, weight_bytes, max(card.memory for card in cards))
     if problem is None:
         return []
-    if cluster_to_join(config.ray.address):
+    if cluster_to_join(config.ray.address) and not assumed:
         return [f"if the cluster's GPUs are like this machine's: {problem}"]
     raise ConfigError(problem)
 

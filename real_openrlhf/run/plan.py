@@ -18,6 +18,7 @@ from real_openrlhf.config.validate import validate
 from real_openrlhf.controller.controller import ControllerSettings
 from real_openrlhf.evals.evaluator import EvaluatorSpec
 from real_openrlhf.run import specs
+from real_openrlhf.run.assumed_gpus import AssumedGpus
 from real_openrlhf.run.identity import run_identity
 from real_openrlhf.run.inputs import Inputs
 from real_openrlhf.run.memory import check_memory
@@ -86,15 +87,19 @@ def make_plan(inputs: Inputs, *, cluster_gpus: int | None = None) -> RunPlan:
         device = Device.resolve(config.real.device, config.ds.param_dtype, cluster_gpus=cluster_gpus)
         # What depends on the device was left out before.
         warnings += validate(config, device="cuda" if device.is_cuda else "cpu")
-    warnings += check_memory(config, local_cards())
+    assumed = None if config.assume_gpus is None else AssumedGpus.parse(config.assume_gpus)
+    warnings += check_memory(config, local_cards() if assumed is None else assumed.cards, assumed=assumed is not None)
     batch = batch_plan(config, len(inputs.train_set))
+    placement = tuple(specs.placement_requests(config, device))
+    if assumed is not None:
+        assumed.check_places(placement)
     policy = specs.policy_spec(inputs, batch, device)
     engine = specs.engine_spec(inputs, device)
     return RunPlan(
         inputs=inputs,
         device=device,
         batch=batch,
-        placement=tuple(specs.placement_requests(config, device)),
+        placement=placement,
         needed_cpus=float(config.ranks + config.reference_ranks + specs.engine_workers(config)),
         objective=specs.objective_of(config, device),
         engine=engine,

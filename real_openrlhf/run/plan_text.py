@@ -4,29 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from real_openrlhf.algo.bound_scale import BoundScale
+from real_openrlhf.algo.bound_scale import BoundScale, decode
 from real_openrlhf.common.device import Device
 from real_openrlhf.config.batch_plan import BatchPlan, resolve_ratio
 from real_openrlhf.config.convert import get_value
 from real_openrlhf.config.presets import PRESETS
 from real_openrlhf.config.schema import Config
+from real_openrlhf.run.assumed_gpus import AssumedGpus
+from real_openrlhf.run.inputs import Inputs
 from real_openrlhf.run.plan import RunPlan
 
+# Characters of a prompt at each end.
+_SHOWN = 400
 
-def render(plan: RunPlan) -> str:
-    """One section per subject; warnings come last, if there are any."""
+
+def render(plan: RunPlan, *, for_log: bool = False) -> str:
+    """One section per subject; warnings come last, if there are any.
+
+    for_log: without the prompt, which may be private, and the warnings, which a run logs by themselves.
+    """
     config, inputs = plan.config, plan.inputs
     sections = [
         ("Model", _model_lines(config, plan.device)),
-        ("Placement", [str(request) for request in plan.placement]),
+        ("Placement", [*_assumed_lines(config), *(str(request) for request in plan.placement)]),
         ("Batch", _batch_lines(config, plan.batch, inputs.bound, plan.reward_tolerance)),
         ("Steps", _step_lines(config, plan.batch)),
+        ("First prompt", [] if for_log else _prompt_lines(inputs)),
         ("Score tokens", _score_lines(inputs.bound, lambda token: inputs.tokenizer.decode([token]))),
         ("Preset", _preset_lines(config)),
     ]
-    if plan.warnings:
-        sections.append(("Warnings", list(plan.warnings)))
-    return "\n".join(line for title, lines in sections for line in [title, *(f"  {text}" for text in lines)])
+    sections.append(("Warnings", [] if for_log else list(plan.warnings)))
+    shown = [(title, lines) for title, lines in sections if lines]
+    return "\n".join(line for title, lines in shown for line in [title, *(f"  {text}" for text in lines)])
 
 
 def _model_lines(config: Config, device: Device) -> list[str]:
@@ -41,6 +50,10 @@ def _model_lines(config: Config, device: Device) -> list[str]:
         where = f"{config.reference_ranks} rank(s) of its own" if config.reference_ranks else "the policy, adapters off"
         lines.append(f"KL: weight {kl.init_coef:g}, estimator {kl.estimator}; reference: {where}")
     return lines
+
+
+def _assumed_lines(config: Config) -> list[str]:
+    return [] if config.assume_gpus is None else [f"on GPUs that are not here: {AssumedGpus.parse(config.assume_gpus)}"]
 
 
 def _batch_lines(config: Config, plan: BatchPlan, bound: BoundScale, tolerance: float) -> list[str]:
@@ -61,6 +74,15 @@ def _batch_lines(config: Config, plan: BatchPlan, bound: BoundScale, tolerance: 
     return lines
 
 
+def _prompt_lines(inputs: Inputs) -> list[str]:
+    """The first training prompt as the model gets it, its beginning and end, and the human score."""
+    prompt = inputs.train_set.prompts[0]
+    text = decode(inputs.tokenizer, prompt.token_ids)
+    shown = text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]} [...] {text[-_SHOWN:]}"
+    how = "through the chat template" if inputs.template.apply_chat_template else "without a chat template"
+    return [f"{len(prompt.token_ids)} tokens, {how}, human score {prompt.label:g}:", *shown.splitlines()]
+
+
 def _step_lines(config: Config, plan: BatchPlan) -> list[str]:
     bound = "at most " if plan.at_most else ""
     every = "" if config.eval.steps < 0 else f", every {config.eval.steps} steps"
@@ -71,12 +93,12 @@ def _step_lines(config: Config, plan: BatchPlan) -> list[str]:
     ]
 
 
-def _score_lines(bound: BoundScale, decode: Callable[[int], str]) -> list[str]:
+def _score_lines(bound: BoundScale, read: Callable[[int], str]) -> list[str]:
     lines = []
     for anchor in bound.anchors:
         lines.append(f"after {anchor.prefix!r} (anchor {anchor.text!r}):")
         for value, label, tokens in zip(bound.scale.values, bound.scale.labels, anchor.labels):
-            shown = ", ".join(f"{token} {decode(token)!r}" for token in tokens)
+            shown = ", ".join(f"{token} {read(token)!r}" for token in tokens)
             lines.append(f"  {label!r} (value {value:g}) -> token{'s' if len(tokens) > 1 else ''} {shown}")
     n_branches = len(bound.anchors[0].trie.branches)
     if n_branches:

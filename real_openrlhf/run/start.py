@@ -48,7 +48,7 @@ def launch(plan: RunPlan, checkpoint: Checkpoint | None = None) -> dict[str, Any
         StopRequest() as stop,
     ):
         plan = on_cluster(plan, session)
-        logger.info("%s", render(plan))
+        logger.info("%s", render(plan, for_log=True))
         timer = PhaseTimer()
         with timer.phase("start"):
             actors = Actors(plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,3 +145,41 @@ def test_the_plan_holds_what_the_start_takes(flags: list[str]) -> None:
 def test_every_warning_is_shown_once(flags: list[str]) -> None:
     inputs = inputs_of(flags, "--actor.adam.lr", "0")
     assert make_plan(inputs, cluster_gpus=0).warnings == ("--actor.adam.lr 0: nothing is learned",)
+
+
+def test_gpus_that_are_not_here(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    more = ["--real.device", "auto", "--dry_run", "--actor.num_gpus_per_node", "4", "--vllm.num_engines", "2"]
+    wide = ["--vllm.tensor_parallel_size", "2"]
+    plan = make_plan(inputs_of(flags, *more, *wide, "--assume_gpus", "8x80GB"))
+    text = render(plan)
+    assert "bf16 on cuda" in text and "on GPUs that are not here: 1 node(s) x 8 GPU(s) of 80 GB" in text
+    with pytest.raises(ConfigError, match=r"--assume_gpus: 1 node\(s\) x 7 GPU\(s\).*8 GPU asked for.*has 7"):
+        make_plan(inputs_of(flags, *more, *wide, "--assume_gpus", "7x80GB"))
+    # Two engines of two GPUs on nodes of three: each node has room for one beside two ranks.
+    make_plan(inputs_of(flags, *more, *wide, "--assume_gpus", "4x3x80GB"))
+    with pytest.raises(ConfigError, match="no node can hold the 2 bundles of an engine"):
+        make_plan(inputs_of(flags, *more, *wide, "--assume_gpus", "8x1x80GB"))
+    with pytest.raises(ConfigError, match=r"an engine has .* of weights"):
+        make_plan(inputs_of(flags, *more, "--assume_gpus", "8x0.000001GB", "--vllm.gpu_memory_utilization", "1"))
+    with pytest.raises(ConfigError, match="with nodes 2x8x80GB"):
+        make_plan(inputs_of(flags, *more, "--assume_gpus", "eight"))
+    with pytest.raises(ConfigError, match="add --dry_run"):
+        inputs_of(flags, "--assume_gpus", "8x80GB")
+
+
+def test_a_chat_template_that_is_left_out_is_a_warning(flags: list[str], tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, num_attention_heads=1).save_pretrained(tmp_path)
+    (warning,) = make_plan(inputs_of(flags, "--actor.model_name_or_path", str(tmp_path))).warnings
+    assert "has a chat template" in warning and "--data.apply_chat_template" in warning
+
+
+def test_the_dry_run_shows_a_prompt_and_the_log_does_not(flags: list[str]) -> None:
+    plan = make_plan(inputs_of(flags, "--actor.adam.lr", "0"))
+    first = plan.inputs.train_set.prompts[0]
+    shown = render(plan)
+    assert f"{len(first.token_ids)} tokens, without a chat template, human score {first.label:g}:" in shown
+    logged = render(plan, for_log=True)
+    assert "First prompt" not in logged and "Warnings" not in logged and "Placement" in logged

@@ -13,6 +13,8 @@ from real_openrlhf.common.device import Device
 from real_openrlhf.config.batch_plan import BatchPlan, batch_plan
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.schema import Config
+from real_openrlhf.data.prompt import Prompt
+from real_openrlhf.data.template import PromptTemplate
 from real_openrlhf.run.plan_text import render
 
 SMALL = {"rollout.batch_size": 8, "rollout.n_samples_per_prompt": 4, "train.micro_batch_size": 2}
@@ -30,11 +32,16 @@ def rendered(
     decode: Callable[[int], str] = str,
     warnings: Sequence[str] = (),
 ) -> str:
-    tokenizer = SimpleNamespace(decode=lambda ids: decode(ids[0]))
+    tokenizer = SimpleNamespace(decode=lambda ids, **kwargs: "".join(map(decode, ids)))
     plan: Any = SimpleNamespace(
         config=config,
         batch=batch,
-        inputs=SimpleNamespace(bound=bound, tokenizer=tokenizer),
+        inputs=SimpleNamespace(
+            bound=bound,
+            tokenizer=tokenizer,
+            train_set=SimpleNamespace(prompts=[Prompt(token_ids=(13, 12), label=2.5, row=0, text="")]),
+            template=PromptTemplate(),
+        ),
         placement=placement,
         device=Device(name=device, dtype_name=dtype),
         reward_tolerance=reward_tolerance,
@@ -83,6 +90,9 @@ def test_text_of_the_plan() -> None:
         Steps
           100 prompts x 1 episode(s): at most 12 steps, at most 12 updates
           evaluation before training, every 10 steps, and at the end
+        First prompt
+          2 tokens, without a chat template, human score 2.5:
+           3 2
         Score tokens
           after 'Score:' (anchor 'Score: '):
             '1' (value 1) -> token 11 ' 1'
