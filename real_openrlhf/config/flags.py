@@ -171,7 +171,7 @@ def describe(item: Flag) -> str:
     if item.choices:
         noun = "one of " + ", ".join(item.choices)
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    bounds = " and ".join(f"{signs[name]} {bound:g}" for name, bound in item.bounds.items())
+    bounds = " and ".join(f"{signs[name]} {bound}" for name, bound in item.bounds.items())
     text = f"{noun} {bounds}".strip()
     if item.many:
         text = f"{item.length} values, each {text}" if item.length else f"one or more values, each {text}"

@@ -141,7 +141,8 @@ class TrainConfig(Section):
     max_epochs: int = flag(1, "passes over each step's rollouts", ge=1)
     num_episodes: int = flag(1, "passes over the prompts", ge=1)
     max_steps: int | None = flag(None, "stop after this many steps; 0: evaluate and export only", ge=0)
-    seed: int = flag(42, "seed of data order, engines and policy", ge=0)
+    # NumPy's generator takes 32 bits; engines add their number.
+    seed: int = flag(42, "seed of data order, engines and policy", ge=0, le=2**31 - 1)
     full_determinism_enable: bool = flag(False, "seed every sampling request and use deterministic kernels; slower")
     colocate_all: bool = flag(False, "engines and policy share their GPUs")
     async_enable: bool = flag(False, "sample the next batch while training: rollouts are one version of weights late")
