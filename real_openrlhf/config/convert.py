@@ -119,7 +119,7 @@ def _coerce_one(item: Flag, value: Any, start: str) -> Any:
         if result is None:
             raise wrong
         return result
-    # A YAML "no" is a boolean, and YAML reads 1e-6 as text: text that is a number is one.
+    # A command line gives text, and a file may have put a number in quotes: text that is a number is one.
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise wrong
     if item.kind is str:
