@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from real_openrlhf.common.device import Device
+from real_openrlhf.common.paths import path_argument, text_argument
 from real_openrlhf.data.sources import BadRow, DataError, Row, lookup, read_rows, shorten
 from real_openrlhf.data.template import PromptError, PromptTemplate
 from real_openrlhf.data.tokenizer import load_tokenizer
@@ -293,9 +294,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--model_name_or_path", required=True, help="Hugging Face folder or hub id")
+    add("--model_name_or_path", type=text_argument, required=True, help="Hugging Face folder or hub id")
     add("--data", required=True, help="file, folder or hub id with the columns prompt and response")
-    add("--output_dir", type=Path, required=True)
+    add("--output_dir", type=path_argument, required=True)
     add("--learning_rate", type=float, default=WarmupConfig.learning_rate)
     add("--batch_size", type=int, default=WarmupConfig.batch_size, help="rows per optimizer step")
     add("--micro_batch_size", type=int, help="rows per forward pass; the whole batch when not given")

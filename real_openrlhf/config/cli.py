@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from real_openrlhf.common.paths import expand
 from real_openrlhf.config.convert import (
     build_config,
     coerce,
@@ -117,7 +118,7 @@ def resolve(explicit: dict[str, Any], from_file: dict[str, Any] | None = None) -
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
     """Flag name -> typed value from a JSON or YAML file. Raises ConfigError."""
-    path = Path(path)
+    path = Path(expand(str(path)))
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
+from real_openrlhf.common.paths import expand
 from real_openrlhf.config.flags import ConfigError, Flag, all_flags, check_value, describe, subsections
 from real_openrlhf.config.schema import Config
 
@@ -125,7 +126,9 @@ def _coerce_one(item: Flag, value: Any, start: str) -> Any:
     if item.kind is str:
         if not isinstance(value, str):
             raise ConfigError(f"{wrong}; put it in quotes")
-        return value
+        if item.path and item.optional and not value.strip():
+            raise ConfigError(f"{start}--{item.name} is blank; give a path, or none")
+        return expand(value) if item.path else value
     try:
         number = float(value)
         if item.kind is float:

@@ -14,6 +14,7 @@ from real_openrlhf.actors.engine.limits import ModelLimits
 from real_openrlhf.actors.engine.spec import EngineSpecError, check_read_tokens, check_sampling, logprobs_mode_for
 from real_openrlhf.algo.sampling import Sampling
 from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.common.paths import expand
 from real_openrlhf.data.judge_prompt import JudgeTemplate
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.data.template import PromptError
@@ -93,7 +94,8 @@ class Judge:
             raise JudgeError("give a server or a backend, not both")
         if server_options and server is None:
             raise JudgeError("server_options are given, but no server")
-        self.model = str(model)
+        model = expand(str(model))
+        self.model = model
         self.tokenizer = load_tokenizer(self.model, trust_remote_code=trust_remote_code, name="the model")
         found = find_settings(model, self.tokenizer, settings)
         self.settings = replace(

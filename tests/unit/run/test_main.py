@@ -103,6 +103,37 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(
     assert "output: none" in capsys.readouterr().out
 
 
+def test_paths_begin_at_home_and_have_blanks_and_letters_of_any_script(
+    flags: Flags,
+    model: Path,
+    started: list[RunPlan],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    home = tmp_path / "mon dossier 数据"
+    shutil.copytree(model, home / "le modèle")
+    (home / "here").mkdir()
+    monkeypatch.chdir(home / "here")
+    monkeypatch.setenv("HOME", str(home))
+    write_rows(home / "train set.jsonl", make_rows(24, seed=0))
+    write_rows(home / "测试 set.jsonl", make_rows(6, seed=1))
+    named = {
+        "actor.model_name_or_path": "~/le modèle",
+        "data.prompt_dataset": "~/train set.jsonl",
+        "eval.dataset": "~/测试 set.jsonl",
+        "ckpt.output_dir": "~/runs/x 1",
+        "ckpt.path": "~/ckpt é",
+    }
+    assert main([f"--{name}={value}" for name, value in {**flags, **named}.items()] + ["--dry_run"]) == 0
+    assert f"output: {home}/runs/x 1" in capsys.readouterr().out
+    assert main([f"--{name}={value}" for name, value in {**flags, **named}.items()]) == 0
+    (plan,) = started
+    assert plan.model_folder == home / "runs/x 1/model" and Path(plan.config.ckpt.folder) == home / "ckpt é"
+    assert [b.name for b in plan.inputs.benchmarks] == ["测试_set"]
+    assert plan.config.actor.model_name_or_path == f"{home}/le modèle" and list(Path.cwd().iterdir()) == []
+
+
 def test_an_unknown_flag(flags: Flags, capsys: pytest.CaptureFixture[str], started: list[RunPlan]) -> None:
     line = refused(capsys, argv(flags, "--rollout.batchsize", "3"))
     assert "unknown flag --rollout.batchsize; did you mean rollout.batch_size" in line
