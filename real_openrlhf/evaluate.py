@@ -14,10 +14,10 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from real_openrlhf.common.errors import RunError
+from real_openrlhf.common.paths import path_argument
 from real_openrlhf.evals.benchmarks import Benchmark, load_benchmark, parse_benchmarks
 from real_openrlhf.evals.judging import earlier_predictions, identity_of, judge_all, largest_difference, name_of
 from real_openrlhf.evals.predictions import EvaluationError
@@ -55,8 +55,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_model(parser, required=False)
     add = parser.add_argument
     add("--benchmark", nargs="+", action="extend", metavar="NAME=PATH", help="files of judged prompts")
-    add("--output_dir", type=Path, help="folder of this evaluation; with --compare, of the comparison")
-    add("--compare", nargs="+", type=Path, metavar="RUN", help="output folders: all others against the first, paired")
+    add("--output_dir", type=path_argument, help="folder of this evaluation; with --compare, of the comparison")
+    add(
+        "--compare",
+        nargs="+",
+        type=path_argument,
+        metavar="RUN",
+        help="output folders: all others against the first, paired",
+    )
     add("--method", help="first cell of the table; the model's name when not given")
     add("--training", default="", help="second cell of the table, such as SFT or RL")
     data = parser.add_argument_group("data")
@@ -72,7 +78,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     judging.add_argument("--seed", type=int, default=0, help="of sampled generations, and of the intervals")
     judging.add_argument("--no_force", action="store_true", help="leave generations without a score as they are")
     judging.add_argument("--renormalise", action="store_true", default=None, help="E[score] of the scale alone")
-    judging.add_argument("--feedback_of", type=Path, metavar="RUN", help="read the scores of that run's feedback anew")
+    judging.add_argument(
+        "--feedback_of", type=path_argument, metavar="RUN", help="read the scores of that run's feedback anew"
+    )
     judging.add_argument("--batch_size", type=int, default=64, help="prompts that are judged and written at a time")
     server = parser.add_argument_group("server")
     server.add_argument("--server", help="address of an OpenAI-compatible server of --model, whose tokenizer is used")

@@ -29,8 +29,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from real_openrlhf.common.device import Device
+from real_openrlhf.common.paths import path_argument, text_argument
 from real_openrlhf.data.sources import BadRow, DataError, Row, lookup, read_rows, shorten
 from real_openrlhf.data.template import PromptError, PromptTemplate
+from real_openrlhf.data.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -292,9 +294,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--model_name_or_path", required=True, help="Hugging Face folder or hub id")
+    add("--model_name_or_path", type=text_argument, required=True, help="Hugging Face folder or hub id")
     add("--data", required=True, help="file, folder or hub id with the columns prompt and response")
-    add("--output_dir", type=Path, required=True)
+    add("--output_dir", type=path_argument, required=True)
     add("--learning_rate", type=float, default=WarmupConfig.learning_rate)
     add("--batch_size", type=int, default=WarmupConfig.batch_size, help="rows per optimizer step")
     add("--micro_batch_size", type=int, help="rows per forward pass; the whole batch when not given")
@@ -316,7 +318,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> list[dict[str, float]]:
     """The whole warm-up; everything that can be wrong with the flags and data is found before training."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     config = WarmupConfig(**{k: v for k, v in vars(args).items() if k in WarmupConfig.__dataclass_fields__})
     device = Device.resolve(args.device, "fp32").current()
@@ -326,12 +328,7 @@ def run(args: argparse.Namespace) -> list[dict[str, float]]:
     template = PromptTemplate(
         input_template=args.input_template, apply_chat_template=args.apply_chat_template, enable_thinking=thinking
     )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    except (OSError, ValueError) as error:
-        raise WarmupError(
-            f"--model_name_or_path {args.model_name_or_path}: no tokenizer that loads: {error}"
-        ) from error
+    tokenizer = load_tokenizer(args.model_name_or_path, name="--model_name_or_path")
     examples = load_examples(args.data, tokenizer=tokenizer, template=template, max_len=args.max_len)
     config.total_steps(len(examples))
     torch.manual_seed(config.seed)

@@ -31,6 +31,7 @@ from real_openrlhf.checkpoint.manifest import (
 )
 from real_openrlhf.checkpoint.writer import CheckpointWriter
 from real_openrlhf.common import durable
+from real_openrlhf.common.paths import expand
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class CheckpointStore:
         """
         if type(keep) is not int or keep < 1:
             raise ValueError(f"the number of checkpoints to keep must be a whole number of at least 1, got {keep!r}")
-        self.root = Path(root).expanduser()
+        self.root = Path(expand(str(root)))
         self.keep = keep
         self.keep_best = keep_best
         self.metric_name = metric_name
@@ -226,7 +227,7 @@ class CheckpointStore:
         when there is none of any kind, else CheckpointError.
         """
         if which not in ("latest", "best"):
-            return self._find_path(Path(which).expanduser())
+            return self._find_path(Path(expand(str(which))))
         complete, defects = self._scan()
         if not complete and not defects:
             raise NoCheckpointError(f"there is no checkpoint in {self.root}")

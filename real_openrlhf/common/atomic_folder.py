@@ -10,6 +10,7 @@ from pathlib import Path
 
 from real_openrlhf.common import durable
 from real_openrlhf.common.errors import FolderError
+from real_openrlhf.common.paths import expand
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def repair_folder(target: str | Path) -> None:
 
 def _resolved(target: str | Path) -> Path:
     """A link is followed: what it points to is replaced, and it stays."""
-    path = Path(target).expanduser().resolve()
+    path = Path(expand(str(target))).resolve()
     if path.exists() and not path.is_dir():
         raise FolderError(f"{path} is a file; give a folder")
     return path

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from real_openrlhf.common.paths import expand
 from real_openrlhf.config.convert import (
     build_config,
     coerce,
@@ -21,6 +22,7 @@ from real_openrlhf.config.convert import (
 from real_openrlhf.config.flags import ConfigError, Flag, describe
 from real_openrlhf.config.presets import DEFAULT_PRESET, PRESETS
 from real_openrlhf.config.schema import Config
+from real_openrlhf.config.strict_yaml import load_yaml
 from real_openrlhf.config.unsupported import why_unsupported
 
 __all__ = ["build_parser", "config_from_dict", "config_to_dict", "parse_args", "resolve"]
@@ -116,7 +118,7 @@ def resolve(explicit: dict[str, Any], from_file: dict[str, Any] | None = None) -
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
     """Flag name -> typed value from a JSON or YAML file. Raises ConfigError."""
-    path = Path(path)
+    path = Path(expand(str(path)))
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -140,7 +142,9 @@ def _parse_json(text: str, path: Path) -> Any:
 
     try:
         return json.loads(text, object_pairs_hook=no_duplicates)
-    except json.JSONDecodeError as error:
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
         raise ConfigError(f"--config: {path} is not JSON: {error}") from None
 
 
@@ -150,8 +154,10 @@ def _parse_yaml(text: str, path: Path) -> Any:
     except ImportError:
         raise ConfigError(f"--config: {path} is YAML, which needs the package pyyaml; or write it as JSON") from None
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return load_yaml(text, f"--config {path}")
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"--config: {path} is not YAML: {error}") from None
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
+from real_openrlhf.common.paths import expand
 from real_openrlhf.config.flags import ConfigError, Flag, all_flags, check_value, describe, subsections
 from real_openrlhf.config.schema import Config
 
@@ -119,13 +120,15 @@ def _coerce_one(item: Flag, value: Any, start: str) -> Any:
         if result is None:
             raise wrong
         return result
-    # A YAML "no" is a boolean, and YAML reads 1e-6 as text: text that is a number is one.
+    # A command line gives text, and a file may have put a number in quotes: text that is a number is one.
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise wrong
     if item.kind is str:
         if not isinstance(value, str):
             raise ConfigError(f"{wrong}; put it in quotes")
-        return value
+        if item.path and item.optional and not value.strip():
+            raise ConfigError(f"{start}--{item.name} is blank; give a path, or none")
+        return expand(value) if item.path else value
     try:
         number = float(value)
         if item.kind is float:

@@ -36,9 +36,10 @@ def flag(
     metavar: str | None = None,
     required: bool = False,
     secret: bool = False,
+    path: bool = False,
 ) -> Any:
     """A dataclass field that is a flag. Bounds hold for every number in a tuple; None is always allowed
-    where the type allows it. required: "" means missing. secret: never shown."""
+    where the type allows it. required: "" means missing. secret: never shown. path: ~ is the home folder."""
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata = {
         "help": help,
@@ -47,6 +48,7 @@ def flag(
         "metavar": metavar,
         "required": required,
         "secret": secret,
+        "path": path,
     }
     return field(default=default, metadata=metadata, repr=not secret)
 
@@ -70,6 +72,7 @@ class Flag:
     metavar: str | None
     required: bool
     secret: bool
+    path: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +125,7 @@ def _flag_of(f: dataclasses.Field[Any], name: str, hint: Any) -> Flag:
         hint = items[0]
     if typing.get_origin(hint) is Literal:
         choices, hint = typing.get_args(hint), str
-    shown = {key: f.metadata[key] for key in ("help", "bounds", "metavar", "required", "secret")}
+    shown = {key: f.metadata[key] for key in ("help", "bounds", "metavar", "required", "secret", "path")}
     return Flag(
         name=name,
         kind=hint,
@@ -171,7 +174,7 @@ def describe(item: Flag) -> str:
     if item.choices:
         noun = "one of " + ", ".join(item.choices)
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    bounds = " and ".join(f"{signs[name]} {bound:g}" for name, bound in item.bounds.items())
+    bounds = " and ".join(f"{signs[name]} {bound}" for name, bound in item.bounds.items())
     text = f"{noun} {bounds}".strip()
     if item.many:
         text = f"{item.length} values, each {text}" if item.length else f"one or more values, each {text}"

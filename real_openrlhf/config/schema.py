@@ -47,7 +47,7 @@ class AdamConfig(Section):
 @dataclass(frozen=True, kw_only=True)
 class ActorConfig(Section):
     prefix: ClassVar[str] = "actor"
-    model_name_or_path: str = flag("", "the model to train: hub name or Hugging Face folder", required=True)
+    model_name_or_path: str = flag("", "the model to train: hub name or Hugging Face folder", required=True, path=True)
     num_nodes: int = flag(1, "nodes of the policy", ge=1)
     num_gpus_per_node: int = flag(1, "ranks of the policy per node: GPUs, or processes on a CPU", ge=1)
     gradient_checkpointing_enable: bool = flag(False, "recompute activations in the backward pass")
@@ -141,7 +141,8 @@ class TrainConfig(Section):
     max_epochs: int = flag(1, "passes over each step's rollouts", ge=1)
     num_episodes: int = flag(1, "passes over the prompts", ge=1)
     max_steps: int | None = flag(None, "stop after this many steps; 0: evaluate and export only", ge=0)
-    seed: int = flag(42, "seed of data order, engines and policy", ge=0)
+    # NumPy's generator takes 32 bits; engines add their number.
+    seed: int = flag(42, "seed of data order, engines and policy", ge=0, le=2**31 - 1)
     full_determinism_enable: bool = flag(False, "seed every sampling request and use deterministic kernels; slower")
     colocate_all: bool = flag(False, "engines and policy share their GPUs")
     async_enable: bool = flag(False, "sample the next batch while training: rollouts are one version of weights late")
@@ -160,7 +161,9 @@ class RolloutConfig(Section):
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
     prefix: ClassVar[str] = "data"
-    prompt_dataset: str = flag("", "training prompts: a JSONL, JSON, CSV or parquet file, or a hub id", required=True)
+    prompt_dataset: str = flag(
+        "", "training prompts: a JSONL, JSON, CSV or parquet file, or a hub id", required=True, path=True
+    )
     input_key: str = flag("prompt", "column of the prompt: text, or chat messages")
     label_key: str = flag("label", "column of the human score")
     apply_chat_template: bool = flag(False, "wrap prompts in the tokenizer's chat template")
@@ -204,15 +207,17 @@ class EvalConfig(Section):
 @dataclass(frozen=True, kw_only=True)
 class CkptConfig(Section):
     prefix: ClassVar[str] = "ckpt"
-    output_dir: str = flag("", "folder of the trained model, logs and samples; needed unless --dry_run")
-    path: str | None = flag(None, "folder of the checkpoints; none: <output_dir>/checkpoints")
+    output_dir: str = flag("", "folder of the trained model, logs and samples; needed unless --dry_run", path=True)
+    path: str | None = flag(None, "folder of the checkpoints; none: <output_dir>/checkpoints", path=True)
     save_steps: int = flag(-1, "save a checkpoint every so many steps; -1: only when a signal stops the run")
     max_num: int = flag(3, "how many of the newest checkpoints to keep; the best comes on top", ge=1)
     best_metric_key: str = flag(
         "expected/pearson",
         "evaluation metric that chooses the exported judge and the best checkpoint; none: the last weights",
     )
-    load: str = flag("none", "resume: none, latest, best, a checkpoint's path, or auto (latest if there is one)")
+    load: str = flag(
+        "none", "resume: none, latest, best, a checkpoint's path, or auto (latest if there is one)", path=True
+    )
     force: bool = flag(False, "resume even if data, template, scale, tokenizer or model changed")
 
     def __post_init__(self) -> None:
@@ -328,7 +333,7 @@ class WandbConfig(Section):
 class LoggerConfig(Section):
     prefix: ClassVar[str] = "logger"
     logging_steps: int = flag(1, "log every so many steps", ge=1)
-    tensorboard_dir: str | None = flag(None, "write TensorBoard events here")
+    tensorboard_dir: str | None = flag(None, "write TensorBoard events here", path=True)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     samples: int = flag(4, "judgements per step that are written out", ge=0)
     term_grad_norm_steps: int = flag(10, "log the gradient norm of each loss term every so many steps; 0: never", ge=0)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.common.paths import path_argument
 from real_openrlhf.data.build import SFT, Settings, write
 from real_openrlhf.data.builders import BUILDERS, get_builder
 from real_openrlhf.data.judge_prompt import JudgeTemplate, template_names
@@ -34,7 +35,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("builder", help="one of those below")
     add("--source", nargs="+", metavar="[SPLIT=]SOURCE", help="files, folders or hub ids (owner/name:config@split)")
-    add("--output_dir", type=Path, required=True)
+    add("--output_dir", type=path_argument, required=True)
     add("--overwrite", action="store_true", help="replace the data set that is there")
     add("--scale", help="of the labels, such as 1-5; the data set's own unless given")
     add("--label_key", help="column of the score; the data set's own unless given")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.common.paths import expand
 from real_openrlhf.data.builders.base import Builder, FieldError, Item, Options, Parts
 from real_openrlhf.data.judge_prompt import JudgeTemplate, Rubric
 from real_openrlhf.data.rounding import written_label
@@ -85,7 +86,7 @@ def build(builder: Builder, settings: Settings) -> Built:
     options = Options(scale=settings.scale, seed=settings.seed, label_key=settings.label_key, columns=settings.columns)
     if builder.check is not None:
         builder.check(options)
-    named = [_NAMED.fullmatch(source) if not Path(source).exists() else None for source in settings.sources]
+    named = [_NAMED.fullmatch(source) if not Path(expand(source)).exists() else None for source in settings.sources]
     if any(named) and not all(named):
         raise DataError("--source: either every source names its split (train=...), or none does")
     left_out: Counter[str] = Counter()
@@ -301,7 +302,7 @@ def _prompt_form(built: Built, settings: Settings) -> str:
 
 def _shown(source: str) -> str:
     """A local path by its name alone: where a file lies on one machine says nothing on another."""
-    path = Path(source).expanduser()
+    path = Path(expand(source))
     return path.name if path.exists() else source
 
 

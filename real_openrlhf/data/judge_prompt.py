@@ -36,6 +36,7 @@ from jinja2 import TemplateError as JinjaError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from real_openrlhf.algo.score_scale import DEFAULT_ANCHOR, ScoreScale
+from real_openrlhf.common.paths import expand
 from real_openrlhf.data.sources import nearest, shorten
 from real_openrlhf.data.template import PromptError, TemplateError
 
@@ -214,7 +215,7 @@ def _compiled(text: str) -> tuple[Template, frozenset[str]]:
 
 def _load(name_or_path: str | Path) -> JudgeTemplate:
     name = str(name_or_path)
-    path = FOLDER / f"{name}.txt" if name in template_names() else Path(name).expanduser()
+    path = FOLDER / f"{name}.txt" if name in template_names() else Path(expand(name))
     if not path.is_file():
         known = template_names()
         raise TemplateError(

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from real_openrlhf.common.paths import expand
+
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SPLIT_WORDS = ("train", "validation", "valid", "val", "dev", "test", "eval")
 # "owner/name", or "owner/name:config" where the data set has several configurations.
@@ -110,10 +112,10 @@ def read_rows(source: str) -> Iterator[Row | BadRow]:
     """
     if not source.strip():
         raise DataError("no data set is given; pass a file, a folder or a hub id")
-    path, split = Path(source).expanduser(), None
+    path, split = Path(expand(source)), None
     if not path.exists() and "@" in source:
         head, _, split = source.rpartition("@")
-        path = Path(head).expanduser()
+        path = Path(expand(head))
     name = str(path)
     if path.is_file():
         if split is not None:
@@ -258,7 +260,8 @@ def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
 
     index = 0
     try:
-        with pq.ParquetFile(path) as file:
+        # Opened here: pyarrow would take some paths for addresses.
+        with path.open("rb") as opened, pq.ParquetFile(opened) as file:
             for batch in file.iter_batches(batch_size=1024):
                 for values in batch.to_pylist():
                     yield Row(place=Place(file=str(path), index=index, unit="row"), values=values)

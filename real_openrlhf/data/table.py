@@ -90,7 +90,8 @@ def write_table(path: Path, records: Sequence[Mapping[str, Any]], prompt_form: s
     except UnicodeEncodeError as error:
         raise DataError(f"{path}: a text is not valid Unicode: {error}") from error
     partial = path.with_name(path.name + ".part")
-    pq.write_table(table, partial, compression="zstd")
+    with partial.open("wb") as file:  # pyarrow would take some paths for addresses
+        pq.write_table(table, file, compression="zstd")
     os.replace(partial, path)
     return {"rows": len(records), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 

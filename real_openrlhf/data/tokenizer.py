@@ -2,17 +2,73 @@
 
 from __future__ import annotations
 
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from pathlib import Path
+
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from real_openrlhf.common.paths import looks_like_a_path
+
+# Words without marks, so that a tokenizer may put spaces around those. The line break must part words too.
+_PROBE = "Rate this answer from 1 to 5\nand end with the score 4"
 
 
 def load_tokenizer(
     path: str, *, trust_remote_code: bool = False, name: str = "--actor.model_name_or_path"
 ) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, or ValueError that says what is missing. name: of the setting, for the message."""
+    """The model's tokenizer, or ValueError that says what is missing. name: of the setting, for the message.
+
+    A tokenizer that does not give its text back is a ValueError too: prompts would lose words without a word.
+    """
+    if looks_like_a_path(path) and not Path(path).is_dir():
+        raise ValueError(f"{name} {path!r}: there is no such folder")
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} {path!r} has no tokenizer that loads: {error}") from error
+    lost = what_is_lost(tokenizer)
+    if lost is not None:
+        raise ValueError(
+            f"{name} {path!r}: the tokenizer ({type(tokenizer).__name__}) does not give its text back: {lost}; "
+            f"{_remedy(path)}"
+        )
+    return tokenizer
+
+
+def what_is_lost(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What a short text loses by encoding and decoding, in words; None for a tokenizer that can be used.
+
+    These may change: the kind and number of spaces, the case, what is unknown. Each word must still be there, and
+    apart from its neighbours.
+    """
+    ids = list(tokenizer.encode(_PROBE, add_special_tokens=False))
+    if ids and set(ids) <= {tokenizer.unk_token_id}:
+        return None  # a small vocabulary of other words
+    back = tokenizer.decode(ids)
+    unknown = (tokenizer.unk_token or "").casefold()
+    got, words = back.casefold().split(), _PROBE.casefold().split()
+    said = f"{_PROBE!r} comes back as {back!r}"
+    if len(got) < len(words):
+        # A line break without a token of its own is unknown there, which is no loss without a word.
+        unknown_break = len(got) == len(words) - 1 and unknown and unknown in back.casefold() and "\n" not in back
+        return None if unknown_break else f"spaces get lost, {said}"
+    if len(got) > len(words) or any(g != w and not (unknown and unknown in g) for g, w in zip(got, words)):
+        return f"words change, {said}"
+    return None
+
+
+def _remedy(path: str) -> str:
+    """What the user can do: most often a wrong class name stands beside a right tokenizer.json."""
+    if (Path(path) / "tokenizer.json").is_file():
+        try:
+            plain = PreTrainedTokenizerFast.from_pretrained(path)
+        except (OSError, ValueError):
+            plain = None
+        if plain is not None and what_is_lost(plain) is None:
+            return (
+                "its tokenizer.json is right, but is not of that class: write "
+                '"tokenizer_class": "PreTrainedTokenizerFast" into its tokenizer_config.json'
+            )
+    return "use the tokenizer files that the model was published with"
 
 
 def end_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

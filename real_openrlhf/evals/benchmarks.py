@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.common.paths import expand
 from real_openrlhf.data.dataset import JudgeDataset
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.data.sources import Row, lookup, nearest, read_rows
@@ -17,9 +18,10 @@ from real_openrlhf.evals.results import AVERAGE, READINGS
 from real_openrlhf.evals.tables import PAPER_NAMES
 
 GROUP = "group"
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+# Letters and digits of any script first.
+_NAME = re.compile(r"[^\W_][\w.-]*")
 # A comma inside a path stays: only one that a further name= follows separates.
-_COMMA = re.compile(r",(?=[A-Za-z0-9][\w.-]*=)")
+_COMMA = re.compile(r",(?=[^\W_][\w.-]*=)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,8 @@ class Benchmark:
 
 
 def parse_benchmarks(texts: Sequence[str], flag: str) -> dict[str, str]:
-    """Name -> source, from "name=path" (several after commas) or a path alone, named by its file.
+    """Name -> source, from "name=path" (several after commas) or a path alone, named by its file: blanks and other
+    characters that a name cannot have become _.
 
     Raises EvaluationError for names that occur twice or cannot be part of a metric's name.
 
@@ -43,12 +46,15 @@ def parse_benchmarks(texts: Sequence[str], flag: str) -> dict[str, str]:
     {'flask': '/data/a.parquet', 'mt_bench': '/data/b.parquet'}
     """
     found: dict[str, str] = {}
-    for item in (part for text in texts for part in _COMMA.split(text)):
+    for item in (part for text in texts for part in ([text] if _there(text) else _COMMA.split(text))):
         name, equals, source = item.partition("=")
-        if not equals or not _NAME.fullmatch(name):
-            name, source = Path(item.split("@")[0]).name.split(".")[0], item
-        if not source.strip() or not _NAME.fullmatch(name):
+        if _there(item) or not equals or not _NAME.fullmatch(name):
+            name, source = _name_of(item), item
+        if not source.strip():
             raise EvaluationError(f"{flag}: {item!r} is not a benchmark; write NAME=PATH, or the path of a file")
+        if not _NAME.fullmatch(name):
+            raise EvaluationError(f"{flag}: no name can be made of {item!r}; write NAME=PATH")
+        source = expand(source)
         if name in (AVERAGE, *READINGS):
             raise EvaluationError(f"{flag}: a benchmark cannot be named {name!r}: results have that name already")
         if name in found:
@@ -61,6 +67,16 @@ def parse_benchmarks(texts: Sequence[str], flag: str) -> dict[str, str]:
             )
         found[name] = source
     return found
+
+
+def _there(text: str) -> bool:
+    return bool(text.strip()) and Path(expand(text)).exists()
+
+
+def _name_of(item: str) -> str:
+    """The name of a file without its endings, or of a folder or hub id, as the name of a benchmark."""
+    path = item if _there(item) else item.split("@")[0]
+    return re.sub(r"[^\w.-]+", "_", Path(path).name.split(".")[0]).strip("_")
 
 
 def load_benchmark(

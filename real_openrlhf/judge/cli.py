@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from real_openrlhf.common.errors import RunError
+from real_openrlhf.common.paths import expand
 from real_openrlhf.common.plain import NotPlainError, plain
 from real_openrlhf.common.progress_bar import BAR_FORMAT
 from real_openrlhf.data.sources import BadRow, DataError, Row, lookup, read_json_lines, read_rows
@@ -255,7 +256,7 @@ def as_json(score: Score) -> dict[str, Any]:
 def _rubric(text: str | None) -> Any:
     if text is None:
         return None
-    path = Path(text)
+    path = Path(expand(text))
     if path.suffix not in (".json", ".txt"):
         return text
     try:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from real_openrlhf.algo.score_scale import DEFAULT_ANCHOR
+from real_openrlhf.common.paths import text_argument
 from real_openrlhf.data.tokenizer import load_tokenizer
 from real_openrlhf.export.settings import SETTINGS_FILE, JudgeSettings
 from real_openrlhf.judge.judge import MAX_PROMPT_TOKENS
@@ -25,7 +26,8 @@ def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 def add_model(parser: argparse.ArgumentParser, *, engine: bool = True, required: bool = True) -> None:
     add = parser.add_argument
-    add("--model", required=required, help="exported judge, or another Hugging Face folder or hub id")
+    about = "exported judge, or another Hugging Face folder or hub id"
+    add("--model", type=text_argument, required=required, help=about)
     if engine:
         add("--device", default="auto", help="auto, cpu or cuda")
         add("--max_new_tokens", type=int, help="longest response; the export's when not given")

@@ -10,9 +10,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from real_openrlhf.actors.engine.spec import check_sampling, logprobs_mode_for
+from real_openrlhf.actors.engine.limits import ModelLimits
+from real_openrlhf.actors.engine.spec import EngineSpecError, check_read_tokens, check_sampling, logprobs_mode_for
 from real_openrlhf.algo.sampling import Sampling
 from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.common.paths import expand
 from real_openrlhf.data.judge_prompt import JudgeTemplate
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.data.template import PromptError
@@ -92,7 +94,8 @@ class Judge:
             raise JudgeError("give a server or a backend, not both")
         if server_options and server is None:
             raise JudgeError("server_options are given, but no server")
-        self.model = str(model)
+        model = expand(str(model))
+        self.model = model
         self.tokenizer = load_tokenizer(self.model, trust_remote_code=trust_remote_code, name="the model")
         found = find_settings(model, self.tokenizer, settings)
         self.settings = replace(
@@ -102,6 +105,8 @@ class Judge:
         )
         self.scale = self.settings.scale
         self.reader = make_reader(self.settings, self.tokenizer)
+        if server is None and backend is None:
+            check_read_tokens(self.reader.bound)
         self.settings.template.check(self.tokenizer)
         self.template = _template(template, template_suffix)
         self.sampling = self._sampling(n, temperature, top_p, seed)
@@ -310,13 +315,11 @@ class Judge:
 
 def engine_length(model: str, room: int, wanted: int | None, *, trust_remote_code: bool = False) -> int:
     """max_model_len of a judge's own engine: as wanted, else MAX_PROMPT_TOKENS and the room, at most the model's."""
-    from transformers import AutoConfig
-
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
-    except (OSError, ValueError) as error:
-        raise JudgeError(f"{model} has no configuration that loads: {error}") from error
-    most = getattr(config, "max_position_embeddings", None) or MAX_PROMPT_TOKENS + room
+        limits = ModelLimits.of(model, trust_remote_code=trust_remote_code)
+    except EngineSpecError as error:
+        raise JudgeError(str(error)) from error
+    most = limits.positions or MAX_PROMPT_TOKENS + room
     length = min(most, MAX_PROMPT_TOKENS + room) if wanted is None else wanted
     if length > most:
         raise JudgeError(f"max_model_len {length} is more than the {most} positions of {model}")

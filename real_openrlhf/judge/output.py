@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from real_openrlhf.common.atomic_file import write_text
+from real_openrlhf.common.paths import expand
 from real_openrlhf.common.jsonl import JsonLines, keep_lines, read_lines
 from real_openrlhf.judge.types import RESULT, JudgeError
 
@@ -58,7 +59,7 @@ def open_output(target: str, *, overwrite: bool, resume: bool, identity: Mapping
             raise JudgeError("--resume needs --output FILE.jsonl; standard output cannot be gone on with")
         yield Output(None, [])
         return
-    path = Path(target)
+    path = Path(expand(target))
     if path.suffix != ".jsonl":
         raise JudgeError(f"--output is a .jsonl file or -, got {target!r}")
     if path.exists() and not overwrite:

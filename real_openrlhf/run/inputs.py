@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from real_openrlhf.actors.engine.spec import EngineSpecError, check_sampling, logprobs_mode_for
+from real_openrlhf.actors.engine.limits import ModelLimits
+from real_openrlhf.actors.engine.spec import EngineSpecError, check_read_tokens, check_sampling, logprobs_mode_for
 from real_openrlhf.algo.bound_scale import BoundScale, bind_scale
 from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.common.device import Device
@@ -55,6 +57,7 @@ def load_inputs(config: Config) -> Inputs:
     check_lora(config)
     tokenizer = load_tokenizer(config.actor.model_name_or_path)
     bound = bind_scale(config.real.score_scale, tokenizer, config.real.anchor)
+    limits = check_engine(config, bound)
     template = PromptTemplate(
         input_template=config.data.input_template,
         apply_chat_template=config.data.apply_chat_template,
@@ -73,15 +76,18 @@ def load_inputs(config: Config) -> Inputs:
         **_reading(config, tokenizer, template),
     )
     batch_plan(config, len(train_set))  # raises when the prompts do not fill a step
+    benchmarks = load_benchmarks(config, tokenizer, bound, template)
+    end_ids = end_token_ids(config.actor.model_name_or_path, tokenizer)
+    check_tokens(config, limits, train_set, benchmarks, (*bound.read_token_ids, *end_ids))
     return Inputs(
         config=config,
         device=device,
         tokenizer=tokenizer,
         bound=bound,
-        end_ids=end_token_ids(config.actor.model_name_or_path, tokenizer),
+        end_ids=end_ids,
         template=template,
         train_set=train_set,
-        benchmarks=load_benchmarks(config, tokenizer, bound, template),
+        benchmarks=benchmarks,
         warnings=tuple(warnings),
     )
 
@@ -102,6 +108,48 @@ def check_samplings(config: Config) -> None:
             f"--eval.temperature {config.eval.temperature:g} with --eval.top_p {config.eval.top_p:g} does not go "
             f"together with --rollout.temperature {config.rollout.temperature:g}: {error}"
         ) from error
+
+
+def check_engine(config: Config, bound: BoundScale) -> ModelLimits:
+    """ConfigError for what no engine of this model can do; returns what its configuration says."""
+    try:
+        check_read_tokens(bound)
+    except EngineSpecError as error:
+        raise ConfigError(f"--real.scale {config.real.scale}, --real.anchor: {error}") from error
+    try:
+        limits = ModelLimits.of(config.actor.model_name_or_path)
+        limits.check_length(config.data.max_len, "--data.max_len")
+        limits.check_workers(config.vllm.tensor_parallel_size, "--vllm.tensor_parallel_size")
+    except EngineSpecError as error:
+        raise ConfigError(f"--actor.model_name_or_path {config.actor.model_name_or_path}: {error}") from error
+    return limits
+
+
+def check_tokens(
+    config: Config,
+    limits: ModelLimits,
+    train_set: JudgeDataset,
+    benchmarks: Sequence[Benchmark],
+    own: Sequence[int],
+) -> None:
+    """ConfigError for tokens that the model does not have, or prompts too short to compare engine and policy on.
+
+    own: the scale's tokens and those that end a response.
+    """
+    try:
+        limits.check_tokens(own, "the labels of --real.scale and the end of text")
+        for what, prompts in (
+            (f"the prompts of --data.prompt_dataset {config.data.prompt_dataset}", train_set.prompts),
+            *((f"the prompts of --eval.dataset {b.source}", b.prompts) for b in benchmarks),
+        ):
+            limits.check_tokens((token for prompt in prompts for token in prompt.token_ids), what)
+    except EngineSpecError as error:
+        raise ConfigError(f"--actor.model_name_or_path {config.actor.model_name_or_path}: {error}") from error
+    if not any(len(prompt.token_ids) > 1 for prompt in train_set.prompts):
+        raise ConfigError(
+            f"--data.prompt_dataset {config.data.prompt_dataset}: every prompt is a single token; engine and policy "
+            "are compared on prompts of two tokens or more"
+        )
 
 
 def check_lora(config: Config) -> None:

@@ -183,7 +183,9 @@ def probe_sequences(inputs: Inputs) -> tuple[tuple[int, ...], ...]:
     The end of a prompt differs from row to row, its beginning is often a template.
     """
     sync = inputs.config.sync
-    return tuple(tuple(p.token_ids[-sync.check_tokens :]) for p in inputs.train_set.prompts[: sync.check_sequences])
+    # A log-prob needs a token before it.
+    prompts = [p for p in inputs.train_set.prompts if len(p.token_ids) > 1][: sync.check_sequences]
+    return tuple(tuple(p.token_ids[-sync.check_tokens :]) for p in prompts)
 
 
 def engine_workers(config: Config) -> int:

@@ -75,17 +75,22 @@ class EngineSpec:
             )
         if self.enable_sleep and not self.device.is_cuda:
             raise EngineSpecError("vLLM has no sleep mode on a CPU (--vllm.enable_sleep)")
-        n_read = len(self.read_token_ids)
-        if n_read > MAX_READ_TOKENS:
-            raise EngineSpecError(
-                f"the scale's labels are {n_read} different tokens over all anchors; vLLM returns log-probs of at "
-                f"most {MAX_READ_TOKENS} chosen tokens. Use fewer labels or fewer anchors."
-            )
+        check_read_tokens(self.bound)
 
     @property
     def read_token_ids(self) -> list[int]:
         """Tokens whose log-probs come back at every generated position."""
         return self.bound.read_token_ids
+
+
+def check_read_tokens(bound: BoundScale) -> None:
+    """EngineSpecError for a scale with more different tokens than an engine returns log-probs of."""
+    n_read = len(bound.read_token_ids)
+    if n_read > MAX_READ_TOKENS:
+        raise EngineSpecError(
+            f"the scale's labels are {n_read} different tokens over all anchors; vLLM returns log-probs of at "
+            f"most {MAX_READ_TOKENS} chosen tokens. Use fewer labels or fewer anchors."
+        )
 
 
 def logprobs_mode_for(temperature: float, top_p: float) -> str:

@@ -104,6 +104,29 @@ def test_keep_all_groups_switches_refill_off_unless_asked_for() -> None:
     assert parse_args(["--real.keep_groups", "all", "--real.refill"]).real.refill is True
 
 
+@pytest.mark.parametrize("item", [f for f in flags_by_name().values() if f.path], ids=lambda item: item.name)
+def test_paths_may_begin_at_home(item: Flag, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("yaml")
+    home = tmp_path / "mon dossier 数据"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    (home / "run.json").write_text(json.dumps({item.name: "~/x y"}))
+    (home / "run.yaml").write_text(f"{item.name}: ~/x y\n")
+    flag = f"--{item.name}"
+    for argv in ([f"{flag}=~/x y"], [flag, "~/x y"], ["--config", "~/run.json"], ["--config=~/run.yaml"]):
+        assert get_value(parse_args(argv), item.name) == f"{home}/x y"
+
+
+def test_which_flags_are_paths() -> None:
+    named = "actor.model_name_or_path data.prompt_dataset ckpt.output_dir ckpt.path ckpt.load logger.tensorboard_dir"
+    assert {name for name, item in flags_by_name().items() if item.path} == set(named.split())
+
+
+def test_a_blank_path_is_no_path() -> None:
+    with pytest.raises(ConfigError, match=r"--ckpt.path is blank; give a path, or none"):
+        parse_args(["--ckpt.path", " "])
+
+
 def test_yaml(tmp_path: Path) -> None:
     pytest.importorskip("yaml")
     file = tmp_path / "run.yaml"

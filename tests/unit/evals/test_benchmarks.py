@@ -24,16 +24,44 @@ from tests.helpers.tiny_judge import make_tokenizer
         (["owner/name@test"], {"name": "owner/name@test"}),
         (["flask=owner/name@test,mt_bench=z.json"], {"flask": "owner/name@test", "mt_bench": "z.json"}),
         (["dir=with/a=b.jsonl"], {"dir": "with/a=b.jsonl"}),
-        (["./with/a=b.jsonl"], {"a=b": "./with/a=b.jsonl"}),
+        # Names that a metric could not have.
+        (["./with/a=b.jsonl"], {"a_b": "./with/a=b.jsonl"}),
+        (["/x/test set.jsonl"], {"test_set": "/x/test set.jsonl"}),
+        (["/x/(new) é.v2.jsonl"], {"new_é": "/x/(new) é.v2.jsonl"}),
+        (["/x/数据.jsonl"], {"数据": "/x/数据.jsonl"}),
+        (["数据=/x/a b.jsonl,été=/y"], {"数据": "/x/a b.jsonl", "été": "/y"}),
     ],
 )
 def test_names_and_sources(texts: list[str], want: dict[str, str]) -> None:
-    if "a=b" in want:
-        # A name that no metric could have.
-        with pytest.raises(EvaluationError, match="is not a benchmark"):
-            parse_benchmarks(texts, "--eval.dataset")
-    else:
-        assert parse_benchmarks(texts, "--eval.dataset") == want
+    assert parse_benchmarks(texts, "--eval.dataset") == want
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("test set.jsonl", "test_set"),
+        ("données.jsonl", "données"),
+        ("数据.jsonl", "数据"),
+        ("a=b.jsonl", "a_b"),
+        ("x,a=b.jsonl", "x_a_b"),
+        ("me@home.jsonl", "me_home"),
+    ],
+)
+def test_a_file_that_is_there_is_a_path_whatever_its_name(
+    file: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(file).touch()
+    assert parse_benchmarks([file], "--eval.dataset") == {name: file}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    whole = f"{tmp_path}/{file}"
+    assert parse_benchmarks([f"~/{file}"], "--eval.dataset") == {name: whole}
+    assert parse_benchmarks([f"one=~/{file}", "two=~"], "--eval.dataset")["two"] == str(tmp_path)
+
+
+def test_every_source_of_a_list_may_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/é x")
+    assert parse_benchmarks(["a=~/1.json,b=~/2.json"], "--f") == {"a": "/home/é x/1.json", "b": "/home/é x/2.json"}
 
 
 @pytest.mark.parametrize(
@@ -45,6 +73,8 @@ def test_names_and_sources(texts: list[str], want: dict[str, str]) -> None:
         (["vicuna"], r"there is no file 'vicuna' \(did you mean 'vicuna_bench'\?\)"),
         ([""], "is not a benchmark"),
         (["a="], "is not a benchmark"),
+        (["/x/!.jsonl"], r"no name can be made of '/x/!.jsonl'; write NAME=PATH"),
+        (["a b.jsonl", "a_b.jsonl"], "two benchmarks are named 'a_b'"),
     ],
 )
 def test_wrong_names(texts: list[str], message: str) -> None:

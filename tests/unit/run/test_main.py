@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from real_openrlhf.checkpoint.manifest import CheckpointMeta
 from real_openrlhf.config.cli import parse_args
@@ -22,6 +23,7 @@ from real_openrlhf.run import main as module
 from real_openrlhf.run.identity import run_identity
 from real_openrlhf.run.inputs import known_device, load_inputs
 from real_openrlhf.run.plan import RunPlan
+from real_openrlhf.run.specs import probe_sequences
 from real_openrlhf.train_real import main
 from tests.helpers.tiny_judge import make_rows, make_tokenizer, write_rows
 
@@ -33,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder)
-    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     LlamaForCausalLM(
         LlamaConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes)
     ).save_pretrained(folder)
@@ -99,6 +101,37 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(
     del flags["ckpt.output_dir"]
     assert main(argv(flags, "--dry_run")) == 0
     assert "output: none" in capsys.readouterr().out
+
+
+def test_paths_begin_at_home_and_have_blanks_and_letters_of_any_script(
+    flags: Flags,
+    model: Path,
+    started: list[RunPlan],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    home = tmp_path / "mon dossier 数据"
+    shutil.copytree(model, home / "le modèle")
+    (home / "here").mkdir()
+    monkeypatch.chdir(home / "here")
+    monkeypatch.setenv("HOME", str(home))
+    write_rows(home / "train set.jsonl", make_rows(24, seed=0))
+    write_rows(home / "测试 set.jsonl", make_rows(6, seed=1))
+    named = {
+        "actor.model_name_or_path": "~/le modèle",
+        "data.prompt_dataset": "~/train set.jsonl",
+        "eval.dataset": "~/测试 set.jsonl",
+        "ckpt.output_dir": "~/runs/x 1",
+        "ckpt.path": "~/ckpt é",
+    }
+    assert main([f"--{name}={value}" for name, value in {**flags, **named}.items()] + ["--dry_run"]) == 0
+    assert f"output: {home}/runs/x 1" in capsys.readouterr().out
+    assert main([f"--{name}={value}" for name, value in {**flags, **named}.items()]) == 0
+    (plan,) = started
+    assert plan.model_folder == home / "runs/x 1/model" and Path(plan.config.ckpt.folder) == home / "ckpt é"
+    assert [b.name for b in plan.inputs.benchmarks] == ["测试_set"]
+    assert plan.config.actor.model_name_or_path == f"{home}/le modèle" and list(Path.cwd().iterdir()) == []
 
 
 def test_an_unknown_flag(flags: Flags, capsys: pytest.CaptureFixture[str], started: list[RunPlan]) -> None:
@@ -290,6 +323,64 @@ def test_checks_that_depend_on_the_device_see_auto_resolved(
     assert "--ds.adam_offload on a CPU" in " ".join(load_inputs(parse_args(argv(flags, "--ds.adam_offload"))).warnings)
     # On a cluster nobody knows yet.
     load_inputs(parse_args([*arguments, "--ray.address", "head:6379"]))
+
+
+# -- what an engine can do, known before any starts ----------------------------------------------------------
+
+
+def rewritten(model: Path, folder: Path, **changes: object) -> Path:
+    """A copy of the model with another configuration."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+def test_a_scale_of_more_tokens_than_an_engine_returns(
+    flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(tmp_path / "train.jsonl", [{"prompt": f"score {i}", "label": i} for i in range(64)])
+    words = ["<unk>", "</s>", "score", *(str(i) for i in range(130))]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    flags["actor.model_name_or_path"] = str(
+        rewritten(Path(flags["actor.model_name_or_path"]), tmp_path / "m", vocab_size=len(words))
+    )
+    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>").save_pretrained(tmp_path / "m")
+    del flags["eval.dataset"]
+    assert main(argv(flags, "--dry_run", "--real.scale", "0-127")) == 0
+    capsys.readouterr()
+    line = refused(capsys, argv(flags, "--dry_run", "--real.scale", "0-128"))
+    assert "--real.scale 0-128, --real.anchor: the scale's labels are 129 different tokens" in line
+    assert "at most 128" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "says"),
+    [
+        ({"max_position_embeddings": 31}, [], "--data.max_len 32 is more than the model's 31 positions"),
+        ({}, ["--vllm.tensor_parallel_size", "4", "--ray.address", "a:1"], "size 4 must divide the model's 2 "),
+        ({"vocab_size": 16}, [], "hold the token 16, but the model's vocabulary ends at 15"),
+        ({}, ["--train.seed", str(2**31)], "--train.seed must be a whole number >= 0 and <= 2147483647"),
+    ],
+)
+def test_what_no_engine_of_the_model_can_do(
+    flags: Flags, changes: Flags, more: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags["actor.model_name_or_path"] = str(
+        rewritten(Path(flags["actor.model_name_or_path"]), tmp_path / "m", **changes)
+    )
+    assert says in refused(capsys, argv(flags, "--dry_run", *more))
+
+
+def test_engine_and_policy_are_compared_on_prompts_of_two_tokens_or_more(
+    flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "fine", "label": 3}] * 9
+    write_rows(tmp_path / "train.jsonl", [*rows, {"prompt": "fine judge", "label": 3}])
+    assert [len(probe) for probe in probe_sequences(load_inputs(parse_args(argv(flags))))] == [2]
+    write_rows(tmp_path / "train.jsonl", rows)
+    assert "every prompt is a single token" in refused(capsys, argv(flags, "--dry_run"))
 
 
 # -- the tokenizer ---------------------------------------------------------------------------------------

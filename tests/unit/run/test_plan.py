@@ -28,7 +28,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("inputs")
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder / "model")
-    LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, num_attention_heads=1).save_pretrained(folder / "model")
+    LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, num_attention_heads=2).save_pretrained(folder / "model")
     write_rows(folder / "train.jsonl", make_rows(40, seed=0))
     write_rows(folder / "test.jsonl", make_rows(6, seed=1))
     named = {

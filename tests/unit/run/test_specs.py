@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from real_openrlhf.actors.engine.spec import EngineSpecError
 from real_openrlhf.algo.loss import LossOptions
@@ -52,7 +53,9 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("inputs")
-    make_tokenizer().save_pretrained(folder / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder / "model")
+    LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, num_attention_heads=2).save_pretrained(folder / "model")
     write_rows(folder / "train.jsonl", make_rows(40, seed=0))
     write_rows(folder / "test.jsonl", make_rows(6, seed=1))
     named = {
