@@ -8,7 +8,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -334,7 +334,7 @@ def _manifest(
         "feedback_left_out": dict(built.feedback_left_out),
         "feedback_cut": dict(built.feedback_cut),
         "scale": str(settings.scale),
-        "template": {"name": template.name, "sha256": template.sha256, "anchors": list(template.anchors)},
+        "template": {"sha256": template.sha256, **asdict(template)},
         "prompt_form": prompt_form,
         "rounding": settings.rounding if settings.sft else None,
         "shuffle": settings.shuffle,

@@ -26,7 +26,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,19 @@ class JudgeTemplate:
             scale=base.scale or tail.scale,
             system=base.system,
         )
+
+    @classmethod
+    def from_json(cls, content: Any) -> JudgeTemplate:
+        """From `asdict`, as manifests and exports hold it. Raises TemplateError for anything else."""
+        names = {f.name for f in fields(cls)}
+        if not isinstance(content, dict) or not {"name", "text"} <= set(content) or not set(content) <= names:
+            raise TemplateError(f"a template has the fields {', '.join(sorted(names))}, got {shorten(content)}")
+        anchors = content.get("anchors", (DEFAULT_ANCHOR,))
+        texts = [content["name"], content["text"], *([] if isinstance(anchors, str) else anchors)]
+        texts += [content[key] for key in ("scale", "system") if content.get(key) is not None]
+        if not all(isinstance(text, str) for text in texts) or isinstance(anchors, str):
+            raise TemplateError(f"a template's fields are texts, got {shorten(content)}")
+        return cls(**{**content, "anchors": tuple(anchors)})
 
     @property
     def sha256(self) -> str:

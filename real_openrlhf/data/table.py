@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from real_openrlhf.common.atomic_file import atomic_file, write_text
+from real_openrlhf.common.paths import expand
+from real_openrlhf.data.judge_prompt import JudgeTemplate
 from real_openrlhf.data.sources import MANIFEST, DataError
 
 SCHEMA_VERSION = 1
@@ -89,17 +91,28 @@ def write_table(path: Path, records: Sequence[Mapping[str, Any]], prompt_form: s
         table = pa.Table.from_pylist(list(records), schema=schema(prompt_form))
     except UnicodeEncodeError as error:
         raise DataError(f"{path}: a text is not valid Unicode: {error}") from error
-    partial = path.with_name(path.name + ".part")
-    with partial.open("wb") as file:  # pyarrow would take some paths for addresses
+    with atomic_file(path) as partial, partial.open("wb") as file:  # pyarrow would take some paths for addresses
         pq.write_table(table, file, compression="zstd")
-    os.replace(partial, path)
     return {"rows": len(records), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Path:
     """The last file to be written: where it stands, the others are whole."""
     path = folder / MANIFEST
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return path
+
+
+def template_of_built(source: str) -> JudgeTemplate | None:
+    """The template that the prompts of a built file were made by; None for other files, and for prompts kept whole."""
+    path = Path(expand(source))
+    manifest = (path if path.is_dir() else path.parent) / MANIFEST
+    if not path.exists() or not manifest.is_file():
+        return None
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))["template"]
+        template = JudgeTemplate.from_json({name: value for name, value in content.items() if name != "sha256"})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        # Of another program, or of an earlier version, which did not keep the text.
+        return None
+    return template if "response" in template.variables else None

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from real_openrlhf.algo.score_scale import ScaleError, ScoreScale
 from real_openrlhf.common.atomic_file import write_text
+from real_openrlhf.data.judge_prompt import JudgeTemplate
 from real_openrlhf.data.sources import DataError
-from real_openrlhf.data.template import PromptTemplate
+from real_openrlhf.data.template import PromptTemplate, TemplateError
 
 SETTINGS_FILE = "real_openrlhf.json"
 FORMAT = "real_openrlhf.judge"
 FORMAT_VERSION = 1
-# Fields that earlier exports of this version do not have.
-_ADDED = {"step"}
 
 
 class ExportError(ValueError):
@@ -35,6 +34,8 @@ class JudgeSettings:
     max_new_tokens   room for the feedback and the score
     preset           of the training run, for the record
     step             of the training run, after which these weights were the policy's; None: not recorded
+    judge_template   how the training prompts were made of instruction, response and rubric, its system message too;
+                     None: not recorded, as for prompts that were given whole
     """
 
     scale: ScoreScale
@@ -46,6 +47,7 @@ class JudgeSettings:
     max_new_tokens: int = 1024
     preset: str = "paper"
     step: int | None = None
+    judge_template: JudgeTemplate | None = None
 
     def __post_init__(self) -> None:
         if not self.anchors or not all(isinstance(a, str) and a.strip() for a in self.anchors):
@@ -84,11 +86,14 @@ class JudgeSettings:
         try:
             values = _fields_of(cls, {k: v for k, v in content.items() if k not in ("format", "version")}, "")
             values["scale"] = _scale(values["scale"])
-            values["template"] = _template(values["template"])
+            if "template" in values:
+                values["template"] = _template(values["template"])
+            if values.get("judge_template") is not None:
+                values["judge_template"] = JudgeTemplate.from_json(values["judge_template"])
             for name in ("anchors", "end_ids"):
                 values[name] = tuple(_expect(name, values[name], list))
             return cls(**values)
-        except (ExportError, ScaleError, DataError) as error:
+        except (ExportError, ScaleError, DataError, TemplateError) as error:
             raise ExportError(f"{path}: {error}") from error
 
 
@@ -101,11 +106,9 @@ def _scale(content: Any) -> ScoreScale:
 
 def _template(content: Any) -> PromptTemplate:
     values = _fields_of(PromptTemplate, content, "template.")
-    if values["input_template"] is not None:
-        _expect("template.input_template", values["input_template"], str)
-    _expect("template.apply_chat_template", values["apply_chat_template"], bool)
-    if values["enable_thinking"] is not None:
-        _expect("template.enable_thinking", values["enable_thinking"], bool)
+    for name, kind in (("input_template", str), ("apply_chat_template", bool), ("enable_thinking", bool)):
+        if values.get(name) is not None or (name == "apply_chat_template" and name in values):
+            _expect(f"template.{name}", values[name], kind)
     return PromptTemplate(**values)
 
 
@@ -117,11 +120,12 @@ def _expect(name: str, value: Any, kind: Any) -> Any:
 
 
 def _fields_of(cls: Any, content: Any, prefix: str) -> dict[str, Any]:
-    """The content as keyword arguments of the dataclass: every field but those added later, none else."""
+    """The content as keyword arguments of the dataclass. Fields with a default may be absent, as in earlier exports."""
     if not isinstance(content, dict):
         raise ExportError(f"{prefix.rstrip('.') or 'the file'} must be an object, got {content!r}")
     names = {f.name for f in fields(cls)}
-    missing, unknown = sorted(names - set(content) - _ADDED), sorted(set(content) - names)
+    needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+    missing, unknown = sorted(needed - set(content)), sorted(set(content) - names)
     if missing:
         raise ExportError(f"missing: {', '.join(prefix + name for name in missing)}")
     if unknown:

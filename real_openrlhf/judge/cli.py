@@ -78,7 +78,8 @@ def _score_args(words: Sequence[str]) -> argparse.Namespace:
         add(f"--{part}_key", default=part, help=f"column of the {part}")
     add("--rubric", help="for rows without one: text, or a .json or .txt file; JSON may hold several dimensions")
     add("--weights", help='JSON of dimension to weight, such as {"tone": 1, "facts": 2}; the plain mean when not given')
-    add("--template", default="paper", help="how the parts become a prompt: a template's name or a file")
+    add("--template", help="how the parts become a prompt: a template's name or a file; the export's, else paper")
+    add("--other_template", action="store_true", help="take a template that the judge was not trained on")
     add("--template_suffix", help="a second template behind it, such as base_suffix")
     add("--n", type=int, default=1, help="responses per row, averaged")
     add("--temperature", type=float, help="0 is greedy, which it is for --n 1 when not given")
@@ -110,6 +111,7 @@ def _score(args: argparse.Namespace) -> None:
         settings=chosen_settings(args),
         template=args.template,
         template_suffix=args.template_suffix,
+        other_template=args.other_template,
         n=args.n,
         temperature=args.temperature,
         top_p=args.top_p,
@@ -146,7 +148,7 @@ def _identity(judge: Judge, args: argparse.Namespace, rubric: Any, weights: Any)
         "model": name_of_model(args.model),
         "scale": str(settings.scale),
         "anchors": list(settings.anchors),
-        "template": [args.template, args.template_suffix, settings.template.sha256],
+        "template": [judge.template.sha256, settings.template.sha256],
         "renormalise": settings.renormalise,
         "sampling": [sampling.n, sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.seed],
         "forcing": judge.force,

@@ -54,8 +54,10 @@ class Judge:
     server        address of an OpenAI-compatible server of this model ("http://host:8000"); weights are then not loaded
     backend       a `JudgeBackend` of your own instead
     settings      see `judge.settings.plain_settings`; None reads the export's
-    template      how instruction and response become a prompt: a name or path for `JudgeTemplate.load`, or one
+    template      how instruction and response become a prompt: a name or path for `JudgeTemplate.load`, or one; None:
+                  the export's, else "paper"
     template_suffix   a second template behind it, such as "base_suffix"
+    other_template    take a template that is not the one that the judge was trained on
     n             responses per prompt whose scores are averaged; sampled when n > 1
     temperature   0 is greedy; None: greedy for n = 1, else the temperature of the settings. E[score] is read at the
                   settings' temperature, so that another one than 0 or that is refused.
@@ -75,8 +77,9 @@ class Judge:
         server: str | None = None,
         backend: JudgeBackend | None = None,
         settings: JudgeSettings | None = None,
-        template: str | Path | JudgeTemplate = "paper",
+        template: str | Path | JudgeTemplate | None = None,
         template_suffix: str | Path | None = None,
+        other_template: bool = False,
         n: int = 1,
         temperature: float | None = None,
         top_p: float = 1.0,
@@ -108,7 +111,7 @@ class Judge:
         if server is None and backend is None:
             check_read_tokens(self.reader.bound)
         self.settings.template.check(self.tokenizer)
-        self.template = _template(template, template_suffix)
+        self.template = self._chosen_template(template, template_suffix, other_template)
         self.sampling = self._sampling(n, temperature, top_p, seed)
         self.force = force
         self.calibration = None
@@ -120,6 +123,20 @@ class Judge:
         self._server, self._server_options = server, dict(server_options or {})
         self._device, self._trust, self._max_model_len = device, trust_remote_code, max_model_len
         self._backend, self._owns_backend = backend, backend is None
+
+    def _chosen_template(
+        self, given: str | Path | JudgeTemplate | None, suffix: str | Path | None, other: bool
+    ) -> JudgeTemplate:
+        trained = self.settings.judge_template
+        if given is None and suffix is None and trained is not None:
+            return trained
+        chosen = _template("paper" if given is None else given, suffix)
+        if trained is not None and chosen.sha256 != trained.sha256 and not other:
+            raise JudgeError(
+                f"{self.model} was trained on prompts of the template {trained.name}, not {chosen.name}; leave the "
+                "template out, or pass other_template=True (--other_template)"
+            )
+        return chosen
 
     # -- scoring -------------------------------------------------------------------------------------
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from real_openrlhf.common.atomic_file import write_text
-from real_openrlhf.common.paths import expand
 from real_openrlhf.common.jsonl import JsonLines, keep_lines, read_lines
+from real_openrlhf.common.paths import expand
 from real_openrlhf.judge.types import RESULT, JudgeError
 
 logger = logging.getLogger(__name__)

@@ -35,6 +35,7 @@ def complete_export(plan: RunPlan, folder: Path, chosen: Chosen) -> None:
         renormalise=config.real.renormalise,
         preset=config.real.preset,
         step=chosen.step,
+        judge_template=inputs.judge_template,
     )
     info = CardInfo(
         title=Path(config.ckpt.output_dir).resolve().name,

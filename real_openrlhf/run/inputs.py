@@ -20,7 +20,9 @@ from real_openrlhf.config.sampling import evaluation_sampling, rollout_sampling
 from real_openrlhf.config.schema import Config
 from real_openrlhf.config.validate import validate
 from real_openrlhf.data.dataset import JudgeDataset
+from real_openrlhf.data.judge_prompt import JudgeTemplate
 from real_openrlhf.data.sources import nearest
+from real_openrlhf.data.table import template_of_built
 from real_openrlhf.data.template import PromptTemplate
 from real_openrlhf.data.tokenizer import end_token_ids, load_tokenizer
 from real_openrlhf.evals.benchmarks import Benchmark, load_benchmark, parse_benchmarks
@@ -33,7 +35,8 @@ from real_openrlhf.run.ray_session import cluster_to_join
 class Inputs:
     """What the flags name, loaded and checked.
 
-    device: None where only the cluster that is to be joined can say.
+    device          None where only the cluster that is to be joined can say
+    judge_template  of the training prompts, where `real_openrlhf.data` built them of their parts
     """
 
     config: Config
@@ -42,6 +45,7 @@ class Inputs:
     bound: BoundScale
     end_ids: frozenset[int]
     template: PromptTemplate
+    judge_template: JudgeTemplate | None
     train_set: JudgeDataset
     benchmarks: tuple[Benchmark, ...]
     warnings: tuple[str, ...]
@@ -86,6 +90,7 @@ def load_inputs(config: Config) -> Inputs:
         bound=bound,
         end_ids=end_ids,
         template=template,
+        judge_template=template_of_built(config.data.prompt_dataset),
         train_set=train_set,
         benchmarks=benchmarks,
         warnings=tuple(warnings),

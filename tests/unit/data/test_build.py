@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from real_openrlhf.data.__main__ import main
+from real_openrlhf.data.judge_prompt import JudgeTemplate
 from real_openrlhf.data.sources import read_rows
-from real_openrlhf.data.table import schema
+from real_openrlhf.data.table import schema, template_of_built
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real data are not at ../shared/data beside the checkout")
@@ -226,3 +227,17 @@ def test_vicuna_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert [row["label"] for row in built] == [pytest.approx(sum(row["gpt4_score"]) / 3) for row in given]
     assert len({row["group"] for row in built}) == 80 and all(row["feedback"] is None for row in built)
     assert "--real.scale 1,2,3,4,5 --real.anchor 'So the overall score is '" in capsys.readouterr().out
+
+
+def test_the_template_of_a_built_file_is_found_again(tmp_path: Path) -> None:
+    row = {"q": "Q", "a": "A", "y": 3, "f": "Fine."}
+    assert build(tmp_path / "out", write(tmp_path / "a.jsonl", [row])) == 0
+    name = json.loads((tmp_path / "out" / "manifest.json").read_text())["template"]["name"]
+    for source in (tmp_path / "out" / "train.parquet", tmp_path / "out"):
+        assert template_of_built(str(source)) == JudgeTemplate.load(name)
+    # Other files, and prompts that were kept whole, have none.
+    assert template_of_built(str(tmp_path / "a.jsonl")) is None and template_of_built("owner/name") is None
+    whole = write(tmp_path / "b.jsonl", [{"p": "Whole.", "y": 3}])
+    words = ["--source", str(whole), "--scale", "1-5", "--map", "prompt=p", "label=y", "--output_dir"]
+    assert main(["generic", *words, str(tmp_path / "whole")]) == 0
+    assert template_of_built(str(tmp_path / "whole")) is None

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.data.judge_prompt import JudgeTemplate
 from real_openrlhf.data.template import PromptTemplate
 from real_openrlhf.export.check import check_export
 from real_openrlhf.export.model_card import CardInfo, write_model_card
@@ -149,7 +150,7 @@ def test_settings_that_cannot_be(kwargs, message):
     "change, message",
     [
         (lambda c: c.pop("anchors"), "missing: anchors"),
-        (lambda c: c["template"].pop("input_template"), "missing: template.input_template"),
+        (lambda c: c["scale"].pop("values"), "missing: scale.values"),
         (lambda c: c.update(extra=1), "unknown: extra"),
         (lambda c: c.update(anchors="So"), "anchors must be a list, got 'So'"),
         (lambda c: c.update(scale=[1, 2]), "scale must be an object"),
@@ -368,3 +369,27 @@ def test_check_export_finds_a_tokenizer_of_another_model(folder):
     tokenizer.save_pretrained(folder)
     with pytest.raises(ExportError, match=r"the tokenizer has \d+ tokens, the model only \d+ embeddings"):
         check_export(folder)
+
+
+def test_absent_fields_have_their_defaults(tmp_path):
+    """As in exports of earlier versions; what has no default must be there."""
+    whole = JudgeSettings(scale=ScoreScale.parse("1-3"), anchors=("score ",), end_ids=(1,))
+    path = whole.save(tmp_path)
+    content = json.loads(path.read_text())
+    needed = {name: content[name] for name in ("format", "version", "scale", "anchors", "end_ids")}
+    path.write_text(json.dumps(needed))
+    assert JudgeSettings.load(tmp_path) == whole
+    path.write_text(json.dumps({name: value for name, value in needed.items() if name != "end_ids"}))
+    with pytest.raises(ExportError, match="missing: end_ids"):
+        JudgeSettings.load(tmp_path)
+
+
+def test_the_judges_template_survives(tmp_path):
+    template = JudgeTemplate(name="mine", text="{{ response }}", anchors=("a ", "b "), scale="1-3", system="Be fair.")
+    kept = JudgeSettings(scale=ScoreScale.parse("1-3"), anchors=("a ",), end_ids=(1,), judge_template=template)
+    path = kept.save(tmp_path)
+    assert JudgeSettings.load(tmp_path) == kept
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "judge_template": {"name": "mine"}}))
+    with pytest.raises(ExportError, match="a template has the fields"):
+        JudgeSettings.load(tmp_path)

@@ -193,3 +193,21 @@ def test_a_template_for_another_scale_is_refused_when_it_is_used(folder: Path) -
     assert judge.score_prompts(["rate : a answer : good"])[0].decoded == 3.0
     with pytest.raises(JudgeError, match="not both"):
         Judge(folder, backend=judge.backend, server="http://127.0.0.1:1")
+
+
+def test_the_template_of_the_training_prompts_is_the_default(folder: Path) -> None:
+    replace(JudgeSettings.load(folder), judge_template=TEMPLATE).save(folder)
+    judge, fake = make(folder, template=None)
+    judge.score("a b", "good")
+    assert fake.calls[0][0][0].text == "<bos><user> rate : a b answer : good <eos><assistant>"
+    other = replace(TEMPLATE, text="other " + TEMPLATE.text, name="mine")
+    with pytest.raises(JudgeError, match=r"trained on prompts of the template test, not mine.*--other_template"):
+        make(folder, template=other)
+    assert make(folder, template=other, other_template=True)[0].template == other
+    # The same text under another name is the same template.
+    assert make(folder, template=replace(TEMPLATE, name="copy"))[0].template.name == "copy"
+
+
+def test_without_a_record_any_template_goes(folder: Path) -> None:
+    assert make(folder, template=None)[0].template.name == "paper"
+    assert make(folder, template="single_answer")[0].template.name == "single_answer"
