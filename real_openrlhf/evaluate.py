@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from real_openrlhf.common.errors import RunError
+from real_openrlhf.common.folder_lock import FolderLock
 from real_openrlhf.common.paths import path_argument
 from real_openrlhf.evals.benchmarks import Benchmark, load_benchmark, parse_benchmarks
 from real_openrlhf.evals.judging import earlier_predictions, identity_of, judge_all, largest_difference, name_of
@@ -167,18 +168,20 @@ def load_benchmarks(args: argparse.Namespace, judge: Judge) -> list[Benchmark]:
 
 
 def run(args: argparse.Namespace, backend: JudgeBackend | None = None) -> str:
-    """Evaluate; returns the table. backend: see `make_judge`."""
+    """Evaluate; returns the table. backend: see `make_judge`. FolderError while another program writes there."""
+    with FolderLock(args.output_dir, "--output_dir"):
+        return _run(args, backend)
+
+
+def _run(args: argparse.Namespace, backend: JudgeBackend | None) -> str:
     with make_judge(args, backend) as judge:
         benchmarks = load_benchmarks(args, judge)
         earlier = None if args.feedback_of is None else earlier_predictions(args.feedback_of, benchmarks)
         identity = identity_of(args.model, judge, benchmarks, server=bool(args.server), feedback_of=args.feedback_of)
-        try:
-            args.output_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise EvaluationError(f"--output_dir {args.output_dir} cannot be made: {error.strerror}") from error
+        path = args.output_dir / PREDICTIONS
         try:
             store = judge_all(
-                judge, benchmarks, args.output_dir / PREDICTIONS, identity, batch_size=args.batch_size, earlier=earlier
+                judge, benchmarks, path, identity, batch_size=args.batch_size, earlier=earlier, locked=True
             )
         except OSError as error:
             raise RunError(f"{args.output_dir} cannot be written: {error}; the same command goes on") from error
@@ -200,7 +203,8 @@ def compare(args: argparse.Namespace) -> str:
         confidence=args.confidence,
     )
     if args.output_dir is not None:
-        write_comparison(args.output_dir, text, content)
+        with FolderLock(args.output_dir, "--output_dir"):
+            write_comparison(args.output_dir, text, content)
     return text
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from real_openrlhf.common.device import Device
+from real_openrlhf.common.folder_lock import FolderLock
 from real_openrlhf.common.paths import path_argument, text_argument
 from real_openrlhf.data.sources import BadRow, DataError, Row, lookup, read_rows, shorten
 from real_openrlhf.data.template import PromptError, PromptTemplate
@@ -317,13 +318,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> list[dict[str, float]]:
-    """The whole warm-up; everything that can be wrong with the flags and data is found before training."""
+    """The whole warm-up; everything that can be wrong with the flags and data is found before training.
+
+    FolderError while another program writes into --output_dir.
+    """
+    if args.output_dir.resolve() == Path(args.model_name_or_path).resolve():
+        raise WarmupError("--output_dir is the folder of --model_name_or_path, which would be overwritten")
+    with FolderLock(args.output_dir, "--output_dir"):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> list[dict[str, float]]:
     from transformers import AutoModelForCausalLM
 
     config = WarmupConfig(**{k: v for k, v in vars(args).items() if k in WarmupConfig.__dataclass_fields__})
     device = Device.resolve(args.device, "fp32").current()
-    if args.output_dir.resolve() == Path(args.model_name_or_path).resolve():
-        raise WarmupError("--output_dir is the folder of --model_name_or_path, which would be overwritten")
     thinking = None if args.enable_thinking is None else args.enable_thinking == "true"
     template = PromptTemplate(
         input_template=args.input_template, apply_chat_template=args.apply_chat_template, enable_thinking=thinking
@@ -336,7 +345,6 @@ def run(args: argparse.Namespace) -> list[dict[str, float]]:
         model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise WarmupError(f"--model_name_or_path {args.model_name_or_path}: no model that loads: {error}") from error
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     history = train(model, examples, config, pad_id=pad_id, device=device, log_path=args.output_dir / METRICS_FILE)
     save(model, tokenizer, args.output_dir)

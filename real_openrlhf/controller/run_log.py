@@ -20,11 +20,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
 
+from real_openrlhf.common.errors import FolderError
+from real_openrlhf.common.folder_lock import LOCK_FILE, FolderLock
 from real_openrlhf.common.jsonl import JsonLines, JsonLinesError, keep_lines
 from real_openrlhf.config.schema import WandbConfig
 
@@ -84,13 +87,21 @@ def check_output_dir(output_dir: str | Path, *, append: bool = False, overwrite:
     _make_writable(path, "--ckpt.output_dir")
     if append and not (path / METRICS_FILE).is_file():
         logger.warning("%s holds no %s: the records start here", path, METRICS_FILE)
-    if not append and not overwrite and any(path.iterdir()):
-        found = ", ".join(sorted(p.name for p in path.iterdir())[:5])
+    names = sorted(p.name for p in path.iterdir() if p.name != LOCK_FILE)
+    if not append and not overwrite and names:
+        found = ", ".join(names[:5])
         raise RunLogError(
             f"--ckpt.output_dir {str(path)!r} is not empty ({found}); choose a new directory, "
             "continue that run, or ask for it to be overwritten"
         )
     return path
+
+
+def _lock(output_dir: str | Path) -> FolderLock:
+    try:
+        return FolderLock(output_dir, "--ckpt.output_dir")
+    except FolderError as error:
+        raise RunLogError(str(error)) from error
 
 
 def _make_writable(path: Path, flag: str) -> None:
@@ -114,6 +125,7 @@ class RunLog:
     append           continue the run that is recorded in output_dir
     resume_step      with append: the last step that counts; later lines are dropped, they come again
     overwrite        start the records in output_dir anew
+    locked           the caller holds output_dir's lock; else the log takes it, until it is closed
 
     Start-up problems raise RunLogError. Later ones (a full disk, a lost connection) are logged and
     never stop the training.
@@ -129,25 +141,31 @@ class RunLog:
         append: bool = False,
         resume_step: int | None = None,
         overwrite: bool = False,
+        locked: bool = False,
     ) -> None:
         if resume_step is not None and not append:
             raise RunLogError("resume_step needs append: there is nothing to resume")
-        self.output_dir = check_output_dir(output_dir, append=append, overwrite=overwrite)
-        secrets = [wandb.key or "", *(os.environ.get(name, "") for name in _SECRET_VARIABLES)]
-        config = redact(config, secrets)
-        _write_config(self.output_dir / CONFIG_FILE, config, keep_old=append)
-        self._metrics = _records(self.output_dir / METRICS_FILE, append=append, last_step=resume_step)
-        self._samples = _records(self.output_dir / SAMPLES_FILE, append=append, last_step=resume_step)
-        self._warnings = _records(self.output_dir / WARNINGS_FILE, append=append, last_step=resume_step)
-        self._sinks: list[_TensorBoard | _Wandb] = []
-        try:
-            if tensorboard_dir:
-                self._sinks.append(_TensorBoard(tensorboard_dir, purge_after=resume_step))
-            if wandb.mode != "disabled":
-                self._sinks.append(_Wandb(wandb, self.output_dir, config, append=append, secrets=secrets))
-        except BaseException:
-            self.close()
-            raise
+        self._held = ExitStack()
+        with ExitStack() as held:
+            if not locked:
+                held.enter_context(_lock(output_dir))
+            self.output_dir = check_output_dir(output_dir, append=append, overwrite=overwrite)
+            secrets = [wandb.key or "", *(os.environ.get(name, "") for name in _SECRET_VARIABLES)]
+            config = redact(config, secrets)
+            _write_config(self.output_dir / CONFIG_FILE, config, keep_old=append)
+            self._metrics = _records(self.output_dir / METRICS_FILE, append=append, last_step=resume_step)
+            self._samples = _records(self.output_dir / SAMPLES_FILE, append=append, last_step=resume_step)
+            self._warnings = _records(self.output_dir / WARNINGS_FILE, append=append, last_step=resume_step)
+            self._sinks: list[_TensorBoard | _Wandb] = []
+            try:
+                if tensorboard_dir:
+                    self._sinks.append(_TensorBoard(tensorboard_dir, purge_after=resume_step))
+                if wandb.mode != "disabled":
+                    self._sinks.append(_Wandb(wandb, self.output_dir, config, append=append, secrets=secrets))
+            except BaseException:
+                self.close()
+                raise
+            self._held = held.pop_all()
 
     def log(self, step: int, phase: Phase, metrics: Mapping[str, Any]) -> None:
         """One line. Values: numbers (also of torch and numpy) or None for an undefined metric."""
@@ -210,6 +228,7 @@ class RunLog:
         self._metrics.close()
         self._samples.close()
         self._warnings.close()
+        self._held.close()
 
     def __enter__(self) -> RunLog:
         return self

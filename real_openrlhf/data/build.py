@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.common.folder_lock import FolderLock
 from real_openrlhf.common.paths import expand
 from real_openrlhf.data.builders.base import Builder, FieldError, Item, Options, Parts
 from real_openrlhf.data.judge_prompt import JudgeTemplate, Rubric
@@ -137,7 +138,15 @@ def build(builder: Builder, settings: Settings) -> Built:
 def write(
     builder: Builder, settings: Settings, folder: Path, *, command: str, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Build, and write a parquet file per split, sft.parquet if asked for, and the manifest, which is returned."""
+    """Build, and write a parquet file per split, sft.parquet if asked for, and the manifest, which is returned.
+
+    FolderError while another program writes into the folder.
+    """
+    with FolderLock(folder, "--output_dir"):
+        return _write(builder, settings, folder, command=command, overwrite=overwrite)
+
+
+def _write(builder: Builder, settings: Settings, folder: Path, *, command: str, overwrite: bool) -> dict[str, Any]:
     built = build(builder, settings)
     prompt_form = _prompt_form(built, settings)
     prepare_folder(folder, overwrite=overwrite)

@@ -112,9 +112,13 @@ def judge_all(
     *,
     batch_size: int,
     earlier: Mapping[tuple[str, int], Prediction] | None = None,
+    locked: bool = False,
 ) -> PredictionStore:
-    """Judge what is not in the file yet; every batch is in it once it is judged. earlier: see `predict_given`."""
-    store = PredictionStore(path, identity)
+    """Judge what is not in the file yet; every batch is in it once it is judged.
+
+    earlier: see `predict_given`. locked: see `PredictionStore`.
+    """
+    store = PredictionStore(path, identity, locked=locked)
     total = sum(len(b.prompts) for b in benchmarks)
     if store.done:
         logger.info("%s holds %d of %d judgements; going on", path, len(store.done), total)

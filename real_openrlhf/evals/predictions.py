@@ -11,10 +11,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from real_openrlhf.common.errors import FolderError
+from real_openrlhf.common.folder_lock import FolderLock
 from real_openrlhf.common.jsonl import JsonLines, JsonLinesError, keep_lines, read_lines
 from real_openrlhf.data.sources import shorten
 
@@ -112,9 +115,21 @@ def _fields_of(cls: Any, content: Any) -> dict[str, Any]:
 class PredictionStore:
     """The file of a running evaluation. done: what is in it already, by (benchmark, row)."""
 
-    def __init__(self, path: str | Path, identity: Mapping[str, Any]) -> None:
-        """Begin the file, or go on with it. Raises EvaluationError when it belongs to another evaluation."""
+    def __init__(self, path: str | Path, identity: Mapping[str, Any], *, locked: bool = False) -> None:
+        """Begin the file, or go on with it. Raises EvaluationError when it belongs to another evaluation, and when
+        another program writes into its folder.
+
+        locked: the caller holds the folder's lock; else the store takes it, until it is closed.
+        """
         path = Path(path)
+        self._held = ExitStack()
+        with ExitStack() as held:
+            if not locked:
+                held.enter_context(_lock(path.parent))
+            self._begin(path, identity)
+            self._held = held.pop_all()
+
+    def _begin(self, path: Path, identity: Mapping[str, Any]) -> None:
         identity = json.loads(json.dumps(identity))  # as it reads back: tuples are lists
         self.done: dict[tuple[str, int], Prediction] = {}
         try:
@@ -149,6 +164,14 @@ class PredictionStore:
 
     def close(self) -> None:
         self._file.close()
+        self._held.close()
+
+
+def _lock(folder: Path) -> FolderLock:
+    try:
+        return FolderLock(folder, "--output_dir")
+    except FolderError as error:
+        raise EvaluationError(str(error)) from error
 
 
 def read_predictions(path: str | Path) -> tuple[dict[str, Any], list[Prediction]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from real_openrlhf.common.atomic_file import write_text
+from real_openrlhf.common.folder_lock import FolderLock
 from real_openrlhf.common.jsonl import JsonLines, keep_lines, read_lines
 from real_openrlhf.common.paths import expand
 from real_openrlhf.judge.types import RESULT, JudgeError
@@ -52,7 +53,8 @@ def open_output(target: str, *, overwrite: bool, resume: bool, identity: Mapping
     """Standard output ("-"), or a .jsonl file. What was judged before an error stays in <target>.partial.
 
     identity: what must be the same to go on from there. Raises JudgeError for a target that exists, for a job that
-    ended early and is neither gone on with nor thrown away, and for one of other settings.
+    ended early and is neither gone on with nor thrown away, and for one of other settings; FolderError while another
+    program writes there.
     """
     if target == STANDARD:
         if resume:
@@ -62,9 +64,13 @@ def open_output(target: str, *, overwrite: bool, resume: bool, identity: Mapping
     path = Path(expand(target))
     if path.suffix != ".jsonl":
         raise JudgeError(f"--output is a .jsonl file or -, got {target!r}")
+    with FolderLock(path.parent, "--output", file=path):
+        yield from _into(path, overwrite=overwrite, resume=resume, identity=identity)
+
+
+def _into(path: Path, *, overwrite: bool, resume: bool, identity: Mapping[str, Any]) -> Iterator[Output]:
     if path.exists() and not overwrite:
-        raise JudgeError(f"--output {target} exists; pass --overwrite to replace it")
-    path.parent.mkdir(parents=True, exist_ok=True)
+        raise JudgeError(f"--output {path} exists; pass --overwrite to replace it")
     partial, about = path.with_name(path.name + ".partial"), path.with_name(path.name + ".partial.json")
     done = _earlier(partial, about, identity) if resume else []
     if not resume and not overwrite and partial.exists() and partial.stat().st_size:

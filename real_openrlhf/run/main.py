@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import ExitStack
+from pathlib import Path
 
 from real_openrlhf.checkpoint.errors import CheckpointError
 from real_openrlhf.common.device import DeviceError
-from real_openrlhf.common.errors import RunError
+from real_openrlhf.common.errors import FolderError, RunError
+from real_openrlhf.common.folder_lock import FolderLock
 from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.config.schema import Config
 from real_openrlhf.controller.controller import Stopped
@@ -27,6 +30,19 @@ def run(config: Config) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
     for noisy in ("httpx", "filelock", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    with ExitStack() as held:
+        try:
+            # First of all: whoever else writes there must not be waited for until the data are read.
+            if config.ckpt.output_dir and not config.dry_run:
+                held.enter_context(FolderLock(config.ckpt.output_dir, "--ckpt.output_dir"))
+        except FolderError as error:
+            sys.stderr.write(f"error: {error}\n")
+            return 2
+        return _run(config, held)
+
+
+def _run(config: Config, held: ExitStack) -> int:
+    """held: of locks, which another is added to."""
     try:
         plan = make_plan(load_inputs(config))
         if config.dry_run:
@@ -36,6 +52,10 @@ def run(config: Config) -> int:
             logger.warning("%s", warning)
         checkpoint = checkpoint_to_load(plan)
         check_folders(plan, checkpoint)
+        # Only now: before, it may not exist, and would make the output folder look used.
+        ckpt = plan.config.ckpt
+        if Path(ckpt.folder).resolve() != Path(ckpt.output_dir).resolve():
+            held.enter_context(FolderLock(ckpt.folder, "--ckpt.path"))
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from real_openrlhf.checkpoint.manifest import Checkpoint
+from real_openrlhf.common.folder_lock import LOCK_FILE
 from real_openrlhf.config.schema import CkptConfig
 from real_openrlhf.controller.checkpointing import find_checkpoint, make_store
 from real_openrlhf.controller.run_log import CONFIG_FILE, check_output_dir
@@ -34,5 +35,5 @@ def starts_anew(ckpt: CkptConfig, checkpoint: Checkpoint | None) -> bool:
     output = Path(ckpt.output_dir)
     if ckpt.load != "auto" or checkpoint is not None or not output.is_dir():
         return False
-    ours = (output / CONFIG_FILE).is_file() or {path.name for path in output.iterdir()} <= {"checkpoints"}
+    ours = (output / CONFIG_FILE).is_file() or {path.name for path in output.iterdir()} <= {"checkpoints", LOCK_FILE}
     return ours and not any(Path(ckpt.folder).glob("step_*")) and not (output / "model").exists()

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 def launch(plan: RunPlan, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
     """Start, train, export, end. Returns the metrics of the last evaluation; raises Stopped after a signal.
 
-    checkpoint: resume from there.
+    checkpoint: resume from there. The caller holds the locks of the run's folders.
     """
     config = plan.config
     store = make_store(config.ckpt.folder, keep=config.ckpt.max_num, metric=config.ckpt.best_metric)
@@ -42,6 +42,7 @@ def launch(plan: RunPlan, checkpoint: Checkpoint | None = None) -> dict[str, Any
             # The folder was looked at before anything started (resume.check_folders).
             overwrite=checkpoint is None,
             resume_step=None if checkpoint is None else checkpoint.step,
+            locked=True,
         ) as log,
         ray_session(config.ray.address, num_cpus=config.ray.num_cpus, needed_cpus=plan.needed_cpus) as session,
         # Inside: ray.init installs a SIGTERM handler of its own.

@@ -115,9 +115,24 @@ def test_config_is_written_without_secrets(tmp_path, monkeypatch):
     assert KEY not in repr(WandbConfig(key=KEY))
 
 
+def test_a_second_log_beside_a_live_one(tmp_path):
+    with run_log(tmp_path) as first:
+        first.log(1, "train", {"x": 1.0})
+        before = (tmp_path / "metrics.jsonl").read_text()
+        for how in ({}, {"append": True}, {"overwrite": True}):
+            with pytest.raises(RunLogError, match=r"--ckpt.output_dir .* is in use"):
+                run_log(tmp_path, **how)
+        assert (tmp_path / "metrics.jsonl").read_text() == before
+    run_log(tmp_path, overwrite=True).close()
+    # One that cannot start lets go.
+    with pytest.raises(RunLogError, match="is not empty"):
+        run_log(tmp_path)
+    run_log(tmp_path, append=True).close()
+
+
 def test_bad_output_directories(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(RunLogError, match=r"--ckpt.output_dir .*file' is a file; give a directory"):
+    with pytest.raises(RunLogError, match=r"--ckpt.output_dir .*file is a file; give a folder"):
         run_log(tmp_path / "file")
     with pytest.raises(RunLogError, match=r"--ckpt.output_dir .* cannot be written: Not a directory"):
         run_log(tmp_path / "file" / "below")

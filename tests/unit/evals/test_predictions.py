@@ -78,6 +78,23 @@ def test_lines_that_are_no_predictions(tmp_path: Path, line: str, message: str) 
         read_predictions(path)
 
 
+def test_a_second_writer(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    first = PredictionStore(path, IDENTITY)
+    first.append([make_prediction(0)])
+    with pytest.raises(EvaluationError, match=rf"--output_dir {tmp_path} is in use"):
+        PredictionStore(path, IDENTITY)
+    first.append([make_prediction(1)])
+    first.close()
+    second = PredictionStore(path, IDENTITY)
+    assert len(second.done) == 2
+    second.close()
+    # One of another evaluation lets go.
+    with pytest.raises(EvaluationError, match="cannot be continued"):
+        PredictionStore(path, {**IDENTITY, "model": "another"})
+    PredictionStore(path, IDENTITY).close()
+
+
 def test_other_files(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     with pytest.raises(EvaluationError, match="there is no such file"):
@@ -94,7 +111,7 @@ def test_other_files(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="holds row 0 of flask 2 times"):
         read_predictions(path)
     with pytest.raises(EvaluationError, match="cannot be written"):
-        PredictionStore(tmp_path / "missing" / "p.jsonl", IDENTITY)
+        PredictionStore(path / "missing" / "p.jsonl", IDENTITY)
 
 
 def test_shares_of_samples() -> None:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from real_openrlhf.checkpoint.manifest import CheckpointMeta
+from real_openrlhf.common.folder_lock import LOCK_FILE, FolderInUseError, FolderLock
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.schema import Config
 from real_openrlhf.controller.checkpointing import make_store
@@ -476,6 +477,48 @@ def test_checkpoint_paths_that_cannot_be_used(
     assert "is a file; give the folder" in refused(capsys, [*argv(flags), "--ckpt.load", str(file)])
     assert "there is no checkpoint" in refused(capsys, [*argv(flags), "--ckpt.load", str(tmp_path / "none")])
     assert started == []
+
+
+@pytest.mark.parametrize("flag", ["--ckpt.output_dir", "--ckpt.path"])
+@pytest.mark.parametrize("load", ["none", "auto"])
+def test_a_second_run_in_the_folders_of_a_live_one(
+    flag: str,
+    load: str,
+    flags: Flags,
+    tmp_path: Path,
+    started: list[RunPlan],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flags["ckpt.path"] = str(tmp_path / "checkpoints")
+    folder = Path(flags[flag.removeprefix("--")])
+    command = argv(flags, "--ckpt.load", load)
+
+    def live(plan: RunPlan, checkpoint: object) -> None:
+        for name in ("ckpt.output_dir", "ckpt.path"):
+            with pytest.raises(FolderInUseError):
+                FolderLock(flags[name], f"--{name}")
+
+    with FolderLock(folder, "other"):
+        line = refused(capsys, command)
+        assert f"{flag} {folder} is in use" in line and started == []
+        # A dry run writes nothing.
+        assert main([*command, "--dry_run"]) == 0
+        capsys.readouterr()
+    monkeypatch.setattr(module, "launch", live)
+    assert main(command) == 0
+    assert not list(tmp_path.rglob(LOCK_FILE))
+
+
+def test_checkpoints_may_lie_in_the_output_folder_itself(flags: Flags, started: list[RunPlan]) -> None:
+    flags["ckpt.path"] = flags["ckpt.output_dir"]
+    assert main(argv(flags)) == 0 and len(started) == 1
+
+
+def test_a_run_that_is_refused_leaves_no_folder(flags: Flags, capsys: pytest.CaptureFixture[str]) -> None:
+    out = Path(flags["ckpt.output_dir"])
+    refused(capsys, argv(flags, "--rollout.batch_size", "999"))
+    assert not out.exists()
 
 
 def test_auto_begins_again_what_ended_before_its_first_checkpoint(
