@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,21 @@ def write_benchmark_plots(folder: str | Path, predictions: Sequence[Prediction],
         figures[f"{name}_reliability"] = reliability(name, rows, settings)
         figures[f"{name}_confusion"] = confusion(name, rows, settings.scale)
     return [_save(folder, name, figure) for name, figure in figures.items()]
+
+
+def learning_curve(evaluations: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
+    """Held-out Pearson of E[score] and mean reward against the step, from a run's records. Returns the path."""
+    figure = _figure(9.0, 3.8)
+    names = {"eval/expected/pearson": "Pearson of E[score] and label", "eval/reward": "mean reward, the objective"}
+    for number, (name, label) in enumerate(names.items(), start=1):
+        axes = figure.add_subplot(1, 2, number)
+        points = [(record["step"], record[name]) for record in evaluations if record.get(name) is not None]
+        axes.plot([step for step, _ in points], [value for _, value in points], marker="o", color=COLORS["expected"])
+        axes.set_xlabel("step")
+        axes.set_ylabel(f"{label}, held out")
+        axes.grid(alpha=0.3)
+        _whole_numbers(axes.xaxis)
+    return _save(Path(path).parent, Path(path).stem, figure)
 
 
 def _save(folder: str | Path, name: str, figure: Any) -> Path:

@@ -15,6 +15,7 @@ from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.config.schema import Config
 from real_openrlhf.controller.controller import Stopped
 from real_openrlhf.controller.run_log import RunLogError
+from real_openrlhf.run.ending import ending
 from real_openrlhf.run.inputs import load_inputs
 from real_openrlhf.run.plan import make_plan
 from real_openrlhf.run.plan_text import render
@@ -74,5 +75,9 @@ def _run(config: Config, held: ExitStack) -> int:
     except RunError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    logger.info("done: the judge is in %s", plan.model_folder)
+    try:
+        sys.stdout.write(f"done: {ending(plan)}\n")
+    except OSError as error:
+        # The judge is there; a plot that cannot be written is no reason to call the run failed.
+        logger.warning("done, but its summary could not be written: %s", error)
     return 0

@@ -531,6 +531,7 @@ def test_auto_begins_again_what_ended_before_its_first_checkpoint(
     (out / "run_config.json").write_text("{}")
     (out / "metrics.jsonl").write_text("")
     assert main(again) == 0
+    capsys.readouterr()
     assert "is not empty" in refused(capsys, argv(flags))
     # A broken checkpoint or a judge is never written over.
     (out / "checkpoints" / "step_1").mkdir()
