@@ -262,7 +262,7 @@ class AlgoConfig(Section):
 class RealConfig(Section):
     prefix: ClassVar[str] = "real"
     preset: PresetName = flag(DEFAULT_PRESET, "named settings; flags and --config override single values")
-    objective: str = flag("real", "what is trained", choices=tuple(OBJECTIVES))
+    objective: str = flag("real", "what is trained; see algo/README.md", choices=tuple(OBJECTIVES))
     scale: str = flag("1-5", "the score scale: '1-5', '0,1,2' or '1=Bad,2=Good'")
     anchor: tuple[str, ...] = flag((DEFAULT_ANCHOR,), "text right before the score; the last one written counts")
     lam: float = flag(1.0, "lambda, weight of the label's likelihood in the reward", ge=0)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import Literal
 
+from real_openrlhf.algo.objectives import objective_class
 from real_openrlhf.config.batch_plan import resolve_ratio
 from real_openrlhf.config.convert import flags_by_name, get_value
 from real_openrlhf.config.flags import ConfigError
+from real_openrlhf.config.presets import PRESETS
 from real_openrlhf.config.schema import Config, LoraConfig
 
 __all__ = ["ConfigError", "validate"]
@@ -32,6 +35,7 @@ def validate(config: Config, *, device: Literal["cpu", "cuda"] | None = None) ->
     for check in (
         _batch,
         _sampling,
+        _objective,
         _groups,
         _off_policy,
         _one_ahead,
@@ -92,6 +96,30 @@ def _sampling(config: Config) -> list[str]:
         f"--rollout.top_p {config.rollout.top_p:g}: log-probs are over the full vocabulary, not the nucleus that is "
         "sampled from, so gradients are biased"
     ]
+
+
+# Setting of an objective -> its flag. Renormalising is the evaluation's too.
+OBJECTIVE_FLAGS = {
+    "lam": "real.lam",
+    "beta": "real.beta",
+    "answer_reward": "real.answer_reward",
+    "standardise": "real.standardise",
+    "clip": "real.advantage_clip",
+    "tolerance": "real.tolerance",
+    "invalid_penalty": "real.invalid_penalty",
+}
+
+
+def _objective(config: Config) -> list[str]:
+    read = {field.name for field in fields(objective_class(config.real.objective))}
+    preset, known = PRESETS[config.real.preset], flags_by_name()
+    for setting, name in OBJECTIVE_FLAGS.items():
+        if setting not in read and get_value(config, name) != preset.get(name, known[name].default):
+            flags = ", ".join(f"--{flag}" for one, flag in OBJECTIVE_FLAGS.items() if one in read)
+            raise ConfigError(
+                f"--{name}: the objective {config.real.objective} does not read it; leave it out. It reads {flags}"
+            )
+    return []
 
 
 def _groups(config: Config) -> list[str]:

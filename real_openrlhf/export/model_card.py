@@ -81,7 +81,7 @@ def _card(info: CardInfo) -> str:
     judge = info.settings
     scale_rows = [(f"{value:g}", label) for value, label in zip(judge.scale.values, judge.scale.labels)]
     what = (
-        f"A judge trained from `{_shown(info.base_model)}` with the regression-aware objective `{info.objective}`: it "
+        f"A judge trained from `{_shown(info.base_model)}` with the objective `{info.objective}`: it "
         "writes feedback, then a score. Its judgement is the expected score E[score] = sum of value x probability "
         "over the scale, at the position of the score"
         + (", given that the score is on the scale." if judge.renormalise else ", with full-vocabulary probabilities.")

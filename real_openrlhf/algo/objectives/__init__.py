@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 # Name -> module and class. As text: flags are parsed before torch is imported.
 OBJECTIVES = {
     "real": "real_openrlhf.algo.objectives.real:RealObjective",
+    "standard_rl": "real_openrlhf.algo.objectives.standard_rl:StandardRlObjective",
+    "mse_rl": "real_openrlhf.algo.objectives.mse_rl:MseRlObjective",
+    "jepo": "real_openrlhf.algo.objectives.jepo:JepoObjective",
+    "term1_only": "real_openrlhf.algo.objectives.term1_only:Term1OnlyObjective",
+    "term2_only": "real_openrlhf.algo.objectives.term2_only:Term2OnlyObjective",
 }
 
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from real_openrlhf.algo.objectives import OBJECTIVES
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.convert import build_config
 from real_openrlhf.config.flags import ConfigError
+from real_openrlhf.config.presets import PRESETS
 from real_openrlhf.config.schema import Config
 from real_openrlhf.config.validate import validate
 
@@ -193,3 +195,18 @@ def test_the_reference_preset_warns_of_its_known_biases() -> None:
     argv = [text for name, value in VALID.items() for text in (f"--{name}", value)]
     warnings = validate(parse_args([*argv, "--real.preset", "reference"]))
     assert len(warnings) == 2
+
+
+def test_a_flag_that_the_objective_does_not_read_is_refused() -> None:
+    for changes, name in (
+        ({"real.objective": "standard_rl", "real.lam": 2.0}, "real.lam"),
+        ({"real.objective": "term1_only", "real.beta": 0.5}, "real.beta"),
+        ({"real.objective": "jepo", "real.invalid_penalty": 1.0}, "real.invalid_penalty"),
+        ({"real.objective": "term2_only", "real.standardise": False}, "real.standardise"),
+    ):
+        with pytest.raises(ConfigError, match=f"--{name}: the objective {changes['real.objective']} does not read it"):
+            validate(config_with(changes))
+    # What a preset or a default says is nobody's wish.
+    for objective in OBJECTIVES:
+        for preset in PRESETS:
+            validate(config_with({"real.objective": objective, **PRESETS[preset], "real.preset": preset}))
