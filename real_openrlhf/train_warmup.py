@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from real_openrlhf.common.device import Device
 from real_openrlhf.common.folder_lock import FolderLock
+from real_openrlhf.common.home import use_writable_caches
 from real_openrlhf.common.paths import path_argument, text_argument
 from real_openrlhf.data.sources import BadRow, DataError, Row, lookup, read_rows, shorten
 from real_openrlhf.data.template import PromptError, PromptTemplate
@@ -354,8 +355,10 @@ def _run(args: argparse.Namespace) -> list[dict[str, float]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    args = parse_args(argv)
     try:
-        run(parse_args(argv))
+        use_writable_caches()
+        run(args)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
