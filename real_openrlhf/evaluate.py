@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from real_openrlhf.common.arguments import take_negative_values
 from real_openrlhf.common.errors import RunError
 from real_openrlhf.common.folder_lock import FolderLock
 from real_openrlhf.common.home import use_writable_caches
@@ -54,6 +55,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    take_negative_values(parser)
     add_model(parser, required=False)
     add = parser.add_argument
     add("--benchmark", nargs="+", action="extend", metavar="NAME=PATH", help="files of judged prompts")

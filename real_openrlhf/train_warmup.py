@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from real_openrlhf.common.arguments import take_negative_values
 from real_openrlhf.common.device import Device
 from real_openrlhf.common.folder_lock import FolderLock
 from real_openrlhf.common.home import use_writable_caches
@@ -295,7 +296,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
+    add = take_negative_values(parser).add_argument
     add("--model_name_or_path", type=text_argument, required=True, help="Hugging Face folder or hub id")
     add("--data", required=True, help="file, folder or hub id with the columns prompt and response")
     add("--output_dir", type=path_argument, required=True)
