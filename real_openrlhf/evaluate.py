@@ -16,8 +16,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from real_openrlhf.common.arguments import take_negative_values
 from real_openrlhf.common.errors import RunError
 from real_openrlhf.common.folder_lock import FolderLock
+from real_openrlhf.common.home import use_writable_caches
 from real_openrlhf.common.paths import path_argument
 from real_openrlhf.evals.benchmarks import Benchmark, load_benchmark, parse_benchmarks
 from real_openrlhf.evals.judging import earlier_predictions, identity_of, judge_all, largest_difference, name_of
@@ -53,6 +55,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    take_negative_values(parser)
     add_model(parser, required=False)
     add = parser.add_argument
     add("--benchmark", nargs="+", action="extend", metavar="NAME=PATH", help="files of judged prompts")
@@ -215,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         check(args)
+        use_writable_caches()
         print(run(args) if args.compare is None else compare(args))
     except (ValueError, RunError) as error:
         sys.stderr.write(f"error: {error}\n")

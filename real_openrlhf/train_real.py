@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from real_openrlhf.common.home import HomeError, use_writable_caches
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.flags import ConfigError
 
@@ -19,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 the input is wrong, 1 the run failed, 85 stopped by a signal: run me again to resume."""
     try:
         config = parse_args(list(sys.argv[1:] if argv is None else argv))
-    except ConfigError as error:
+        use_writable_caches()
+    except (ConfigError, HomeError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     # Here: help and mistakes in flags answer before torch, transformers and Ray are imported.

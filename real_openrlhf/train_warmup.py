@@ -28,8 +28,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from real_openrlhf.common.arguments import take_negative_values
 from real_openrlhf.common.device import Device
 from real_openrlhf.common.folder_lock import FolderLock
+from real_openrlhf.common.home import use_writable_caches
 from real_openrlhf.common.paths import path_argument, text_argument
 from real_openrlhf.data.sources import BadRow, DataError, Row, lookup, read_rows, shorten
 from real_openrlhf.data.template import PromptError, PromptTemplate
@@ -294,7 +296,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
+    add = take_negative_values(parser).add_argument
     add("--model_name_or_path", type=text_argument, required=True, help="Hugging Face folder or hub id")
     add("--data", required=True, help="file, folder or hub id with the columns prompt and response")
     add("--output_dir", type=path_argument, required=True)
@@ -354,8 +356,10 @@ def _run(args: argparse.Namespace) -> list[dict[str, float]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    args = parse_args(argv)
     try:
-        run(parse_args(argv))
+        use_writable_caches()
+        run(args)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

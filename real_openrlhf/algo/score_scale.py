@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from bisect import bisect_left
 from dataclasses import dataclass
 from numbers import Real
@@ -51,15 +52,15 @@ class ScoreScale:
 
     @classmethod
     def parse(cls, text: str) -> ScoreScale:
-        """From a flag: "1-5" (a range of integers), "1,2,4" or "1=Bad,2=Fair,3=Good".
+        """From a flag: "1-5" or "-5-5" (a range of integers), "1,2,4" or "1=Bad,2=Fair,3=Good".
 
         >>> ScoreScale.parse("1-5").labels
         ('1', '2', '3', '4', '5')
         """
         text = text.strip()
-        head, dash, tail = text.partition("-")
-        if dash and head.strip().isdecimal() and tail.strip().isdecimal():
-            low, high = int(head), int(tail)
+        ends = re.fullmatch(r"(-?\d+)\s*-\s*(-?\d+)", text)
+        if ends:
+            low, high = int(ends[1]), int(ends[2])
             if high <= low:
                 raise ScaleError(f"the scale {text!r} does not ascend")
             return cls(tuple(float(v) for v in range(low, high + 1)), tuple(str(v) for v in range(low, high + 1)))

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from real_openrlhf.common.arguments import take_negative_values
 from real_openrlhf.common.paths import expand
 from real_openrlhf.config.convert import (
     build_config,
@@ -20,6 +21,7 @@ from real_openrlhf.config.convert import (
     values_of_mapping,
 )
 from real_openrlhf.config.flags import ConfigError, Flag, describe
+from real_openrlhf.config.other_names import other_name
 from real_openrlhf.config.presets import DEFAULT_PRESET, PRESETS
 from real_openrlhf.config.schema import Config
 from real_openrlhf.config.strict_yaml import load_yaml
@@ -62,6 +64,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=prog, allow_abbrev=False, epilog=_EPILOG, argument_default=argparse.SUPPRESS, usage="%(prog)s [flags]"
     )
+    take_negative_values(parser)
     parser.add_argument("--config", metavar="FILE", help="JSON or YAML file of flags, nested or with dotted keys")
     groups: dict[str, Any] = {}
     for name, item in flags_by_name().items():
@@ -172,9 +175,12 @@ def _explain(rest: Sequence[str], argv: Sequence[str]) -> str:
     messages = []
     for text in unknown:
         name = text.lstrip("-").removeprefix("no-")
-        reason = why_unsupported(name)
+        reason, other = why_unsupported(name), other_name(name)
         if reason is not None:
             messages.append(f"{text} is a flag of OpenRLHF that is not used here: {reason}")
+            continue
+        if other is not None:
+            messages.append(f"{text}: {other}")
             continue
         hint = nearest(name, flags_by_name())
         messages.append(f"unknown flag {text}{hint}" if hint else f"unknown flag {text}; --help lists all flags")

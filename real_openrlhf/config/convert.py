@@ -11,7 +11,9 @@ from typing import Any
 
 from real_openrlhf.common.paths import expand
 from real_openrlhf.config.flags import ConfigError, Flag, all_flags, check_value, describe, subsections
+from real_openrlhf.config.other_names import other_name
 from real_openrlhf.config.schema import Config
+from real_openrlhf.config.unsupported import why_unsupported
 
 REDACTED = "<redacted>"
 
@@ -88,7 +90,10 @@ def values_of_mapping(nested: Mapping[str, Any], *, source: str) -> dict[str, An
             elif name in sections:
                 raise ConfigError(f"{source}: {name} is a section, it needs keys below it, got {value!r}")
             else:
-                raise ConfigError(f"{source} has the unknown key {name!r}{nearest(name, [*known, *sections])}")
+                reason = why_unsupported(name)
+                found = other_name(name) or (reason and f"this flag of OpenRLHF is not used here: {reason}")
+                hint = f": {found}" if found else nearest(name, [*known, *sections])
+                raise ConfigError(f"{source} has the unknown key {name!r}{hint}")
 
     walk(nested, "")
     return values

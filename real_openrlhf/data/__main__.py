@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.common.arguments import take_negative_values
+from real_openrlhf.common.home import use_writable_caches
 from real_openrlhf.common.paths import path_argument
 from real_openrlhf.data.build import SFT, Settings, write
 from real_openrlhf.data.builders import BUILDERS, get_builder
@@ -32,7 +34,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    add = take_negative_values(parser).add_argument
     add("builder", help="one of those below")
     add("--source", nargs="+", metavar="[SPLIT=]SOURCE", help="files, folders or hub ids (owner/name:config@split)")
     add("--output_dir", type=path_argument, required=True)
@@ -148,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     command = shlex.join([*PROGRAM.split(), *(sys.argv[1:] if argv is None else argv)])
     try:
+        use_writable_caches()
         settings = settings_of(args)
         manifest = write(
             get_builder(args.builder), settings, args.output_dir, command=command, overwrite=args.overwrite

@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from real_openrlhf.common.errors import RunError
+from real_openrlhf.common.home import use_writable_caches
 from real_openrlhf.common.paths import expand
 from real_openrlhf.common.plain import NotPlainError, plain
 from real_openrlhf.common.progress_bar import BAR_FORMAT
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
     args = parse_args(sys.argv[1:] if argv is None else argv)
     try:
+        use_writable_caches()
         args.run(args)
     except (ValueError, RunError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from real_openrlhf.algo.score_scale import DEFAULT_ANCHOR
+from real_openrlhf.common.arguments import take_negative_values
 from real_openrlhf.common.paths import text_argument
 from real_openrlhf.data.tokenizer import load_tokenizer
 from real_openrlhf.export.settings import SETTINGS_FILE, JudgeSettings
@@ -16,12 +17,13 @@ from real_openrlhf.judge.types import JudgeError
 
 
 def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog=f"python -m real_openrlhf.judge{prog}",
         description=description,
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    return take_negative_values(parser)
 
 
 def add_model(parser: argparse.ArgumentParser, *, engine: bool = True, required: bool = True) -> None:

@@ -14,6 +14,7 @@ from real_openrlhf.algo.bound_scale import BoundScale
 from real_openrlhf.algo.sampling import Sampling
 from real_openrlhf.algo.types import Group
 from real_openrlhf.common.device import Device
+from real_openrlhf.common.home import use_writable_caches
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.judge.types import JudgeError
 
@@ -47,6 +48,7 @@ class VLLMBackend:
         # vLLM reads how much it logs when it is imported. What it warns of at every start (no Triton, eager mode,
         # prompts of ids) buries what a person asked for, and what goes wrong is raised.
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        use_writable_caches()
         os.environ.update(resolved.engine_env())
         own_engines()
         from real_openrlhf.actors.engine.rollout_engine import RolloutEngine

@@ -10,6 +10,8 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
+from real_openrlhf.common.home import use_writable_caches
+
 
 def lazy_actor(where: str, *, methods: Sequence[str], coroutines: Sequence[str] = ()) -> type:
     """A class that makes the one at `where` ("module:Class") when it is made, and hands its methods' calls on.
@@ -19,6 +21,8 @@ def lazy_actor(where: str, *, methods: Sequence[str], coroutines: Sequence[str] 
     module, _, name = where.partition(":")
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        # Before DeepSpeed and vLLM are imported. This node's home folder may be another than the driver's.
+        use_writable_caches(tell=False)
         self.actor = getattr(importlib.import_module(module), name)(*args, **kwargs)
 
     members: dict[str, Any] = {"__init__": init, "__module__": __name__, "__doc__": f"{where}, imported when made."}

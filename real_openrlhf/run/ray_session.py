@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import ray
 
+from real_openrlhf.common.home import chosen_here
+
 logger = logging.getLogger(__name__)
 
 # Variables of the driver that actors get too. Ray passes nothing on by itself, and a setting that
@@ -45,11 +47,15 @@ class Session:
 
 
 def passed_environment() -> dict[str, str]:
-    """The allow-listed variables as they are set here, plus what every actor needs."""
+    """The allow-listed variables as they are set here, plus what every actor needs.
+
+    Caches that had to leave this process's home folder are left out: each actor looks at its own.
+    """
+    mine = chosen_here()
     env = {
         name: value
         for name, value in os.environ.items()
-        if (name in PASSED or name.startswith(PASSED_PREFIXES)) and name not in NEVER_PASSED
+        if (name in PASSED or name.startswith(PASSED_PREFIXES)) and name not in NEVER_PASSED and name not in mine
     }
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
     return env

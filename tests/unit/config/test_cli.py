@@ -171,7 +171,8 @@ def test_missing_file(tmp_path: Path) -> None:
     [
         (["--real.bta", "1"], "unknown flag --real.bta; did you mean real.beta"),
         (["--real.bta=-1"], "unknown flag --real.bta; did you mean real.beta"),
-        (["--n_samples_per_prompt", "4"], "did you mean .*rollout.n_samples_per_prompt"),
+        (["--n_samples_per_prompt", "4"], "here this is --rollout.n_samples_per_prompt"),
+        (["--rollout_n_samples", "4"], "did you mean rollout.n_samples_per_prompt"),
         (["--no-real.refil"], "unknown flag --no-real.refil; did you mean real.refill"),
         (["--dryrun"], "did you mean dry_run"),
         (["--quux"], "--help lists all flags"),

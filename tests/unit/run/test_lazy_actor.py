@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from real_openrlhf.run.lazy_actor import lazy_actor
+from tests.helpers.homes import isolate
 
 pytest.importorskip("ray")
 
@@ -30,6 +33,21 @@ class Target:
 
     def fails(self) -> None:
         raise KeyError("its own")
+
+
+class WritesAtHome:
+    """As DeepSpeed does when it is imported."""
+
+    def __init__(self) -> None:
+        self.folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "autotune")
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+
+def test_an_actor_works_without_a_home_that_can_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    isolate(monkeypatch, tmp_path)
+    monkeypatch.setenv("HOME", "/proc/nohome")
+    made: Any = lazy_actor(f"{__name__}:WritesAtHome", methods=())()
+    assert made.actor.folder.is_relative_to(tmp_path) and made.actor.folder.is_dir()
 
 
 def test_calls_reach_the_class_behind() -> None:

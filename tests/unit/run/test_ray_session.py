@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from real_openrlhf.common.home import use_writable_caches
 from real_openrlhf.run import ray_session as module
 from real_openrlhf.run.ray_session import NICENESS, cluster_to_join, passed_environment, ray_session
+from tests.helpers.homes import isolate
 
 
 class FakeRay:
@@ -146,7 +149,7 @@ def test_ray_ends_with_an_error_of_the_run_and_with_one_of_the_start(monkeypatch
     assert fake.shutdowns == 2
 
 
-def test_the_environment_that_actors_get(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_that_actors_get(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in list(module.os.environ):
         monkeypatch.delenv(name)
     assert passed_environment() == {"TOKENIZERS_PARALLELISM": "false"}
@@ -158,3 +161,11 @@ def test_the_environment_that_actors_get(monkeypatch: pytest.MonkeyPatch) -> Non
     for name, value in (passed | kept_back).items():
         monkeypatch.setenv(name, value)
     assert passed_environment() == passed
+    # Where a cache of this process went is no place on another node.
+    isolate(monkeypatch, tmp_path)
+    monkeypatch.setenv("HOME", "/proc/nohome")
+    monkeypatch.setenv("VLLM_CONFIG_ROOT", "/chosen")
+    use_writable_caches(tell=False)
+    assert "VLLM_CACHE_ROOT" in module.os.environ and "HF_HOME" in module.os.environ
+    found = passed_environment()
+    assert found["VLLM_CONFIG_ROOT"] == "/chosen" and not {"VLLM_CACHE_ROOT", "HF_HOME", "WANDB_CACHE_DIR"} & set(found)
