@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from real_openrlhf.actors.sync.transfer import free_port
+from real_openrlhf.algo.objectives import OBJECTIVES
 from real_openrlhf.export.settings import JudgeSettings
 from tests.helpers.tiny_judge import ANCHOR
 
@@ -153,6 +154,28 @@ def test_the_same_command_gives_the_same_run_also_beside_other_load(judges: Path
     card = (one / "model/README.md").read_text(encoding="utf-8")
     assert f"These are the weights of step {best}, the best of 3 evaluations by expected/pearson" in card
     assert not list(one.glob("best_step_*"))
+
+
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "real"])
+def test_every_other_objective_trains(judges: Path, tmp_path: Path, objective: str) -> None:
+    """Two steps each; the terms that an objective has are the ones that are not zero."""
+    run = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "real_openrlhf.train_real",
+        *flags(judges, HEAD, run, "--real.objective", objective),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    check_run(judges, run)
+    train = [m for m in read_lines(run / "metrics.jsonl") if m["phase"] == "train"]
+    learns_score = objective in ("jepo", "term2_only")
+    for m in train:
+        assert (m["loss/likelihood"] != 0) == learns_score
+        assert (m["loss/squared_error"] != 0) == (objective == "term2_only")
+        assert (m["advantage/abs_mean"] > 0) == (objective != "term2_only")
+    assert f"the objective `{objective}`" in (run / "model/README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
