@@ -48,6 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+# What people call a subcommand that there is not.
+_MEANT = {
+    "compare": "two responses are compared by Judge.compare in Python, two evaluations by "
+    "python -m real_openrlhf.evaluate --compare RUN RUN",
+    "calibrate": "it is called calibration fit",
+    "calibration": "it is called calibration fit",
+    "evaluate": "it is a command of its own: python -m real_openrlhf.evaluate",
+    "score": "leave the word out: the command scores --input by itself",
+}
+
+
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """`run` is the function that does what was asked for."""
     words = list(argv)
@@ -55,6 +66,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         return serve_args(words[1:])
     if words[:2] == ["calibration", "fit"]:
         return fit_args(words[2:])
+    if words and not words[0].startswith("-"):
+        known = "without a subcommand it scores --input; subcommands are serve and calibration fit"
+        raise JudgeError(f"there is no subcommand {words[0]!r}: {_MEANT.get(words[0], known)}")
     return _score_args(words)
 
 

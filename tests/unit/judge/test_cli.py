@@ -203,3 +203,18 @@ def test_a_job_without_a_record_is_not_resumed(run, tmp_path, capsys) -> None:
     assert not partial.exists()
     assert main([*run.base, "--input", str(source), "--resume"]) == 2
     assert "--resume needs --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["compare", "a", "b"], "real_openrlhf.evaluate --compare RUN RUN"),
+        (["calibrate"], "it is called calibration fit"),
+        (["evaluate", "--model", "m"], "python -m real_openrlhf.evaluate"),
+        (["sevre"], "subcommands are serve and calibration fit"),
+    ],
+)
+def test_subcommands_that_there_are_not(words: list[str], says: str, capsys) -> None:
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert f"there is no subcommand {words[0]!r}" in error and says in error
