@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 the engine or the server failed, 2 the input is wrong."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
-    args = parse_args(sys.argv[1:] if argv is None else argv)
     try:
+        args = parse_args(sys.argv[1:] if argv is None else argv)
         use_writable_caches()
         args.run(args)
     except (ValueError, RunError, OSError) as error:
