@@ -26,7 +26,11 @@ def rloo_advantages(
         raise ValueError(f"rewards must be finite, got {rewards.tolist()}")
     if float(rewards.max() - rewards.min()) < tolerance:
         return rewards.new_zeros(k)
-    advantages = rewards - (rewards.sum() - rewards) / (k - 1)
+    return scaled(rewards - (rewards.sum() - rewards) / (k - 1), standardise=standardise, clip=clip)
+
+
+def scaled(advantages: Tensor, *, standardise: bool, clip: float | None) -> Tensor:
+    """[K] advantages divided by their population std + 1e-8, then clipped to [-clip, clip]; each if asked for."""
     if standardise:
         advantages = advantages / (advantages.std(correction=0) + EPSILON)
     if clip is not None:

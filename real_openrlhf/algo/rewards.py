@@ -43,7 +43,7 @@ def real_rewards(
         renormalise=renormalise,
     )
     regression = -((stats.expected - target.value) ** 2)
-    worst = max((v - target.value) ** 2 for v in (0.0, float(scores.values[0]), float(scores.values[-1])))
+    worst = target.worst_squared_error(scores.values.tolist())
     log_floor = math.log(FLOOR_PROBABILITY)
     if answer == "logprob":
         answer_reward, answer_floor = stats.likelihood, log_floor

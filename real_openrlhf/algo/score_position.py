@@ -122,11 +122,11 @@ def _goes_on(label: str, rest: str) -> bool:
     after = rest[:1]
     if after in _POINTS and rest[1:2].isnumeric():
         return True
-    if not after.isalnum():
-        return False
-    if after.isnumeric() or not label[-1].isnumeric():
-        return after.isnumeric() or _script(after) == _script(label[-1]) or label[-1].isnumeric()
-    return _script(after) == "LATIN" and not _UNIT.match(rest)
+    if not after.isalnum() or after.isnumeric():
+        return after.isnumeric()
+    if label[-1].isnumeric():
+        return _script(after) == "LATIN" and not _UNIT.match(rest)
+    return _script(after) == _script(label[-1])
 
 
 def _script(letter: str) -> str:

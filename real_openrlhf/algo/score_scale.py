@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
 DEFAULT_ANCHOR = "So the overall score is "
 
-# Weights this close to 0.5 are ties: on a scale like 0.1, 0.2 the middle is not exact in floats.
-_TIE = 1e-9
-
 
 class ScaleError(ValueError):
     """The scale cannot be used: wrong values, or labels that the tokenizer does not tell apart."""
@@ -113,15 +110,7 @@ class ScoreScale:
 
     def is_correct(self, label_index: int | None, target: Target) -> bool:
         """A decoded score is correct when it is nearest to y; at a tie either neighbour is."""
-        if label_index is None:
-            return False
-        if math.isclose(target.weight, 0.5, rel_tol=0.0, abs_tol=_TIE):
-            return label_index in (target.low, target.high)
-        return label_index == (target.low if target.weight < 0.5 else target.high)
-
-    def worst_squared_error(self, target: Target) -> float:
-        """max over v in the scale and 0 of (v - y)^2. 0: missing mass pulls E[score] towards it."""
-        return max((v - target.value) ** 2 for v in (0.0, self.values[0], self.values[-1]))
+        return label_index in target.nearest
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+# Weights this close to 0.5 are ties: on a scale like 0.1, 0.2 the middle is not exact in floats.
+_TIE = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,3 +18,14 @@ class Target:
     low: int
     high: int
     weight: float
+
+    @property
+    def nearest(self) -> tuple[int, ...]:
+        """The labels nearest to y: one, or half way between two both."""
+        if math.isclose(self.weight, 0.5, rel_tol=0.0, abs_tol=_TIE):
+            return (self.low, self.high)
+        return (self.low,) if self.weight < 0.5 else (self.high,)
+
+    def worst_squared_error(self, values: Iterable[float]) -> float:
+        """max over v in the scale's values and 0 of (v - y)^2. 0: missing mass pulls E[score] towards it."""
+        return max((v - self.value) ** 2 for v in (0.0, *values))

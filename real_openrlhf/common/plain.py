@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+HALF_CHARACTER = "not valid Unicode: half of a surrogate pair stands alone"
+
 
 class NotPlainError(ValueError):
     """A value that JSON cannot hold. column: its dotted name."""
@@ -45,7 +47,16 @@ def plain(value: Any, column: str = "") -> Any:
     raise NotPlainError(column, f"JSON has no form for a {type(value).__name__}")
 
 
+def has_half_character(text: str) -> bool:
+    """Whether half of a surrogate pair stands alone in it, as JSON's escapes may spell it: no encoding can write it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def _text(value: str, column: str) -> str:
-    if any("\ud800" <= c <= "\udfff" for c in value):
-        raise NotPlainError(column, "not valid Unicode: half of a surrogate pair stands alone")
+    if has_half_character(value):
+        raise NotPlainError(column, HALF_CHARACTER)
     return value

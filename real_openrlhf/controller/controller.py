@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from real_openrlhf.algo.objectives.base import Objective
+from real_openrlhf.algo.sampling import Sampling
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import Group, TrainGroup, group_scores
 from real_openrlhf.common.errors import RunError
 from real_openrlhf.controller.batches import Batch, BatchSource, PromptStore
-from real_openrlhf.controller.dynamic_sampling import CannotFill, Collected, Keep, collect
+from real_openrlhf.controller.dynamic_sampling import CannotFill, Collected, collect
 from real_openrlhf.controller.first_look import check_first_rollouts
 from real_openrlhf.controller.guards import Alarm, Guards, WentWrong
 from real_openrlhf.controller.judge_export import JudgeExport
@@ -33,11 +34,11 @@ from real_openrlhf.controller.protocols import (
     PolicyGroup,
     ReferenceGroup,
     RolloutGroup,
-    Sampling,
     WeightSync,
 )
 from real_openrlhf.controller.records import Log, Progress, Saver
 from real_openrlhf.controller.rollout_stats import judgement_samples, rollout_metrics
+from real_openrlhf.controller.settings import ControllerSettings
 from real_openrlhf.controller.step_metrics import sampled_reward, sampling_metrics, speed_metrics
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.data.stream import StreamExhausted
@@ -56,40 +57,6 @@ class Stopped(Exception):
 
 class NothingLearned(RunError):
     """Too many steps in a row without a single non-zero advantage."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ControllerSettings:
-    """
-    total_steps        steps of the run; 0 evaluates and saves only
-    batch_size         groups per step
-    share_by           batches are multiples of it, so that all policy and reference ranks get as many groups
-    sampling           of the rollouts; seeds are set per step when `seeded`
-    eval_steps         evaluate every n steps; -1: only before and after
-    eval_beside        the evaluator has engines of its own: go on while it judges, until the next weight sync
-    min_mass, min_readable   the first rollouts must reach both
-    dead_steps         stop after n steps in a row without advantage; 0 never
-    one_ahead          sample the next batch while training: it is one version of the weights late
-    """
-
-    total_steps: int
-    batch_size: int
-    share_by: int
-    sampling: Sampling
-    seed: int
-    seeded: bool
-    keep: Keep
-    refill: bool
-    max_refills: int
-    eval_steps: int
-    min_mass: float
-    min_readable: float
-    dead_steps: int
-    renormalise: bool
-    n_samples: int
-    logging_steps: int
-    one_ahead: bool = False
-    eval_beside: bool = False
 
 
 class Controller:

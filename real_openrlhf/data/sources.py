@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from real_openrlhf.common.paths import expand
+from real_openrlhf.common.plain import HALF_CHARACTER, has_half_character
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SPLIT_WORDS = ("train", "validation", "valid", "val", "dev", "test", "eval")
@@ -173,14 +174,14 @@ def _row(place: Place, value: object, *, escaped: bool = False) -> Row | BadRow:
         return BadRow(place=place, column=None, reason=f"a row must be an object, not {shorten(value)}")
     column = _half_character(value, "") if escaped else None
     if column is not None:
-        return BadRow(place=place, column=column, reason="not valid Unicode: half of a surrogate pair stands alone")
+        return BadRow(place=place, column=column, reason=HALF_CHARACTER)
     return Row(place=place, values=value)
 
 
 def _half_character(value: object, path: str) -> str | None:
-    """The dotted column of the first text that no encoding can write, as JSON's escapes may spell it."""
+    """The dotted column of the first text with half a character."""
     if isinstance(value, str):
-        return path if any("\ud800" <= c <= "\udfff" for c in value) else None
+        return path if has_half_character(value) else None
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in inside:
         name = f"{path}.{key}" if path else str(key)

@@ -81,7 +81,10 @@ _PROSE = tuple(
 _SENTENCE_END = re.compile(r"[.!?؟][\"')\]*]*\s+|[。！？｡।॥][\"')\]*”’」』）】]*\s*|\n+")
 _HEAD = re.compile(r"\[[A-Za-z ]{1,30}\]?")
 _OPENING = " \t\r\n*_\"'`([{<#:=-：→【「"
-_CLOSING = re.compile(r"(?<![\d.,/^-])" + _NUMBER + rf"{_UNIT}[\s.!。！*_\"'`)\]}}>】」]*$", re.IGNORECASE)
+# A number by itself: no part of a name (candidate1) or a formula (y / 2).
+_CLOSING = re.compile(
+    rf"(?<![\w.,/^*+%=<>-])(?<![/^*+%=<>-]\s){_NUMBER}{_UNIT}[\s.!。！*_\"'`)\]}}>】」]*$", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,12 +18,10 @@ from real_openrlhf.evals.benchmarks import Benchmark
 from real_openrlhf.evals.predict import predict, predict_given
 from real_openrlhf.evals.predictions import EvaluationError, Prediction, PredictionStore
 from real_openrlhf.evals.report import PREDICTIONS, load_run
+from real_openrlhf.export.fingerprint import weights_sha256
 from real_openrlhf.judge.judge import Judge
 
 logger = logging.getLogger(__name__)
-
-# Of a weight file, at each end: enough to tell trained weights apart, and read in no time.
-_FINGERPRINT_BYTES = 1 << 20
 
 
 def identity_of(
@@ -61,22 +59,6 @@ def name_of(model: str) -> str:
         return model
     path = path.resolve()
     return path.parent.name if path.name == "model" else path.name
-
-
-def weights_sha256(model: str) -> str | None:
-    """Of every weight file's name, size, first and last MiB; None for a model that is not a local folder."""
-    folder = Path(model)
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]) if folder.is_dir() else []
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(_FINGERPRINT_BYTES)
-            file.seek(max(0, size - _FINGERPRINT_BYTES))
-            digest.update(f"{path.name}/{size}/".encode() + head + file.read())
-    return digest.hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -24,6 +24,7 @@ from real_openrlhf.common.plain import NotPlainError, plain
 from real_openrlhf.common.progress_bar import BAR_FORMAT
 from real_openrlhf.data.sources import BadRow, DataError, Row, lookup, read_json_lines, read_rows
 from real_openrlhf.data.template import PromptError
+from real_openrlhf.export.fingerprint import weights_sha256
 from real_openrlhf.judge.cli_model import add_model, chosen_settings, make_parser, read_key
 from real_openrlhf.judge.cli_tools import fit_args, serve_args
 from real_openrlhf.judge.judge import Judge, Prepared
@@ -162,6 +163,7 @@ def _identity(judge: Judge, args: argparse.Namespace, rubric: Any, weights: Any)
     settings, sampling = judge.settings, judge.sampling
     return {
         "model": name_of_model(args.model),
+        "weights": weights_sha256(args.model),
         "scale": str(settings.scale),
         "anchors": list(settings.anchors),
         "template": [judge.template.sha256, settings.template.sha256],
@@ -170,7 +172,7 @@ def _identity(judge: Judge, args: argparse.Namespace, rubric: Any, weights: Any)
         "forcing": judge.force,
         "calibration": args.calibrated,
         "rubric": rubric,
-        "weights": weights,
+        "weights of the dimensions": weights,
         "batch size": args.batch_size,
     }
 
@@ -247,7 +249,7 @@ def _prepare(
 
 def as_json(score: Score) -> dict[str, Any]:
     """A `Score` as an output row has it; null for what is not defined."""
-    plain: dict[str, Any] = {
+    content: dict[str, Any] = {
         name: getattr(score, name)
         for name in (
             "score",
@@ -262,13 +264,13 @@ def as_json(score: Score) -> dict[str, Any]:
         )
     }
     if score.calibrated is not None:
-        plain["calibrated"] = score.calibrated
+        content["calibrated"] = score.calibrated
     if score.dimensions:
-        plain["dimensions"] = {name: as_json(one) for name, one in score.dimensions.items()}
+        content["dimensions"] = {name: as_json(one) for name, one in score.dimensions.items()}
     if len(score.samples) > 1:
         fields = ("expected", "decoded", "mass", "forced", "reason", "feedback")
-        plain["samples"] = [{name: getattr(sample, name) for name in fields} for sample in score.samples]
-    return plain
+        content["samples"] = [{name: getattr(sample, name) for name in fields} for sample in score.samples]
+    return content
 
 
 def _rubric(text: str | None) -> Any:

@@ -10,7 +10,7 @@ from real_openrlhf.common.cards import Card
 from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.run.placement import PlacementError, Request, check_fits
 
-_FORM = re.compile(r"(?:(\d+)x)?(\d+)x(\d+(?:\.\d+)?)\s*gi?b", re.IGNORECASE)
+_FORM = re.compile(r"(?:(\d+)x)?(\d+)x(\d+(?:\.\d+)?)\s*(gi?b)", re.IGNORECASE)
 # CPU cores are not what a plan for GPUs is about.
 _CORES = 1e6
 
@@ -33,7 +33,8 @@ class AssumedGpus:
         match = _FORM.fullmatch(text.strip())
         if match is None or not int(match[1] or 1) or not int(match[2]) or not float(match[3]):
             raise ConfigError(f"--assume_gpus {text!r}: write GPUSxMEMORY, as 8x80GB, or with nodes 2x8x80GB")
-        return cls(nodes=int(match[1] or 1), gpus_per_node=int(match[2]), memory=round(float(match[3]) * 1e9))
+        unit = 1 << 30 if match[4].lower() == "gib" else 10**9
+        return cls(nodes=int(match[1] or 1), gpus_per_node=int(match[2]), memory=round(float(match[3]) * unit))
 
     def __str__(self) -> str:
         return f"{self.nodes} node(s) x {self.gpus_per_node} GPU(s) of {self.memory / 1e9:g} GB"

@@ -28,6 +28,7 @@ from real_openrlhf.data.tokenizer import end_token_ids, load_tokenizer
 from real_openrlhf.evals.benchmarks import Benchmark, load_benchmark, parse_benchmarks
 from real_openrlhf.evals.results import metric_names
 from real_openrlhf.judge.scoring import room_for_forcing
+from real_openrlhf.run.assumed_gpus import AssumedGpus
 from real_openrlhf.run.ray_session import cluster_to_join
 
 
@@ -36,11 +37,13 @@ class Inputs:
     """What the flags name, loaded and checked.
 
     device          None where only the cluster that is to be joined can say
+    assumed_gpus    those that are not here, of a dry run
     judge_template  of the training prompts, where `real_openrlhf.data` built them of their parts
     """
 
     config: Config
     device: Device | None
+    assumed_gpus: AssumedGpus | None
     tokenizer: PreTrainedTokenizerBase
     bound: BoundScale
     end_ids: frozenset[int]
@@ -54,6 +57,7 @@ class Inputs:
 def load_inputs(config: Config) -> Inputs:
     """Check flags against each other, then load tokenizer, scale and data sets."""
     config = with_absolute_paths(config)
+    assumed = None if config.assume_gpus is None else AssumedGpus.parse(config.assume_gpus)
     device = known_device(config)
     kind: Literal["cpu", "cuda"] | None = None if device is None else "cuda" if device.is_cuda else "cpu"
     warnings = validate(config, device=kind)
@@ -86,6 +90,7 @@ def load_inputs(config: Config) -> Inputs:
     return Inputs(
         config=config,
         device=device,
+        assumed_gpus=assumed,
         tokenizer=tokenizer,
         bound=bound,
         end_ids=end_ids,

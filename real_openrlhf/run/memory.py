@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from real_openrlhf.common.cards import Card
 from real_openrlhf.config.flags import ConfigError
@@ -56,10 +57,6 @@ def memory_problem(config: Config, parameters: int, weight_bytes: int, card_byte
     )
 
 
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.1f} GB"
-
-
 def check_memory(config: Config, cards: Sequence[Card], *, assumed: bool = False) -> list[str]:
     """ConfigError for a model that cannot fit into GPUs like this machine's; a warning where a cluster has others.
 
@@ -81,11 +78,13 @@ def check_memory(config: Config, cards: Sequence[Card], *, assumed: bool = False
 
 def count_parameters(path: str) -> int | None:
     """Of the model by its config, a tied head once, no weights read; None if that is not known here."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     try:
         with torch.device("meta"):
             network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     except (OSError, ValueError, KeyError):
         return None  # what is wrong with it, the policy's own loading says
     return sum(p.numel() for p in network.parameters())
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.1f} GB"

@@ -15,10 +15,9 @@ from real_openrlhf.common.device import Device
 from real_openrlhf.config.batch_plan import BatchPlan, batch_plan
 from real_openrlhf.config.schema import Config
 from real_openrlhf.config.validate import validate
-from real_openrlhf.controller.controller import ControllerSettings
+from real_openrlhf.controller.settings import ControllerSettings
 from real_openrlhf.evals.evaluator import EvaluatorSpec
 from real_openrlhf.run import specs
-from real_openrlhf.run.assumed_gpus import AssumedGpus
 from real_openrlhf.run.identity import run_identity
 from real_openrlhf.run.inputs import Inputs
 from real_openrlhf.run.memory import check_memory
@@ -87,7 +86,7 @@ def make_plan(inputs: Inputs, *, cluster_gpus: int | None = None) -> RunPlan:
         device = Device.resolve(config.real.device, config.ds.param_dtype, cluster_gpus=cluster_gpus)
         # What depends on the device was left out before.
         warnings += validate(config, device="cuda" if device.is_cuda else "cpu")
-    assumed = None if config.assume_gpus is None else AssumedGpus.parse(config.assume_gpus)
+    assumed = inputs.assumed_gpus
     warnings += check_memory(config, local_cards() if assumed is None else assumed.cards, assumed=assumed is not None)
     batch = batch_plan(config, len(inputs.train_set))
     placement = tuple(specs.placement_requests(config, device))

@@ -10,7 +10,6 @@ from real_openrlhf.config.batch_plan import BatchPlan, resolve_ratio
 from real_openrlhf.config.convert import get_value
 from real_openrlhf.config.presets import PRESETS
 from real_openrlhf.config.schema import Config
-from real_openrlhf.run.assumed_gpus import AssumedGpus
 from real_openrlhf.run.inputs import Inputs
 from real_openrlhf.run.plan import RunPlan
 
@@ -26,7 +25,7 @@ def render(plan: RunPlan, *, for_log: bool = False) -> str:
     config, inputs = plan.config, plan.inputs
     sections = [
         ("Model", _model_lines(config, plan.device)),
-        ("Placement", [*_assumed_lines(config), *(str(request) for request in plan.placement)]),
+        ("Placement", [*_assumed_lines(inputs), *(str(request) for request in plan.placement)]),
         ("Batch", _batch_lines(config, plan.batch, inputs.bound, plan.reward_tolerance)),
         ("Steps", _step_lines(config, plan.batch)),
         ("First prompt", [] if for_log else _prompt_lines(inputs)),
@@ -52,8 +51,8 @@ def _model_lines(config: Config, device: Device) -> list[str]:
     return lines
 
 
-def _assumed_lines(config: Config) -> list[str]:
-    return [] if config.assume_gpus is None else [f"on GPUs that are not here: {AssumedGpus.parse(config.assume_gpus)}"]
+def _assumed_lines(inputs: Inputs) -> list[str]:
+    return [] if inputs.assumed_gpus is None else [f"on GPUs that are not here: {inputs.assumed_gpus}"]
 
 
 def _batch_lines(config: Config, plan: BatchPlan, bound: BoundScale, tolerance: float) -> list[str]:

@@ -16,7 +16,7 @@ from real_openrlhf.config.batch_plan import BatchPlan, resolve_ratio
 from real_openrlhf.config.openrlhf_args import to_openrlhf_args
 from real_openrlhf.config.sampling import evaluation_sampling, rollout_sampling
 from real_openrlhf.config.schema import Config, LoraConfig
-from real_openrlhf.controller.controller import ControllerSettings
+from real_openrlhf.controller.settings import ControllerSettings
 from real_openrlhf.evals.evaluator import EvaluatorSpec
 from real_openrlhf.evals.objective import RewardSettings
 from real_openrlhf.run.inputs import Inputs

@@ -79,7 +79,11 @@ def on_cluster(plan: RunPlan, session: Session) -> RunPlan:
     """The plan for the cluster that was joined, whose GPUs were not known before. DeviceError if it lacks them."""
     if session.owned:
         return plan
-    return make_plan(plan.inputs, cluster_gpus=math.floor(session.gpus))
+    known = make_plan(plan.inputs, cluster_gpus=math.floor(session.gpus))
+    for warning in known.warnings:
+        if warning not in plan.warnings:
+            logger.warning("%s", warning)
+    return known
 
 
 def make_controller(plan: RunPlan, actors: Actors, log: RunLog, progress: Progress, stop: StopRequest) -> Controller:

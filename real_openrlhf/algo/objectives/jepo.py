@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from real_openrlhf.algo.advantages import scaled
 from real_openrlhf.algo.rewards import FLOOR_PROBABILITY, real_rewards
 from real_openrlhf.algo.types import Coefficients, GroupScores
 
@@ -42,10 +43,8 @@ class JepoObjective:
         advantages = k * (bound - others)
         if float(logs.max() - logs.min()) < self.tolerance:
             advantages = torch.zeros_like(advantages)
-        elif self.standardise:
-            advantages = advantages / (advantages.std(correction=0) + 1e-8)
-        if self.clip is not None:
-            advantages = advantages.clamp(-self.clip, self.clip)
+        else:
+            advantages = scaled(advantages, standardise=self.standardise, clip=self.clip)
         readable = scores.readable.double()
         nothing = torch.zeros_like(readable)
         return Coefficients(

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from real_openrlhf.algo.objectives.parts import policy_gradient, worst_error, written_scores
+from real_openrlhf.algo.objectives.parts import policy_gradient, written_scores
 from real_openrlhf.algo.types import Coefficients, GroupScores
 
 
@@ -28,7 +28,7 @@ class MseRlObjective:
 
     def __call__(self, scores: GroupScores) -> Coefficients:
         rewards = -((written_scores(scores) - scores.target.value) ** 2)
-        rewards = torch.where(scores.sampled >= 0, rewards, -worst_error(scores))
+        rewards = torch.where(scores.sampled >= 0, rewards, -scores.target.worst_squared_error(scores.values.tolist()))
         rewards = rewards - self.invalid_penalty * (~scores.readable).double()
         return policy_gradient(
             rewards, score_too=True, standardise=self.standardise, clip=self.clip, tolerance=self.tolerance

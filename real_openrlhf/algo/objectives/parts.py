@@ -8,21 +8,12 @@ from torch import Tensor
 from real_openrlhf.algo.advantages import rloo_advantages
 from real_openrlhf.algo.types import Coefficients, GroupScores
 
-# Scores this close to equally far from the label are; on a scale like 0.1, 0.2 the middle is not exact in floats.
-TIE = 1e-9
-
 
 def written_scores(scores: GroupScores) -> Tensor:
     """[K] float64: the value of the label that each rollout wrote; NaN where it wrote none."""
     values = scores.values.double()
     written = scores.sampled.clamp(min=0)
     return torch.where(scores.sampled >= 0, values[written], torch.nan)
-
-
-def worst_error(scores: GroupScores) -> float:
-    """max over v in the scale and 0 of (v - y)^2: what a rollout without a score is charged with."""
-    y = scores.target.value
-    return max((v - y) ** 2 for v in (0.0, float(scores.values[0]), float(scores.values[-1])))
 
 
 def policy_gradient(

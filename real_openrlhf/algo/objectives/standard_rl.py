@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from real_openrlhf.algo.objectives.parts import TIE, policy_gradient, written_scores
+import torch
+
+from real_openrlhf.algo.objectives.parts import policy_gradient
 from real_openrlhf.algo.types import Coefficients, GroupScores
 
 
@@ -24,9 +26,7 @@ class StandardRlObjective:
     trains_score_token: ClassVar[bool] = True
 
     def __call__(self, scores: GroupScores) -> Coefficients:
-        y = scores.target.value
-        nearest = (scores.values.double() - y).abs().min()
-        right = (written_scores(scores) - y).abs() <= nearest + TIE
+        right = torch.isin(scores.sampled, torch.tensor(scores.target.nearest))
         rewards = right.double() - self.invalid_penalty * (~scores.readable).double()
         return policy_gradient(
             rewards, score_too=True, standardise=self.standardise, clip=self.clip, tolerance=self.tolerance

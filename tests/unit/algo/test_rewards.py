@@ -55,4 +55,4 @@ def test_floor(scale: str, label: float, worst: float, penalty: float) -> None:
     got = real_rewards(group, answer="logprob", invalid_penalty=penalty, renormalise=False)
     assert float(got.regression) == pytest.approx(-worst - penalty)
     assert float(got.answer) == pytest.approx(math.log(1e-6))
-    assert worst == ScoreScale.parse(scale).worst_squared_error(group.target)
+    assert worst == group.target.worst_squared_error(ScoreScale.parse(scale).values)

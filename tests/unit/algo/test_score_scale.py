@@ -113,10 +113,10 @@ def test_ties_survive_float_rounding() -> None:
 
 
 def test_worst_squared_error_includes_zero() -> None:
-    assert FIVE.worst_squared_error(FIVE.target(4)) == 16
-    assert FIVE.worst_squared_error(FIVE.target(2)) == 9
+    assert FIVE.target(4).worst_squared_error(FIVE.values) == 16
+    assert FIVE.target(2).worst_squared_error(FIVE.values) == 9
     below = ScoreScale.parse("-3,-2")
-    assert below.worst_squared_error(below.target(-2.5)) == 6.25
+    assert below.target(-2.5).worst_squared_error(below.values) == 6.25
 
 
 def test_bind_word_level() -> None:

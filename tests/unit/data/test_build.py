@@ -241,3 +241,14 @@ def test_the_template_of_a_built_file_is_found_again(tmp_path: Path) -> None:
     words = ["--source", str(whole), "--scale", "1-5", "--map", "prompt=p", "label=y", "--output_dir"]
     assert main(["generic", *words, str(tmp_path / "whole")]) == 0
     assert template_of_built(str(tmp_path / "whole")) is None
+
+
+@needs_data
+def test_the_counts_in_the_readme_are_what_is_built(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[3] / "real_openrlhf/data/README.md").read_text(encoding="utf-8")
+    words = ["mtbench_pool", "--sft", "--skip_bad_rows", "--source", str(DATA / "mtbench_judgments.jsonl.gz")]
+    assert main([*words, "--output_dir", str(tmp_path / "out")]) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    counts = {split: f"{manifest['splits'][split]['rows']:,}" for split in ("train", "dev", "test", "sft")}
+    (line,) = (line for line in readme.splitlines() if line.startswith("| `mtbench_pool --sft"))
+    assert [f"{split} {count}" for split, count in counts.items() if f"{split} {count} (" not in line] == []

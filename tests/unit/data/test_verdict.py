@@ -123,6 +123,9 @@ def test_verdicts_of_other_forms_and_languages(text: str, feedback: str, verdict
 
 def test_the_number_that_closes_a_text() -> None:
     assert closing_number("Panel says 7.") == 7 and closing_number("so: 4/5") == 4 and closing_number("7 rows") is None
+    # Names and formulas end in digits that judge nothing.
+    for text in ("return candidate1\n```", "So, z - x = - (y / 2).", "x = 4", "It costs 1,004."):
+        assert closing_number(text) is None
     assert without_last_sentence("Clear. Panel says 7.") == "Clear." and without_last_sentence("Panel 7") == ""
 
 

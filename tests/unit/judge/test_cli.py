@@ -164,7 +164,7 @@ def test_what_json_cannot_hold_is_named_before_anything_is_judged(run, tmp_path,
     assert main([*words, "--skip_bad_rows"]) == 0 and len(out.read_text().splitlines()) == 1
 
 
-def test_a_job_that_ended_early_goes_on(run, tmp_path, monkeypatch, capsys) -> None:
+def test_a_job_that_ended_early_goes_on(run, folder, tmp_path, monkeypatch, capsys) -> None:
     source, out, partial = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
     rows = [{"id": i, "instruction": "a", "response": word} for i, word in enumerate(("good", "bad", "good", "bad"))]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -182,6 +182,9 @@ def test_a_job_that_ended_early_goes_on(run, tmp_path, monkeypatch, capsys) -> N
     assert main(words) == 1 and not out.exists() and len(partial.read_text().splitlines()) == 2
     assert main(words) == 2 and "pass --resume to go on" in capsys.readouterr().err
     assert main([*words, "--resume", "--seed", "3"]) == 2 and "had another sampling" in capsys.readouterr().err
+    (folder / "model.safetensors").write_bytes(b"trained on")
+    assert main([*words, "--resume"]) == 2 and "had another weights" in capsys.readouterr().err
+    (folder / "model.safetensors").unlink()
     with partial.open("a") as file:
         file.write('{"id": 2, "torn')
     assert main([*words, "--resume"]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,42 +13,13 @@ from transformers import LlamaConfig
 from real_openrlhf.common.device import DeviceError
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.flags import ConfigError
-from real_openrlhf.run.inputs import Inputs, load_inputs
+from real_openrlhf.run.assumed_gpus import AssumedGpus
 from real_openrlhf.run.plan import make_plan
 from real_openrlhf.run.plan_text import render
-from tests.helpers.tiny_judge import make_rows, make_tokenizer, write_rows
-
-
-@pytest.fixture(autouse=True)
-def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-
-
-@pytest.fixture(scope="module")
-def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("inputs")
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(folder / "model")
-    LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, num_attention_heads=2).save_pretrained(folder / "model")
-    write_rows(folder / "train.jsonl", make_rows(40, seed=0))
-    write_rows(folder / "test.jsonl", make_rows(6, seed=1))
-    named = {
-        "actor.model_name_or_path": folder / "model",
-        "data.prompt_dataset": folder / "train.jsonl",
-        "eval.dataset": folder / "test.jsonl",
-        "ckpt.output_dir": folder / "out",
-        "real.anchor": "score ",
-        "real.device": "cpu",
-        "data.max_len": 32,
-        "rollout.max_new_tokens": 8,
-        "rollout.batch_size": 8,
-        "rollout.n_samples_per_prompt": 4,
-    }
-    return [part for name, value in named.items() for part in (f"--{name}", str(value))]
-
-
-def inputs_of(flags: list[str], *more: str) -> Inputs:
-    return load_inputs(parse_args([*flags, *more]))
+from real_openrlhf.run.ray_session import Session
+from real_openrlhf.run.start import on_cluster
+from tests.helpers.run_inputs import inputs_of
+from tests.helpers.tiny_judge import make_tokenizer
 
 
 def test_the_plan_says_what_a_run_would_do(flags: list[str]) -> None:
@@ -183,3 +155,24 @@ def test_the_dry_run_shows_a_prompt_and_the_log_does_not(flags: list[str]) -> No
     assert f"{len(first.token_ids)} tokens, without a chat template, human score {first.label:g}:" in shown
     logged = render(plan, for_log=True)
     assert "First prompt" not in logged and "Warnings" not in logged and "Placement" in logged
+
+
+def test_warnings_that_only_the_cluster_brings_are_logged(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    more = ["--real.device", "auto", "--ds.adam_offload", "--actor.adam.lr", "0"]
+    inputs = inputs_of([*flags, *more])
+    plan = replace(make_plan(inputs), warnings=inputs.warnings)
+    session = Session(owned=False, address="head:6379", nodes=1, cpus=8.0, gpus=0.0)
+    with caplog.at_level(logging.WARNING):
+        assert on_cluster(plan, session).device.name == "cpu"
+    assert [m for m in caplog.messages if m.startswith("--")] == [
+        next(w for w in make_plan(inputs, cluster_gpus=0).warnings if "adam_offload" in w)
+    ]
+    assert on_cluster(plan, replace(session, owned=True)) is plan
+
+
+def test_gigabytes_of_both_kinds() -> None:
+    assert AssumedGpus.parse("2x8x80GB").memory == 80 * 10**9
+    assert AssumedGpus.parse("1x79.5gib").memory == round(79.5 * 2**30)

@@ -37,6 +37,7 @@ def rendered(
         config=config,
         batch=batch,
         inputs=SimpleNamespace(
+            assumed_gpus=None,
             bound=bound,
             tokenizer=tokenizer,
             train_set=SimpleNamespace(prompts=[Prompt(token_ids=(13, 12), label=2.5, row=0, text="")]),

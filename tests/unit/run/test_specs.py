@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from real_openrlhf.actors.engine.spec import EngineSpecError
 from real_openrlhf.algo.loss import LossOptions
@@ -20,7 +19,7 @@ from real_openrlhf.config.batch_plan import batch_plan
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.config.schema import Config, LoraConfig
-from real_openrlhf.run.inputs import Inputs, check_samplings, load_inputs
+from real_openrlhf.run.inputs import check_samplings
 from real_openrlhf.run.placement import Request
 from real_openrlhf.run.specs import (
     controller_settings,
@@ -33,7 +32,7 @@ from real_openrlhf.run.specs import (
     probe_sequences,
     reference_spec,
 )
-from tests.helpers.tiny_judge import make_rows, make_tokenizer, write_rows
+from tests.helpers.run_inputs import inputs_of
 
 CPU = Device(name="cpu", dtype_name="fp32")
 CUDA = Device(name="cuda", dtype_name="bf16")
@@ -43,38 +42,6 @@ def config_of(*flags: str) -> Config:
     return parse_args(
         ["--actor.model_name_or_path", "m", "--data.prompt_dataset", "d", "--ckpt.output_dir", "out", *flags]
     )
-
-
-@pytest.fixture(autouse=True)
-def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-
-
-@pytest.fixture(scope="module")
-def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("inputs")
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(folder / "model")
-    LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, num_attention_heads=2).save_pretrained(folder / "model")
-    write_rows(folder / "train.jsonl", make_rows(40, seed=0))
-    write_rows(folder / "test.jsonl", make_rows(6, seed=1))
-    named = {
-        "actor.model_name_or_path": folder / "model",
-        "data.prompt_dataset": folder / "train.jsonl",
-        "eval.dataset": folder / "test.jsonl",
-        "ckpt.output_dir": folder / "out",
-        "real.anchor": "score ",
-        "real.device": "cpu",
-        "data.max_len": 32,
-        "rollout.max_new_tokens": 8,
-        "rollout.batch_size": 8,
-        "rollout.n_samples_per_prompt": 4,
-    }
-    return [part for name, value in named.items() for part in (f"--{name}", str(value))]
-
-
-def inputs_of(flags: list[str], *more: str) -> Inputs:
-    return load_inputs(parse_args([*flags, *more]))
 
 
 # -- objective and loss ----------------------------------------------------------------------------------

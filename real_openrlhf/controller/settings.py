@@ -1,0 +1,42 @@
+"""What a run asks of its controller."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from real_openrlhf.algo.sampling import Sampling
+from real_openrlhf.controller.dynamic_sampling import Keep
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControllerSettings:
+    """
+    total_steps        steps of the run; 0 evaluates and saves only
+    batch_size         groups per step
+    share_by           batches are multiples of it, so that all policy and reference ranks get as many groups
+    sampling           of the rollouts; seeds are set per step when `seeded`
+    eval_steps         evaluate every n steps; -1: only before and after
+    eval_beside        the evaluator has engines of its own: go on while it judges, until the next weight sync
+    min_mass, min_readable   the first rollouts must reach both
+    dead_steps         stop after n steps in a row without advantage; 0 never
+    one_ahead          sample the next batch while training: it is one version of the weights late
+    """
+
+    total_steps: int
+    batch_size: int
+    share_by: int
+    sampling: Sampling
+    seed: int
+    seeded: bool
+    keep: Keep
+    refill: bool
+    max_refills: int
+    eval_steps: int
+    min_mass: float
+    min_readable: float
+    dead_steps: int
+    renormalise: bool
+    n_samples: int
+    logging_steps: int
+    one_ahead: bool = False
+    eval_beside: bool = False
