@@ -63,6 +63,22 @@ def test_no_group_crosses_splits_and_no_row_is_lost(tmp_path: Path, rows: list[d
     assert {row["split"] for row in splits["dev"]} == {"dev"}
 
 
+def test_rows_that_share_no_group_are_pointed_out_where_they_are_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"p": f"Judge answer {i} to one question.", "y": 3, "q": i // 4} for i in range(40)]
+    source = write(tmp_path / "a.jsonl", rows)
+    flags = ["generic", "--source", str(source), "--scale", "1-5", "--map", "prompt=p", "label=y"]
+    told = "every row is a group of its own"
+    for name, more, expected in (
+        ("split", ["--split", "train=0.5,test=0.5"], True),
+        ("whole", [], False),
+        ("grouped", ["group=q", "--split", "train=0.5,test=0.5"], False),
+    ):
+        assert main([*flags, *more, "--output_dir", str(tmp_path / name)]) == 0
+        assert (told in capsys.readouterr().out) is expected
+
+
 def test_the_split_of_a_question_does_not_depend_on_the_rest(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     homes = []
     for name, some in (("a", rows), ("b", rows[60:][::-1])):
