@@ -15,9 +15,17 @@ from dataclasses import dataclass
 from real_openrlhf.algo.bound_scale import BoundAnchor, BoundScale, Tokenizer, decode
 from real_openrlhf.algo.types import NO_ANCHOR, OFF_SCALE, SPLIT_ANCHOR, TRUNCATED, ScoreReading
 
-# Decimal points and thousands separators, full-width and Arabic ones as well.
-_POINTS = frozenset(".,．，٫٬")
-_UNIT = re.compile(r"(?:points?|pts?|stars?|marks?)(?![^\W\d_])", re.IGNORECASE)
+# Decimal points and thousands separators: full-width, Arabic, raised and Swiss ones, and the hard spaces of French. In
+# Chinese and Japanese 点 is both: "4点5" is 4.5, "4点" four points.
+_POINTS = frozenset(".,．，٫٬،·'’点點\u00a0\u202f")
+# Units in Latin letters, of more languages than English; those of other scripts need no list.
+_UNIT = re.compile(
+    r"(?:points?|pts?|stars?|marks?|pkt|punkte?n?|puntos?|pontos?|punt[oi]|punten|puan|poin|poäng|điểm|"
+    r"sterne?n?|étoiles?|estrell?as?|stell[ae]|sao)(?![^\W\d_])",
+    re.IGNORECASE,
+)
+# "4半" and "4分半" are 4.5.
+_AND_A_HALF = re.compile(r"[分点點星점]?半")
 # Tokens tried on both sides of a bisected position; no character has more bytes than 4.
 _SLACK = 4
 
@@ -44,6 +52,8 @@ class ScoreReader:
         |---------------------------------------------|---------------------------------------------|
         | "... score is 4", then anything or nothing  | position and label of the 4                 |
         | "... score is 4分", "4점", "4pts"            | position and label of the 4: a unit         |
+        | "... score is 4th", "4a", "4点5", "4分半"    | position, no label: "off_scale": another    |
+        |                                             | word or number                              |
         | several anchors                             | the last whole one counts, whatever follows |
         | "... score is 7" or "is 45" on "1".."5"     | position, no label: "off_scale"             |
         | "... score is 10." on "1".."10"             | the longest label that fits: "10"           |
@@ -117,10 +127,13 @@ def _goes_on(label: str, rest: str) -> bool:
     """Whether the text behind a label belongs to it: "45", "4.5", "4th" and "Goodish" were not meant as "4" and "Good".
 
     A unit is none of the number: "4分", "4점", "4балла", "4pts". Other Latin letters right behind a number make another
-    word of it; letters of another script than the label's last one do not.
+    word of it ("4th", "4a", and so the ordinals "4º" and "4ª"); letters of another script than the label's last one do
+    not.
     """
     after = rest[:1]
     if after in _POINTS and rest[1:2].isnumeric():
+        return True
+    if label[-1].isnumeric() and (after in ("º", "ª") or _AND_A_HALF.match(rest)):
         return True
     if not after.isalnum() or after.isnumeric():
         return after.isnumeric()

@@ -20,11 +20,24 @@ class NotPlainError(ValueError):
         self.column = column
 
 
-def plain(value: Any, column: str = "") -> Any:
+def plain(value: Any) -> Any:
     """NaN and infinities become None, dates ISO text, decimals and UUIDs text, numpy's numbers and arrays Python's.
 
-    Raises NotPlainError for bytes, half characters, and whatever else JSON has no form for.
+    Raises NotPlainError for bytes, half characters, values nested too deeply, and whatever else JSON has no form for.
     """
+    if not isinstance(value, Mapping):
+        return _whole(value, "")
+    return {_text(str(key), ""): _whole(item, str(key)) for key, item in value.items()}
+
+
+def _whole(value: Any, column: str) -> Any:
+    try:
+        return _plain(value, column)
+    except RecursionError:
+        raise NotPlainError(column, "its values are nested too deeply") from None
+
+
+def _plain(value: Any, column: str) -> Any:
     if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
@@ -32,18 +45,15 @@ def plain(value: Any, column: str = "") -> Any:
     if isinstance(value, str):
         return _text(value, column)
     if isinstance(value, Mapping):
-        return {
-            _text(str(key), column): plain(item, f"{column}.{key}" if column else str(key))
-            for key, item in value.items()
-        }
+        return {_text(str(key), column): _plain(item, _inside(column, key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item, f"{column}.{i}" if column else str(i)) for i, item in enumerate(value)]
+        return [_plain(item, _inside(column, i)) for i, item in enumerate(value)]
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, decimal.Decimal | uuid.UUID | datetime.timedelta):
         return str(value)
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
-        return plain(value.tolist(), column)
+        return _plain(value.tolist(), column)
     raise NotPlainError(column, f"JSON has no form for a {type(value).__name__}")
 
 
@@ -54,6 +64,10 @@ def has_half_character(text: str) -> bool:
     except UnicodeEncodeError:
         return True
     return False
+
+
+def _inside(column: str, key: Any) -> str:
+    return f"{column}.{key}" if column else str(key)
 
 
 def _text(value: str, column: str) -> str:

@@ -116,6 +116,15 @@ def summary(manifest: Mapping[str, Any], folder: Path) -> str:
     lines += [f"  dropped, {reason}: {count}" for reason, count in manifest["dropped"].items()]
     lines += [f"  feedback left out, {reason}: {count}" for reason, count in manifest["feedback_left_out"].items()]
     lines += [f"  feedback cut, {reason}: {count} (read some of sft.parquet)" for reason, count in cut.items()]
+    splits = {split: counts for split, counts in manifest["splits"].items() if split != SFT}
+    if (
+        manifest["builder"] == "generic"
+        and len(splits) > 1
+        and all(source["split"] is None for source in manifest["sources"])
+        and all(counts["groups"] == counts["rows"] for counts in splits.values())
+    ):
+        # A whole prompt holds the response as well: the rows of a question would be strangers to each other.
+        lines.append("  every row is a group of its own: if several ask one question, name it by --map group=COLUMN")
     bad = manifest["bad_rows"]
     if bad["count"]:
         lines += [f"  bad rows left out: {bad['count']}", *(f"    {row}" for row in bad["first"])]

@@ -22,11 +22,11 @@ from real_openrlhf.data.sources import BadRow, DataError, Place, Row, read_rows
 from real_openrlhf.data.splits import PRECEDENCE, check_split, keep_one_split, split_of
 from real_openrlhf.data.table import MESSAGES, SCHEMA_VERSION, TEXT, prepare_folder, write_manifest, write_table
 from real_openrlhf.data.template import PromptError
-from real_openrlhf.data.verdict import closing_number, cut, without_last_sentence
+from real_openrlhf.data.verdict import cut, without_label
 
 LISTED = 20
-# Characters from which on a feedback that stands in a prompt cannot be there by chance.
-_LONG = 20
+# Characters from which on a feedback that stands in a prompt is no mere sentence that a rubric has as well.
+_LONG = 60
 SFT = "sft"
 _NAMED = re.compile(r"([A-Za-z]+)=(.+)", re.DOTALL)
 
@@ -182,7 +182,7 @@ def _read(
         return BadRow(place=row.place, column=error.column, reason=str(error))
     except (PromptError, DataError) as error:
         return BadRow(place=row.place, column=column, reason=str(error))
-    feedback, reason = _feedback(item, closing)
+    feedback, reason = _feedback(item, settings.scale, closing)
     if reason is not None:
         left_out[reason] += 1
     if feedback is not None and _gives_away(item, feedback, messages):
@@ -214,31 +214,40 @@ def _messages(item: Item, template: JudgeTemplate) -> list[dict[str, str]]:
 
 
 def _gives_away(item: Item, feedback: str, messages: Sequence[Mapping[str, str]]) -> bool:
-    """Whether the prompt holds the critique. A short one ("Good.") may well occur there, and says nothing alone."""
+    """Whether the prompt holds the critique. One short sentence may well occur there, and says nothing alone."""
     whole = (item.critique or "").strip()
     sought = [text for text in (whole, feedback) if text != feedback or len(text) >= _LONG]
     return any(text in message["content"] for text in sought for message in messages)
 
 
-def _feedback(item: Item, closing: Counter[str]) -> tuple[str | None, str | None]:
+def _feedback(item: Item, scale: ScoreScale, cuts: Counter[str]) -> tuple[str | None, str | None]:
     """(the feedback to train on, None), or (None, why there is none although there is a critique).
 
-    closing counts critiques that end with a number like the label in no known form; their last sentence goes.
+    cuts counts critiques that say their label in no known form of verdict; the sentences that do so go.
     """
     if item.critique is None:
         return None, None
     if item.n != 1:
         return None, "several judgements were averaged"
     critique = cut(item.critique)
-    if critique.verdict is not None and critique.verdict != item.label:
+    # "Score:-4" has a dash unless a scale goes below zero.
+    verdict = critique.verdict if critique.verdict is None or scale.values[0] < 0 else abs(critique.verdict)
+    if verdict is not None and verdict != item.label:
         return None, "its own verdict is not the label"
-    feedback = critique.feedback
-    if feedback and closing_number(feedback) == item.label:
-        closing["its last sentence ended with its label"] += 1
-        feedback = without_last_sentence(feedback)
+    name = scale.labels[scale.values.index(item.label)] if item.label in scale.values else None
+    feedback, reasons = without_label(critique.feedback, item.label, None if name and _is_number(name) else name)
+    cuts.update(reasons)
     if not feedback:
         return None, "nothing stands beside its verdict"
     return feedback, None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _split(builder: Builder, rows: Sequence[_Read]) -> tuple[dict[str, list[_Read]], Counter[str]]:

@@ -23,6 +23,8 @@ SPLIT_WORDS = ("train", "validation", "valid", "val", "dev", "test", "eval")
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
 # Fields are as long as they are; the module's own limit is 131,072 characters.
 csv.field_size_limit(2**31 - 1)
+# What no encoding can write: halves of characters, and how Python holds bytes that are not UTF-8.
+_NOT_UTF8 = "not valid Unicode: its bytes are not UTF-8"
 # Written by `python -m real_openrlhf.data` beside its parquet files; never data itself.
 MANIFEST = "manifest.json"
 
@@ -168,24 +170,27 @@ def _open(path: Path) -> IO[bytes]:
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
-def _row(place: Place, value: object, *, escaped: bool = False) -> Row | BadRow:
-    """escaped: the JSON has escapes that may stand for half a character."""
+def _row(place: Place, value: object, *, suspect: str | None = None) -> Row | BadRow:
+    """suspect: what is wrong with a text that no encoding can write, where the row may hold one."""
     if not isinstance(value, dict):
         return BadRow(place=place, column=None, reason=f"a row must be an object, not {shorten(value)}")
-    column = _half_character(value, "") if escaped else None
+    try:
+        column = None if suspect is None else _no_unicode(value, "")
+    except RecursionError:
+        return BadRow(place=place, column=None, reason="its values are nested too deeply")
     if column is not None:
-        return BadRow(place=place, column=column, reason=HALF_CHARACTER)
+        return BadRow(place=place, column=column, reason=str(suspect))
     return Row(place=place, values=value)
 
 
-def _half_character(value: object, path: str) -> str | None:
-    """The dotted column of the first text with half a character."""
+def _no_unicode(value: object, path: str) -> str | None:
+    """The dotted column of the first text that no encoding can write."""
     if isinstance(value, str):
         return path if has_half_character(value) else None
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in inside:
         name = f"{path}.{key}" if path else str(key)
-        found = _half_character(item, name) or (isinstance(key, str) and _half_character(key, name)) or None
+        found = _no_unicode(item, name) or (isinstance(key, str) and _no_unicode(key, name)) or None
         if found is not None:
             return found.encode("utf-8", "replace").decode()
     return None
@@ -201,36 +206,54 @@ def read_json_lines(file: Iterable[bytes], name: str) -> Iterator[Row | BadRow]:
     # Bytes, so that one line that is not UTF-8 is one bad row; and lines end at "\n" only, not at U+2028.
     for number, line in enumerate(file, start=1):
         place = Place(file=name, index=number, unit="line")
+        text, broken = _decode(line, "utf-8-sig" if number == 1 else "utf-8")
+        if not text.strip():
+            continue
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            if text.strip():
-                yield _row(place, json.loads(text), escaped="\\ud" in text or "\\uD" in text)
-        except UnicodeDecodeError as error:
-            yield BadRow(place=place, column=None, reason=f"not UTF-8 at byte {error.start} of the line")
+            value = json.loads(text)
+            half = HALF_CHARACTER if "\\ud" in text or "\\uD" in text else None
+            yield _row(place, value, suspect=half if broken is None else f"{_NOT_UTF8} at byte {broken} of the line")
         except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
-            yield BadRow(place=place, column=None, reason=f"broken JSON: {error}: {shorten(text.strip())}")
+            where = "" if broken is None else f"not UTF-8 at byte {broken} of the line, and "
+            yield BadRow(place=place, column=None, reason=f"{where}broken JSON: {error}: {shorten(text.strip())}")
+
+
+def _decode(data: bytes, encoding: str) -> tuple[str, int | None]:
+    """The text, and where its first byte stands that is not UTF-8: the rest of a file need not be lost for it."""
+    try:
+        return data.decode(encoding), None
+    except UnicodeDecodeError as error:
+        return data.decode(encoding, "surrogateescape"), error.start
 
 
 def _read_json(path: Path) -> Iterator[Row | BadRow]:
     with _open(path) as file:
         data = file.read()
+    text, broken = _decode(data, "utf-8-sig")
     try:
-        rows = json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}") from error
+        rows = json.loads(text)
     except (ValueError, RecursionError) as error:
+        if broken is not None:
+            raise DataError(f"{path}: not UTF-8 at byte {broken}, and broken JSON: {error}") from error
         raise DataError(f"{path}: broken JSON: {error}; a file of one object per line is called .jsonl") from error
     if not isinstance(rows, list):
         raise DataError(f"{path}: a .json file must hold a list of objects, not {shorten(rows)}")
+    suspect = HALF_CHARACTER if broken is None else _NOT_UTF8
     for index, value in enumerate(rows):
-        yield _row(Place(file=str(path), index=index, unit="row"), value, escaped=True)
+        yield _row(Place(file=str(path), index=index, unit="row"), value, suspect=suspect)
 
 
 def _read_csv(path: Path) -> Iterator[Row | BadRow]:
-    with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
+    # A byte that is not UTF-8 is one bad row, not the end of the file.
+    with (
+        _open(path) as raw,
+        io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
+    ):
         reader = csv.reader(file, strict=True)
         try:
             header = next(reader, [])
+            if any(map(has_half_character, header)):
+                raise DataError(f"{path}, line 1: the header is not UTF-8; save the file as UTF-8")
             if not any(name.strip() for name in header):
                 raise DataError(f"{path}, line 1: there is no header")
             doubled = sorted({name for name in header if header.count(name) > 1})
@@ -247,12 +270,10 @@ def _read_csv(path: Path) -> Iterator[Row | BadRow]:
                     reason = f"{len(fields)} fields, but the header has {len(header)}: {header}"
                     yield BadRow(place=place, column=None, reason=reason)
                 else:
-                    yield Row(place=place, values=dict(zip(header, fields)))
+                    yield _row(place, dict(zip(header, fields)), suspect=f"{_NOT_UTF8}; save the file as UTF-8")
         except csv.Error as error:
             # After a broken quote nobody can say where the next row begins.
             raise DataError(f"{path}, line {reader.line_num}: broken CSV: {error}") from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 after line {reader.line_num}") from error
 
 
 def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
@@ -264,11 +285,34 @@ def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
         # Opened here: pyarrow would take some paths for addresses.
         with path.open("rb") as opened, pq.ParquetFile(opened) as file:
             for batch in file.iter_batches(batch_size=1024):
-                for values in batch.to_pylist():
-                    yield Row(place=Place(file=str(path), index=index, unit="row"), values=values)
+                for read in _rows_of(batch):
+                    place = Place(file=str(path), index=index, unit="row")
                     index += 1
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                    if isinstance(read, str):
+                        yield BadRow(place=place, column=read, reason=_NOT_UTF8)
+                    else:
+                        yield Row(place=place, values=read)
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: broken parquet at or after row {index} (counted from 0): {error}") from error
+
+
+def _rows_of(batch: Any) -> Iterator[dict[str, Any] | str]:
+    """The rows of a record batch or table; for one with a text that is not UTF-8, the name of its column."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except UnicodeDecodeError:
+        pass  # one by one, then
+    for index in range(batch.num_rows):
+        values: dict[str, Any] = {}
+        for name, column in zip(batch.schema.names, batch.columns):
+            try:
+                values[name] = column[index].as_py()
+            except UnicodeDecodeError:
+                yield name
+                break
+        else:
+            yield values
 
 
 def _read_folder(path: Path, split: str | None) -> Iterator[Row | BadRow]:
@@ -337,5 +381,18 @@ def _read_dataset(name: str, data: Any, split: str | None) -> Iterator[Row | Bad
         raise DataError(f"{name}: the saved data set has no splits; drop '@{split}'")
     if len(data) == 0:
         raise DataError(f"{name}: the data set is empty: it has no rows")
-    for index, values in enumerate(data):
-        yield Row(place=Place(file=name, index=index, unit="row"), values=values)
+    done = 0
+    try:
+        for values in data:
+            yield Row(place=Place(file=name, index=done, unit="row"), values=values)
+            done += 1
+        return
+    except UnicodeDecodeError:
+        as_stored = data.with_format("arrow")
+    for index in range(done, len(data)):
+        place = Place(file=name, index=index, unit="row")
+        (read,) = _rows_of(as_stored[index : index + 1])
+        if isinstance(read, str):
+            yield BadRow(place=place, column=read, reason=_NOT_UTF8)
+        else:
+            yield Row(place=place, values=data[index])

@@ -15,20 +15,42 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_NUMBER = r"(?P<value>\d+(?:\.\d+)?)"
-_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_COUNTED = rf"(?:{_NUMBER}|(?P<word>{'|'.join(_WORDS)}|[零一二三四五六七八九十])(?![^\W\d_]))"
-# What mark-up puts between a word and its number: **Score:** [4], Rating: "7".
-_MARKS = r"""[\s*_"'`(\[#:=：＝→>-]{0,8}"""
+# A decimal comma and a minus sign may belong to it; digits of any script do.
+_NUMBER = r"(?P<value>[-−]?\d+(?:[.．٫]\d+|,\d{1,2}(?!\d))?)"
+_CHINESE = "零一二三四五六七八九十"
+# By value. Left out: words that mean other things as well, such as "un", "due" and "null".
+_WORDS = {
+    word: value
+    for words in (
+        "zero one two three four five six seven eight nine ten",
+        "- eins zwei drei vier fünf sechs sieben acht neun zehn",
+        "zéro - deux trois quatre cinq - sept huit neuf dix",
+        "cero uno dos tres cuatro cinco seis siete ocho nueve diez",
+        "- - - tre quattro cinque sei sette otto - dieci",
+        "- - dois três - - - sete oito nove dez",
+        "ноль один два три четыре пять шесть семь восемь девять десять",
+        " ".join(_CHINESE),
+    )
+    for value, word in enumerate(words.split())
+    if word != "-"
+}
+_SPELT = "|".join(word for word in _WORDS if word not in _CHINESE)
+_COUNTED = rf"(?:{_NUMBER}|(?P<word>(?:{_SPELT})(?![^\W\d_])|[{_CHINESE}](?=[分点點星\W\d_]|$)))"
+# What mark-up puts between a word and its number: **Score:** [4], Rating: "7". A minus before the number is its sign.
+_MARKS = r"""(?:[\s*_"'`(\[#:=：＝→>]|-(?!\d)){0,8}"""
 # Words that mean a score and little else, in languages that judges write in.
 _SCORE = (
     r"(?:score|rating|grade|verdict|punktzahl|bewertung|wertung|puntuación|puntuacion|puntaje|calificación|pontuação|"
-    r"punteggio|оценка|балл|评分|得分|总分|分数|評分|總分|分數|评级|スコア|評価|採点|点数|점수|평점|총점|skor|điểm|คะแนน|"
-    r"स्कोर|अंक|الدرجة|التقييم)"
+    r"punteggio|valutazione|ocena|oceny|punktacja|betyg|poäng|cijfer|beoordeling|karakter|arvosana|pisteet|hodnocení|"
+    r"pontszám|scor|puan|оценка|балл|оцінка|бал|βαθμολογία|评分|得分|总分|分数|評分|總分|分數|评级|スコア|評価|採点|点数|"
+    r"점수|평점|총점|skor|nilai|điểm(?:\s+số)?|คะแนน|स्कोर|अंक|ציון|الدرجة|التقييم)"
 )
 # Words that may mean one: only where the number ends the sentence.
-_VAGUE = r"(?:overall|total|result|mark|note|nota|noten?|итог|总体|總體|综合|結果|合計|종합|総合)"
-_SEPARATOR = r"\s?(?:[:：=＝→]|->|=>|–|—)"
+_VAGUE = (
+    r"(?:overall|total|result|judge?ment|evaluation|assessment|mark|note|nota|noten?|итог|总体|總體|综合|"
+    r"結果|合計|종합|総合)"
+)
+_SEPARATOR = r"\s?(?:[:：=＝→|]|->|=>|–|—)"
 _UNIT = (
     r"(?:\s*(?:/|out\s+of|of|von|sur|de|su|из)\s*\d+)?\s*(?:points?|pts?|stars?|marks?|punkte?n?|分|点|點|점|балл\w*)?"
 )
@@ -38,20 +60,24 @@ _FORMAL = tuple(
         r"\[RESULT\]" + _MARKS + rf"(?:{_NUMBER})?",
         rf"(?:\bso,?\s+)?\b(?:the|my)\s+(?:overall|final)\s+(?:score|rating|grade)\s+(?:is|would\s+be|:){_MARKS}"
         rf"(?:{_NUMBER})?",
-        rf"(?:\b(?:final|overall)\s+)?\b{_SCORE}[*_\"'`\])]{{0,3}}(?:\s?\([^()\n]{{0,20}}\))?{_SEPARATOR}{_MARKS}{_COUNTED}",
+        rf"(?:\b(?:final|overall|total|quality|итоговая|note|puntuación)\s+)?\b{_SCORE}[*_\"'`\])]{{0,3}}(?:\s?\([^()\n]{{0,20}}\))?{_SEPARATOR}{_MARKS}{_COUNTED}",
         # Scripts without spaces between words: the word may be the end of a longer one.
         rf"[\u3040-\u9fff\uac00-\ud7a3]{{0,6}}(?<=[\u3040-\u9fff\uac00-\ud7a3]){_SCORE}{_SEPARATOR}{_MARKS}{_COUNTED}",
-        rf"\b{_VAGUE}[*_\"'`\])]{{0,3}}(?:\s?\([^()\n]{{0,20}}\))?{_SEPARATOR}{_MARKS}{_COUNTED}{_UNIT}"
+        rf"(?:\b(?:final|overall|total)\s+)?\b{_VAGUE}[*_\"'`\])]{{0,3}}(?:\s?\([^()\n]{{0,20}}\))?{_SEPARATOR}{_MARKS}{_COUNTED}{_UNIT}"
         r"[\s*_\"'`)\]]*(?=[.!。！]|\n|$)",
         # The same with a word or a line in between, as long as a doubled bracket holds the number.
         r"(?:\b(?:final|overall)\s+)?\brating\b[^\[\].]{0,20}\[\[\s*" + _NUMBER,
         r"(?m:^\s*\[\s*" + _NUMBER + r"\s*\]\s*$)",
-        rf"<\s*(?:final_|overall_)?{_SCORE}\b[^<>]{{0,20}}>\s*{_COUNTED}",
-        rf"\{{[^{{}}]{{0,400}}?{_SCORE}[\"'\w]{{0,10}}\s*[:：]\s*[\"']?{_NUMBER}",
+        # A heading, and the number on a line of its own.
+        rf"(?m:^[#*\s]{{0,8}}(?:(?:final|overall)\s+)?{_SCORE}[*_]{{0,3}}[ \t]*\n\s*[*_\[(]{{0,3}}{_NUMBER}{_UNIT}"
+        r"[*_\])]{0,3}\s*$)",
+        rf"<\s*(?:final_|overall_)?(?:{_SCORE}|answer|result|verdict)\b[^<>]{{0,20}}>\s*{_COUNTED}",
+        rf"(?:\b{_SCORE}{_SEPARATOR}\s*)?(?:[★⭐🌟]️?){{2,}}[☆✩]*|\b{_SCORE}{_SEPARATOR}\s*[★⭐🌟]️?[☆✩]*|[★⭐][☆✩]+",
+        rf"\{{[^}}]{{0,400}}?{_SCORE}[\"'\w]{{0,10}}\s*[:：]\s*[\"']?{_NUMBER}",
     )
 )
 _BRACKETED = re.compile(r"\[\[\s*" + _NUMBER + r"\s*\]\]")
-_BOXED = re.compile(r"\\boxed\s*\{\s*" + _NUMBER)
+_BOXED = re.compile(r"\\boxed\s*\{\s*(?:\\text\s*\{\s*)?" + _NUMBER)
 _PROSE = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
@@ -71,8 +97,11 @@ _PROSE = tuple(
         + r"\s*(?:points?|pts|marks?|stars?)\b",
         r"\b(?:requirements?|criteria|rubric)\b[^.\n\d]{0,30}\bfor\s+an?\s+" + _NUMBER,
         r"\b(?:level\s+)?" + _NUMBER + r"[\s-]+(?:score|rating)\b",
+        r"满分|滿分|満点|만점",
         r"(?P<value>)\b(?:perfect|full|maximum|highest|top)[\s-]+(?:scor(?:e|es|ing)|marks?|rating)\b",
         r"(?<![\d.,/-])" + _NUMBER + r"\s*(?:out\s+of|/)\s*(?:5|10|100)\b(?![\d.,/]*\d)",
+        rf"\b{_COUNTED}\s+(?:(?:points?|stars?|marks?)\s+)?out\s+of\s+(?:(?:an?|the)\s+)?(?:possible\s+)?"
+        r"(?:five|ten|hundred|5|10|100)\b",
         # "I give it 4 points", as said in Chinese and Japanese.
         r"(?:给|給|打|得|评为|評為|评)[^。！？\n\d]{0,10}" + _NUMBER + r"\s*[分点點]",
     )
@@ -80,11 +109,33 @@ _PROSE = tuple(
 # Scripts without spaces between sentences end them with marks of their own.
 _SENTENCE_END = re.compile(r"[.!?؟][\"')\]*]*\s+|[。！？｡।॥][\"')\]*”’」』）】]*\s*|\n+")
 _HEAD = re.compile(r"\[[A-Za-z ]{1,30}\]?")
-_OPENING = " \t\r\n*_\"'`([{<#:=-：→【「"
+_OPENING = " \t\r\n*_\"'`([{<#:=-：→【「|"
+_FENCE = re.compile(r"```[a-z]*\s*\Z")
 # A number by itself: no part of a name (candidate1) or a formula (y / 2).
 _CLOSING = re.compile(
-    rf"(?<![\w.,/^*+%=<>-])(?<![/^*+%=<>-]\s){_NUMBER}{_UNIT}[\s.!。！*_\"'`)\]}}>】」]*$", re.IGNORECASE
+    rf"(?<![\w.,/^*+%=<>-])(?<![/^*+%=<>-]\s){_NUMBER}{_UNIT}[\s.!。！*_\"'`)\]}}>】」|]*$", re.IGNORECASE
 )
+# How a sentence says a number as a score. That it is the label has to be known: most such numbers are content.
+_POINT = (
+    r"(?:점|[点點](?=[でだとをがにの、。！\s]|$)|分(?![钟鐘之别別析为為段割享开開成布发発解类数])|星|балл\w*|puan\w*|puntos?|"
+    r"pontos?|punt[oi]|punten|punkte?n?|poäng|điểm|คะแนน|अंक|نقاط|درجات|נקודות|stars?|marks?|étoiles?|sterne?|"
+    r"estrell?as?|stell[ae]|points?\s+(?:for|because|since|as|due|overall|from|to|in\s+total))(?![A-Za-z])"
+)
+_WHY = (
+    r"(?:because|since|as|for|here|overall|from|given|at|in\s+my|then|but|weil|da|denn|für|von|por|porque|car|pour|parce|"
+    r"perché|per|omdat|want)"
+)
+_SAID = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        rf"(?<![A-Za-z\d.,/^-]){_COUNTED}\s*{_POINT}",
+        rf"\b(?:an?|eine?r?|un[ea]?|uma?|een|en|ett)\s+[\"'*\[(]*{_NUMBER}[\"'*\])]*(?=\s*(?:[.,;:!?)]|$)|\s+{_WHY}\b)",
+        r"\b(?:say|go(?:ing)?\s+with|settled?\s+on|vote\s+for|choose|chose|pick(?:ed)?|assign|merits?|deserves?|gets|"
+        rf"rated|rating|graded|grade|scored?|scores|level|mark|note|nota)\s+(?:it\s+)?(?:an?\s+)?[\"'*\[(]*{_COUNTED}"
+        rf"[\"'*\])]*{_UNIT}(?=\s*(?:[.,;:!?)]|$)|\s+(?:is|by|{_WHY})\b)",
+    )
+)
+_OPENS = re.compile(rf"\W*?(?:{_SCORE}\s+)?{_NUMBER}{_UNIT}\W{{0,3}}(?:\s*[-–—:|]\s|[.)]\s|\n)\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,13 +168,15 @@ def cut(text: str) -> Critique:
     if not feedback and first is not None:
         # The verdict first, then the reasons for it.
         feedback = cut(_behind(text, first.end())).feedback
+    elif not feedback and (opening := _OPENS.match(text)):
+        feedback = cut(text[opening.end() :]).feedback
     return Critique(feedback=feedback, verdict=None if first is None else _number(first))
 
 
 def closing_number(text: str) -> float | None:
     """The number that a text ends with, whatever it means."""
     match = _CLOSING.search(text)
-    return None if match is None else float(match["value"])
+    return None if match is None else _number(match)
 
 
 def without_last_sentence(text: str) -> str:
@@ -132,14 +185,53 @@ def without_last_sentence(text: str) -> str:
     return text[: _sentence_start(text, len(text) - 1)].rstrip()
 
 
+def without_label(text: str, label: float, name: str | None = None) -> tuple[str, list[str]]:
+    """A feedback without what says its label in no known form of verdict, and why it was cut.
+
+    name: the label's text, on a scale of words.
+
+    >>> without_label("Clear. For me it is a 4 because of its length. Well done.", 4)
+    ('Clear.', ['a sentence said its label'])
+    """
+    reasons = []
+    opening = _OPENS.match(text)
+    # "1. ... 2. ..." is a list.
+    if opening and _number(opening) == label and not re.search(rf"(?:^|\s){label + 1:g}[.)]\s", text):
+        text = text[opening.end() :]
+        reasons.append("it began with its label")
+    while (place := _says(text, label, name)) is not None:
+        reasons.append("a sentence said its label")
+        start, following = _sentence_start(text, place), _SENTENCE_END.search(text, place)
+        # What stands before; the reasons behind it where nothing does.
+        text = text[:start].rstrip() or (text[following.end() :].lstrip() if following else "")
+    if text and closing_number(text) == label:
+        reasons.append("its last sentence ended with its label")
+        text = without_last_sentence(text)
+    return text, list(dict.fromkeys(reasons))
+
+
+def _says(text: str, label: float, name: str | None) -> int | None:
+    """Where a text first says its label."""
+    places = [match.start() for pattern in _SAID for match in pattern.finditer(text) if _number(match) == label]
+    if name is not None:
+        word = rf"[\s*_\"'`(\[]{{0,6}}{re.escape(name)}(?!\w)"
+        heads = rf"(?:{_SCORE}|{_VAGUE})[*_\"'`\])]{{0,3}}(?:{_SEPARATOR}|\s+(?:is|as|of)\b)"
+        marks = rf"\[\[|\\boxed\s*\{{(?:\\text\s*\{{)?|<\s*(?:{_SCORE}|answer|result)\s*>"
+        for pattern in (
+            rf"(?:\b{heads}|{marks}){word}",
+            rf"\b(?:rate|grade|judge)d?\b[^.\n]{{0,60}}?\bas{word}",
+            rf"(?-i:{re.escape(name)})(?=[\s.!。！*_\"'`)\]}}>】」]*\Z)(?<!\w{re.escape(name)})",
+        ):
+            places += [match.start() for match in re.finditer(pattern, text, re.IGNORECASE)]
+    return min(places, default=None)
+
+
 def _number(match: re.Match[str]) -> float | None:
     found = match.groupdict()
     if found.get("value"):
-        return float(found["value"])
+        return float(re.sub("[,．٫]", ".", found["value"]).replace("−", "-"))
     word = (found.get("word") or "").lower()
-    if word in _WORDS:
-        return float(_WORDS.index(word))
-    return float("零一二三四五六七八九十".index(word)) if word else None
+    return float(_WORDS[word]) if word else None
 
 
 def _behind(text: str, position: int) -> str:
@@ -155,7 +247,10 @@ def _sentence_start(text: str, position: int) -> int:
 def _without_opening(text: str) -> str:
     """Without the mark-up and the heads ("[Rating]" on a line) that were opened for the verdict behind it."""
     while True:
-        # A closing code fence belongs to the feedback.
+        # A code fence that closes belongs to the feedback, one that opens to the verdict.
+        fence = _FENCE.search(text)
+        if fence and text.count("```") % 2:
+            text = text[: fence.start()]
         kept = text.rstrip() if text.rstrip().endswith("```") else text.rstrip(_OPENING)
         before, _, line = kept.rpartition("\n")
         if not _HEAD.fullmatch(line):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -59,6 +60,9 @@ def open_output(target: str, *, overwrite: bool, resume: bool, identity: Mapping
     if target == STANDARD:
         if resume:
             raise JudgeError("--resume needs --output FILE.jsonl; standard output cannot be gone on with")
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # Whatever the locale, and as a file has it: else a character that it lacks would end the job.
+            sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
         yield Output(None, [])
         return
     path = Path(expand(target))

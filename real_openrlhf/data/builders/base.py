@@ -159,9 +159,16 @@ def group_of(*texts: str) -> str:
     return hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-_FIRST_TURN = re.compile(
-    r"\s*#*\s*(?:user|human)\s*:\s*(.+?)\n\s*#*\s*(?:assistant|ai|model)\s*:", re.IGNORECASE | re.DOTALL
+# How the turns of a conversation are marked where it is one text: "User:", "### User:", "**User:**", "[User]:",
+# "<|user|>", and chat templates: Qwen, Gemma and Llama 3 ("<|im_start|>user" and its like), Llama 2 ("[INST]").
+_BEFORE = r"[ \t#*\[<|]*(?:(?:im_start|start_header_id)\|>|start_of_turn>)?[ \t]*"
+_AFTER = r"(?:<\|end_header_id\|>|[ \t]*[:>\]|*]+|[ \t]*$)"
+_USER = re.compile(rf"\s*(?:<\|begin_of_text\|>|<bos>)?{_BEFORE}(?:user|human){_AFTER}", re.IGNORECASE | re.MULTILINE)
+_ASSISTANT = re.compile(
+    rf"(?:^|(?<=\|>)){_BEFORE}(?:assistant|ai|model)(?: [A-Z0-9])?{_AFTER}", re.IGNORECASE | re.MULTILINE
 )
+_LLAMA = re.compile(r"\s*(?:<s>)?\s*\[INST\](.+?)\[/INST\]", re.DOTALL)
+_TURN_END = re.compile(r"<\|?(?:im_end|eot_id|end_of_turn|end)\|?>\s*\Z")
 
 
 def question_of(instruction: str) -> str:
@@ -170,8 +177,12 @@ def question_of(instruction: str) -> str:
     >>> question_of("User: Write about rain.\\n\\nAssistant: It pours.\\n\\nUser: Shorter.\\n\\nAssistant: ")
     'Write about rain.'
     """
-    match = _FIRST_TURN.match(instruction)
-    return match[1] if match else instruction
+    llama, user = _LLAMA.match(instruction), _USER.match(instruction)
+    if llama:
+        return llama[1].strip()
+    answer = _ASSISTANT.search(instruction, user.end()) if user else None
+    first = _TURN_END.sub("", instruction[user.end() : answer.start()]).strip() if user and answer else ""
+    return first or instruction
 
 
 def rubric_of(values: Mapping[str, Any], criteria: str, descriptions: Mapping[str, str]) -> Rubric:

@@ -13,6 +13,7 @@ from real_openrlhf.data.builders.base import (
     group_of,
     label,
     optional_text,
+    question_of,
     rubric_of,
     text,
 )
@@ -30,7 +31,7 @@ def read(values: Mapping[str, Any], options: Options) -> Item:
     )
     return Item(
         label=label(values, options.label_key or "orig_score", options.scale),
-        group=f"feedback:{group_of(parts.instruction)}",
+        group=f"feedback:{group_of(question_of(parts.instruction))}",
         whole=text(values, "instruction"),
         parts=parts,
         # `output` is the same text with "[RESULT] N" behind it.

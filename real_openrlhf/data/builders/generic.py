@@ -17,6 +17,7 @@ from real_openrlhf.data.builders.base import (
     question_of,
     text,
 )
+from real_openrlhf.data.builders.prometheus import asked
 from real_openrlhf.data.judge_prompt import Rubric
 from real_openrlhf.data.sources import DataError, nearest, shorten
 
@@ -50,7 +51,7 @@ def read(values: Mapping[str, Any], options: Options) -> Item:
         if isinstance(group, (list, dict)) or group is None:
             raise FieldError(columns["group"], f"a group is a number or text, not {shorten(group)}")
     else:
-        group = group_of(question_of(parts.instruction if parts else str(whole)))
+        group = group_of(question_of(parts.instruction) if parts else asked(whole))
     n = get(values, columns["n"]) if "n" in columns else 1
     if not str(n).isdecimal() or int(n) < 1:
         raise FieldError(columns["n"], f"expected how many judgements were averaged, got {shorten(n)}")

@@ -39,6 +39,16 @@ def parts_of(prompt: str) -> Parts | None:
     )
 
 
+def asked(prompt: object) -> str:
+    """The question behind a whole prompt, a text or chat messages: by Prometheus's headings, else what the first user's
+    turn asks, else all of it."""
+    if isinstance(prompt, list) and prompt and all(isinstance(message, Mapping) for message in prompt):
+        said = [str(message.get("content")) for message in prompt if message.get("role") == "user"]
+        prompt = next((text for text in said if parts_of(text)), said[0] if said else prompt)
+    parts = parts_of(prompt) if isinstance(prompt, str) else None
+    return question_of(parts.instruction if parts else str(prompt))
+
+
 def reader(name: str) -> Callable[[Mapping[str, Any], Options], Item]:
     """Reads rows of the benchmark with that name."""
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from real_openrlhf.data.builders.base import Builder, FieldError, Item, Options, get, group_of, label, question_of
-from real_openrlhf.data.builders.prometheus import parts_of
+from real_openrlhf.data.builders.base import Builder, FieldError, Item, Options, get, group_of, label
+from real_openrlhf.data.builders.prometheus import asked, parts_of
 from real_openrlhf.data.sources import shorten
 
 LABEL = "reward_model.ground_truth"
@@ -24,8 +24,7 @@ def read(values: Mapping[str, Any], options: Options) -> Item:
     extra = values.get("extra_info") or {}
     if not isinstance(extra, Mapping):
         raise FieldError("extra_info", f"expected an object, got {shorten(extra)}")
-    asked = messages[-1]["content"]
-    parts = parts_of(asked)
+    parts = parts_of(messages[-1]["content"])
     answer = extra.get("answer")
     index, split = extra.get("index"), extra.get("split")
     meta = {key: extra[key] for key in ("index", "original_idx") if isinstance(extra.get(key), (str, int))}
@@ -34,7 +33,7 @@ def read(values: Mapping[str, Any], options: Options) -> Item:
     return Item(
         id=None if index is None else str(index),
         label=label(values, options.label_key or LABEL, options.scale),
-        group=f"real:{group_of(question_of(parts.instruction if parts else asked))}",
+        group=f"real:{group_of(asked(messages))}",
         whole=messages,
         parts=parts,
         split=split if isinstance(split, str) else None,

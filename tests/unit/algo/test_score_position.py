@@ -326,6 +326,7 @@ def test_anchor_whose_decoded_length_shrinks_with_its_last_byte() -> None:
 
 
 UNITS = ("分", "点", "점", "балла", "คะแนน", "अंक", " points", "pts", "points.", "/5", "\ufe0f\u20e3")
+UNITS += ("Punkte", "puntos", "điểm", "étoiles", "puan", "点。", "点 5", "星", "ч", " 5", "、", "’s", "\u00a0Punkte")
 
 
 @pytest.mark.parametrize(
@@ -333,6 +334,7 @@ UNITS = ("分", "点", "점", "балла", "คะแนน", "अंक", " po
     [
         *(("4", unit, False) for unit in UNITS),
         *(("4", more, True) for more in ("5", "５", ".5", "，5", "½", "十", "th", "a", "pointless", "e3", "٤")),
+        *(("4", more, True) for more in ("点5", "點五", "半", "分半", "·5", "'000", "\u202f000", "º", "ª", "puntosy")),
         *(("Good", more, True) for more in ("ish", "4")),
         *(("Good", more, False) for more in ("", ".", " ish", "分")),
         ("优", "秀", True),

@@ -40,3 +40,12 @@ def test_what_has_no_form_is_named(value: Any) -> None:
     with pytest.raises(NotPlainError) as caught:
         plain({"a": {"b": [0, value]}})
     assert caught.value.column == "a.b.1"
+
+
+def test_values_nested_too_deeply_are_named() -> None:
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(NotPlainError, match="nested too deeply") as caught:
+        plain({"a": 1, "b": {"c": deep}})
+    assert caught.value.column == "b"

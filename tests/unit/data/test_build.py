@@ -63,6 +63,22 @@ def test_no_group_crosses_splits_and_no_row_is_lost(tmp_path: Path, rows: list[d
     assert {row["split"] for row in splits["dev"]} == {"dev"}
 
 
+def test_rows_that_share_no_group_are_pointed_out_where_they_are_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"p": f"Judge answer {i} to one question.", "y": 3, "q": i // 4} for i in range(40)]
+    source = write(tmp_path / "a.jsonl", rows)
+    flags = ["generic", "--source", str(source), "--scale", "1-5", "--map", "prompt=p", "label=y"]
+    told = "every row is a group of its own"
+    for name, more, expected in (
+        ("split", ["--split", "train=0.5,test=0.5"], True),
+        ("whole", [], False),
+        ("grouped", ["group=q", "--split", "train=0.5,test=0.5"], False),
+    ):
+        assert main([*flags, *more, "--output_dir", str(tmp_path / name)]) == 0
+        assert (told in capsys.readouterr().out) is expected
+
+
 def test_the_split_of_a_question_does_not_depend_on_the_rest(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     homes = []
     for name, some in (("a", rows), ("b", rows[60:][::-1])):
@@ -121,7 +137,7 @@ def test_feedback_without_a_label_of_its_own_is_left_out(tmp_path: Path, rows: l
 def test_a_prompt_that_holds_its_feedback_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = {
         "q": "Say it.",
-        "a": "As you said: It lacks depth and detail.",
+        "a": "As you said: It lacks depth and detail. Score: 2",
         "y": 2,
         "f": "It lacks depth and detail. Score: 2",
     }
@@ -148,6 +164,34 @@ def test_a_closing_number_like_the_label_is_cut_and_counted(tmp_path: Path, caps
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["feedback_cut"] == {"its last sentence ended with its label": 2}
     assert "its last sentence ended with its label: 2" in capsys.readouterr().out
+
+
+def test_labels_of_words_and_below_zero_are_not_left_in_the_feedback(tmp_path: Path) -> None:
+    texts = {
+        "1=Bad,2=Good": [(2, "Clear. Verdict: Good"), (1, "Short. Overall: 1"), (2, "A good, clear text.")],
+        "-2-2": [(-1, "Clear. Score: -1"), (1, "Short. Score: 1"), (-2, "Odd. It says -2")],
+        "1-2": [(1, "Clear. Score:-1"), (2, "Short. Score: 1"), (2, "Odd. All in all: 2.0")],
+    }
+    made = {}
+    for number, (scale, critiques) in enumerate(texts.items()):
+        rows = [{"p": f"Prompt {i}", "y": label, "f": text} for i, (label, text) in enumerate(critiques)]
+        source = write(tmp_path / f"{number}.jsonl", rows)
+        out, columns = tmp_path / f"out{number}", ("prompt=p", "label=y", "feedback=f")
+        words = ["--source", str(source), "--scale", scale, "--map", *columns, "--output_dir", str(out), "--sft"]
+        assert main(["generic", *words]) == 0
+        made[scale] = [row["feedback"] for row in read(out, "train")]
+    assert made["1=Bad,2=Good"] == ["Clear.", "Short.", "A good, clear text."]
+    assert made["-2-2"] == ["Clear.", "Short.", "Odd."]
+    assert made["1-2"] == ["Clear.", None, "Odd."]
+
+
+def test_a_critique_of_a_sentence_may_occur_in_the_prompt(tmp_path: Path) -> None:
+    text = "The response is partially correct."
+    row = {"q": f"Rate it. 2: {text}", "a": "A", "y": 2, "f": text}
+    assert build(tmp_path / "out", write(tmp_path / "a.jsonl", [row]), "--sft") == 0
+    assert [r["response"] for r in read(tmp_path / "out", "sft")] == [f"{text} So the overall score is 2"]
+    row["f"] = row["a"] = f"{text} It names the cause, but neither the year nor the place."
+    assert build(tmp_path / "out2", write(tmp_path / "b.jsonl", [row]), "--sft") == 2
 
 
 def test_half_a_character_is_a_bad_row_of_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

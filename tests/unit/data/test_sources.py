@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from real_openrlhf.data.sources import BadRow, DataError, Row, lookup, read_rows
+from real_openrlhf.data.sources import BadRow, DataError, Place, Row, _row, lookup, read_rows
 
 ROWS = [{"input": "rate this", "label": 3}, {"input": 'two\nlines, "quoted" \u2028 é', "label": 4.5}]
 
@@ -75,7 +75,7 @@ def test_a_byte_order_mark_and_blank_lines_do_no_harm(tmp_path):
         (b"input: a", "broken JSON"),
         (b"[1, 2]", "a row must be an object, not [1, 2]"),
         (b"null", "a row must be an object, not None"),
-        (b'{"input": "\xff"}', "not UTF-8 at byte 11"),
+        (b'{"input": "\xff"', "not UTF-8 at byte 11 of the line, and broken JSON"),
         (b"[" * 200_000, "broken JSON"),
         (b'{"label": ' + b"9" * 5000 + b"}", "broken JSON"),
     ],
@@ -106,12 +106,13 @@ BROKEN = [
     ("d.parquet", b"", "the file is empty"),
     ("d.json", b'{"input": "a"}', "must hold a list of objects"),
     ("d.json", b'{"input": "a"}\n{"input": "b"}', "one object per line is called .jsonl"),
-    ("d.json", b'[{"input": "\xff"}]', "not UTF-8 at byte 12"),
+    ("d.json", b'[{"input": "\xff"}', "not UTF-8 at byte 12, and broken JSON"),
     ("d.csv", b"\n1,2\n", "line 1: there is no header"),
     ("d.csv", b"a,b,a\n1,2,3\n", r"columns \['a'\] occur more than once"),
     ("d.csv", b'a,b\n1,2\n"x" y,3\n', "line 3: broken CSV"),
     ("d.csv", b'a,b\n1,2\n"x,3\n', "broken CSV"),
-    ("d.csv", b"a,b\n1,\xff\n", "not UTF-8"),
+    ("d.csv", b"a,\xff\n1,2\n", "line 1: the header is not UTF-8"),
+    ("d.csv", "a,b\n1,2\n".encode("utf-16"), "line 1: the header is not UTF-8"),
     ("d.parquet", b"PAR1 this is no parquet PAR1", "broken parquet"),
     ("d.jsonl.gz", b"this is not gzip", "broken gzip after 0 rows"),
     ("d.txt", b"hello", r"extension '.txt'; known are .jsonl, .json, .csv, .parquet"),
@@ -297,3 +298,43 @@ def test_half_a_character_anywhere_is_a_bad_row(name: str, tmp_path: Path) -> No
     whole, *halves = read_rows(str(tmp_path / name))
     assert isinstance(whole, Row) and whole.values == {"a": "whole \U0001f600"}
     assert [isinstance(row, BadRow) and row.column for row in halves] == ["a.0.b", "?"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("a.csv", b"a,b\n1,fine\n2,caf\xe9\n3,fine\n", "line 3, column 'b'"),
+        ("a.json", b'[{"b": "fine"}, {"b": "caf\xe9"}, {"b": "fine"}]', "row 1 (counted from 0), column 'b'"),
+        ("a.jsonl", b'{"b": "fine"}\n{"b": "caf\xe9"}\n{"b": "fine"}\n', "line 2, column 'b'"),
+        ("a.jsonl", b'{"b": "fine"}\n{"b": "\xed\xa0\x80"}\n{"b": "fine"}\n', "line 2, column 'b'"),
+    ],
+)
+def test_bytes_that_are_not_utf8_are_one_bad_row(tmp_path: Path, name: str, content: bytes, place: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    first, bad, last = read_rows(str(tmp_path / name))
+    assert isinstance(first, Row) and isinstance(last, Row) and first.values["b"] == last.values["b"] == "fine"
+    assert isinstance(bad, BadRow) and str(bad).startswith(f"{tmp_path / name}, {place}: not valid Unicode")
+
+
+def test_bytes_that_are_not_utf8_in_arrow_files_are_one_bad_row(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    texts = [b"fine", b"caf\xe9", b"fine"]
+    # A view: casting would check the bytes, which not every writer does.
+    table = pa.table({"a": [1, 2, 3], "b": pa.array(texts).view(pa.string())})
+    pq.write_table(table, tmp_path / "a.parquet")
+    datasets.Dataset(table).save_to_disk(tmp_path / "saved")
+    for source in (tmp_path / "a.parquet", tmp_path / "saved"):
+        first, bad, last = read_rows(str(source))
+        assert isinstance(first, Row) and isinstance(last, Row)
+        assert (first.values, last.values) == ({"a": 1, "b": "fine"}, {"a": 3, "b": "fine"})
+        assert isinstance(bad, BadRow) and str(bad).startswith(
+            f"{source}, row 1 (counted from 0), column 'b': not valid Unicode"
+        )
+
+
+def test_values_nested_too_deeply_are_a_bad_row() -> None:
+    deep: list[object] = []
+    for _ in range(5000):
+        deep = [deep]
+    bad = _row(Place(file="a.json", index=1, unit="row"), {"a": deep}, suspect="half")
+    assert str(bad) == "a.json, row 1 (counted from 0): its values are nested too deeply"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from real_openrlhf.data.verdict import closing_number, cut, without_last_sentence
+from real_openrlhf.data.verdict import closing_number, cut, without_label, without_last_sentence
 
 DATA = Path(__file__).parents[3].parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real data are not at ../shared/data beside the checkout")
@@ -109,6 +109,27 @@ def test_reasons_behind_a_verdict_are_the_feedback(text: str) -> None:
         ("Fine. Score (out of 10): 6", "Fine.", 6),
         ("Fine. Score: four", "Fine.", 4),
         ("Fine. Overall: 6", "Fine.", 6),
+        ("Gut. Bewertung: vier", "Gut.", 4),
+        ("Gut. Bewertung: 8,5 von 10", "Gut.", 8.5),
+        ("不错。评分：四分", "不错。", 4),
+        ("Хорошо. Итоговая оценка — 4 из 5.", "Хорошо.", 4),
+        ("İyi. Puan: 4, çünkü kısa", "İyi.", 4),
+        ("Dobrze. Ocena: 4, bo krótko", "Dobrze.", 4),
+        ("जवाब अच्छा है। अंक: ४, क्योंकि", "जवाब अच्छा है।", 4),
+        ("Fine. Score: -1", "Fine.", -1),
+        ("Fine. Score: −1, alas", "Fine.", -1),
+        ("Fine. Quality rating: 4", "Fine.", 4),
+        ("Fine. <answer>4</answer>", "Fine.", 4),
+        ('Fine. ```json\n{"rating": 4}\n```', "Fine.", 4),
+        ('Fine. {"overall": {"score": 4}}', "Fine.", 4),
+        ("Fine. | Score | 4 |", "Fine.", 4),
+        ("Fine.\n## Rating\n\n**4**\n", "Fine.", 4),
+        ("Fine. Thus \\boxed{\\text{4}}", "Fine.", 4),
+        ("Fine. Score: ⭐⭐⭐⭐", "Fine.", None),
+        ("Fine. ★★★★☆", "Fine.", None),
+        ("Fine. 4 points out of 5 for clarity.", "Fine.", None),
+        ("Fine. Four out of five, all told.", "Fine.", None),
+        ("不错。满分。", "不错。", None),
         ('Fine. {"feedback": "ok", "score": 2}', "Fine.", 2),
         ("Correct. Thus \\boxed{9}", "Correct.", 9),
         ("Fine. The score for this response is 6.", "Fine.", None),
@@ -121,11 +142,70 @@ def test_verdicts_of_other_forms_and_languages(text: str, feedback: str, verdict
     assert critique.feedback == feedback and critique.verdict == verdict
 
 
+@pytest.mark.parametrize(
+    ("text", "feedback"),
+    [
+        ("좋습니다. 이 응답은 4점입니다.", "좋습니다."),
+        ("良い。この回答は4点です。短い。", "良い。"),
+        ("不错。我认为这个回答是4分的水平。", "不错。"),
+        ("Хорошо. Ставлю четыре балла этому ответу.", "Хорошо."),
+        ("Gut. Ich gebe der Antwort eine 4, weil sie klar ist.", "Gut."),
+        ("Bien. Le doy un 4 por su claridad.", "Bien."),
+        ("İyi. Bu cevaba 4 puan veriyorum.", "İyi."),
+        ("Tốt. Tôi cho 4 điểm vì rõ ràng.", "Tốt."),
+        ("Fine. It's a 4 from me, sadly.", "Fine."),
+        ("Fine. I'd give it four stars, I think.", "Fine."),
+        ("Fine. I would go with a 4 here.", "Fine."),
+        ("Fine. I'd say 4 is fair.", "Fine."),
+        ("Fine. It is rated 4 by me.", "Fine."),
+        ("4点です。理由は明快です。", "理由は明快です。"),
+        ("4 - clear and short.", "clear and short."),
+        ("Fine. Panel says 4", "Fine."),
+    ],
+)
+def test_a_sentence_that_says_the_label_goes_and_one_with_another_number_stays(text: str, feedback: str) -> None:
+    left, reasons = without_label(cut(text).feedback, 4)
+    assert left == feedback and len(reasons) == 1
+    assert without_label(text, 3) == (text, [])
+
+
+@pytest.mark.parametrize("text", ["4/5: clear and short.", "Score 4: clear and short.", "**4/5** - clear and short."])
+def test_reasons_behind_a_verdict_in_no_formal_form(text: str) -> None:
+    assert cut(text).feedback == "clear and short."
+
+
+@pytest.mark.parametrize(
+    ("label", "text"),
+    [
+        (1, "1. It is short.\n2. It is clear."),
+        (3, "有3点不足：太短。"),
+        (4, "用时4分钟，太长。"),
+        (4, "The essay makes 4 points clearly. It is good."),
+        (4, "This is a 4 step process. It returned 4, which is correct."),
+        (9, "It suits the grade level (9-10) well."),
+        (1, "The user asked the assistant to pick one case study. It did."),
+        (7, "It uses Python 3.7 properly."),
+        (5, "It uses an emoji ⭐ well."),
+    ],
+)
+def test_the_labels_number_stays_where_it_is_content(label: float, text: str) -> None:
+    assert without_label(cut(text).feedback, label) == (text, [])
+
+
+@pytest.mark.parametrize(
+    "said", ["Overall: Good", "Rating: good.", "[[Good]]", "I rate it as good.", "Good.", "<score>Good</score>"]
+)
+def test_a_label_that_is_a_word(said: str) -> None:
+    assert without_label(f"Clear. {said}", 3, "Good") == ("Clear.", ["a sentence said its label"])
+    assert without_label("A good answer. Good grammar too.", 3, "Good") == ("A good answer. Good grammar too.", [])
+
+
 def test_the_number_that_closes_a_text() -> None:
     assert closing_number("Panel says 7.") == 7 and closing_number("so: 4/5") == 4 and closing_number("7 rows") is None
     # Names and formulas end in digits that judge nothing.
-    for text in ("return candidate1\n```", "So, z - x = - (y / 2).", "x = 4", "It costs 1,004."):
+    for text in ("return candidate1\n```", "So, z - x = - (y / 2).", "x = 4", "It costs 1,004.", "rows 3-4."):
         assert closing_number(text) is None
+    assert closing_number("It says -1.") == -1
     assert without_last_sentence("Clear. Panel says 7.") == "Clear." and without_last_sentence("Panel 7") == ""
 
 

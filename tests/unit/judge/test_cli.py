@@ -154,6 +154,24 @@ def test_odd_values_in_columns_that_nobody_asked_for(run) -> None:
     assert code == 0 and made["x"] is None and made["y"] == {"z": [None, 1]}
 
 
+def test_values_nested_too_deeply_are_named_before_anything_is_judged(run, capsys, caplog) -> None:
+    good = '{"instruction": "a", "response": "good"}\n'
+    deep = '{"instruction": "a", "response": "good", "x": ' + "[" * 600 + "]" * 600 + "}\n"
+    assert run([good, deep]) == (2, [])
+    assert "line 2, column 'x': its values are nested too deeply" in capsys.readouterr().err
+    code, made = run([good, deep], "--skip_bad_rows")
+    assert code == 0 and len(made) == 1 and "nested too deeply" in caplog.text
+
+
+def test_standard_output_is_utf8_whatever_the_locale(run, monkeypatch) -> None:
+    lines = json.dumps({"instruction": "a", "response": "good", "name": "评分"}) + "\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert main([*run.base, "--input", "-"]) == 0
+    assert json.loads(written.getvalue().decode("utf-8"))["name"] == "评分"
+
+
 def test_what_json_cannot_hold_is_named_before_anything_is_judged(run, tmp_path, capsys) -> None:
     table = pa.table({"instruction": ["a", "a"], "response": ["good", "bad"], "extra": [None, b"raw"]})
     pq.write_table(table, tmp_path / "rows.parquet")

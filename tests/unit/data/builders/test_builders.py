@@ -8,7 +8,7 @@ import pytest
 
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.data.builders import BUILDERS, get_builder
-from real_openrlhf.data.builders.base import FieldError, Item, Options
+from real_openrlhf.data.builders.base import FieldError, Item, Options, question_of
 from real_openrlhf.data.builders.prometheus import parts_of
 from real_openrlhf.data.judge_prompt import JudgeTemplate, Rubric
 from real_openrlhf.data.sources import DataError
@@ -181,7 +181,7 @@ def test_unknown_builders_name_the_nearest() -> None:
         get_builder("vicuna_bnch")
 
 
-@pytest.mark.parametrize("name", ["mt_bench", "real_parquet"])
+@pytest.mark.parametrize("name", ["mt_bench", "real_parquet", "generic"])
 def test_the_group_of_a_conversation_is_its_question(name: str) -> None:
     """A second turn's instruction holds the judged model's own first answer."""
 
@@ -193,6 +193,44 @@ def test_the_group_of_a_conversation_is_its_question(name: str) -> None:
         row = {"instruction": prompt, "gpt4_score": [3, 4]}
         if name == "real_parquet":
             row = {"prompt": [{"role": "user", "content": prompt}], "reward_model": {"ground_truth": "3"}}
+        if name == "generic":
+            row = {"p": prompt, "y": 3}
+            return read(name, row, scale="1-5", columns={"prompt": "p", "label": "y"}).group
         return read(name, row).group
 
     assert group("Write about rain.", "one") == group("Write about rain.", "two\n\nlines") != group("Snow.", "one")
+
+
+@pytest.mark.parametrize(
+    "conversation",
+    [
+        "USER: Write.\nASSISTANT: {}\nUSER: More.",
+        "### User:\nWrite.\n\n### Assistant A:\n{}\n\n### User:\nMore.",
+        "**User:** Write.\n\n**Assistant:** {}",
+        "[User]: Write.\n[Assistant]: {}",
+        "<|user|>\nWrite.\n<|assistant|>\n{}",
+        "<|im_start|>user\nWrite.<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n<|im_start|>user\nMore.<|im_end|>",
+        "<start_of_turn>user\nWrite.<end_of_turn>\n<start_of_turn>model\n{}<end_of_turn>",
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWrite.<|eot_id|><|start_header_id|>assistant"
+        "<|end_header_id|>\n\n{}<|eot_id|>",
+        "<s>[INST] Write. [/INST] {} [INST] More. [/INST]",
+    ],
+)
+def test_the_question_of_a_conversation_as_text(conversation: str) -> None:
+    assert question_of(conversation.format("An answer.\n\nUser: no")) == "Write."
+
+
+@pytest.mark.parametrize(
+    "text", ["User: Write.", "Human rights: what are they?\nAI: what is it?", "Users\nmodel\n", ""]
+)
+def test_what_is_no_conversation_is_the_question_itself(text: str) -> None:
+    assert question_of(text) == text
+
+
+def test_the_group_of_chat_messages_is_the_first_turn() -> None:
+    def group(first: str, answer: str) -> str:
+        turns = [("system", "Judge."), ("user", first), ("assistant", answer), ("user", "Now judge.")]
+        row = {"p": [{"role": role, "content": content} for role, content in turns], "y": 3}
+        return read("generic", row, scale="1-5", columns={"prompt": "p", "label": "y"}).group
+
+    assert group("Write.", "one") == group("Write.", "two") != group("Sing.", "one")
