@@ -22,9 +22,10 @@ from real_openrlhf.config.convert import (
 )
 from real_openrlhf.config.flags import ConfigError, Flag, describe
 from real_openrlhf.config.other_names import other_name
-from real_openrlhf.config.presets import DEFAULT_PRESET, PRESETS
+from real_openrlhf.config.presets import DEFAULT_PRESET, WARMUP, preset_values
 from real_openrlhf.config.schema import Config
 from real_openrlhf.config.strict_yaml import load_yaml
+from real_openrlhf.config.supervised import is_read, warmup_values
 from real_openrlhf.config.unsupported import why_unsupported
 
 __all__ = ["build_parser", "config_from_dict", "config_to_dict", "parse_args", "resolve"]
@@ -59,8 +60,11 @@ class _BoolAction(argparse.BooleanOptionalAction):
         return " | ".join(self.option_strings)
 
 
-def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    """Values are kept as given (None: not given); `resolve` gives them their types."""
+def build_parser(prog: str | None = None, *, warmup: bool = False) -> argparse.ArgumentParser:
+    """Values are kept as given (None: not given); `resolve` gives them their types.
+
+    warmup: of train_warmup. Help leaves out the flags that the command does not read; `validate` refuses them.
+    """
     parser = _Parser(
         prog=prog, allow_abbrev=False, epilog=_EPILOG, argument_default=argparse.SUPPRESS, usage="%(prog)s [flags]"
     )
@@ -70,16 +74,20 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     for name, item in flags_by_name().items():
         head = name.partition(".")[0] if "." in name else ""
         group = groups.setdefault(head, parser.add_argument_group(head) if head and head not in groups else parser)
-        _add(group, item)
+        _add(
+            group,
+            item,
+            preset_values(WARMUP).get(name, item.default) if warmup else item.default,
+            is_read(name, warmup),
+        )
     return parser
 
 
-def _add(group: Any, item: Flag) -> None:
-    default = item.default
+def _add(group: Any, item: Flag, default: Any, shows: bool) -> None:
     if isinstance(default, tuple):
         default = " ".join(repr(v) if isinstance(v, str) else str(v) for v in default)
     shown = "required" if item.required else f"default: {'none' if default is None else default!s}"
-    text = f"{item.help} [{describe(item)}; {shown}]".replace("%", "%%")
+    text = f"{item.help} [{describe(item)}; {shown}]".replace("%", "%%") if shows else argparse.SUPPRESS
     if item.kind is bool:
         group.add_argument(f"--{item.name}", action=_BoolAction, flag=item, metavar="BOOL", help=text)
         return
@@ -88,29 +96,31 @@ def _add(group: Any, item: Flag) -> None:
     group.add_argument(f"--{item.name}", metavar=metavar, nargs="+" if item.many else None, help=text)
 
 
-def parse_args(argv: Sequence[str]) -> Config:
+def parse_args(argv: Sequence[str], *, warmup: bool = False) -> Config:
     """Raises ConfigError for unknown flags, values of the wrong type or out of bounds, and bad files.
 
-    Contradictions between flags are left to `validate`.
+    Contradictions between flags are left to `validate`. warmup: the flags of train_warmup.
     """
-    namespace, rest = build_parser().parse_known_args(list(argv))
+    namespace, rest = build_parser(warmup=warmup).parse_known_args(list(argv))
     if rest:
         raise ConfigError(_explain(rest, argv))
     given = vars(namespace)
     path = given.pop("config", None)
     known = flags_by_name()
     explicit = {name: coerce(known[name], _many(known[name], value)) for name, value in given.items()}
-    return resolve(explicit, read_config_file(path) if path is not None else {})
+    return resolve(explicit, read_config_file(path) if path is not None else {}, warmup=warmup)
 
 
 def _many(item: Flag, value: Any) -> Any:
     return "none" if item.many and item.optional and value == ["none"] else value
 
 
-def resolve(explicit: dict[str, Any], from_file: dict[str, Any] | None = None) -> Config:
+def resolve(explicit: dict[str, Any], from_file: dict[str, Any] | None = None, *, warmup: bool = False) -> Config:
     """Apply the preset and note what overrides it. explicit, from_file: flag name -> typed value."""
     chosen = {**(from_file or {}), **explicit}
-    preset = PRESETS[chosen.get("real.preset", DEFAULT_PRESET)]
+    if warmup:
+        chosen = warmup_values(chosen)
+    preset = preset_values(chosen.get("real.preset", DEFAULT_PRESET))
     if chosen.get("real.keep_groups") == "all":
         # Without dynamic sampling nothing is refilled; only an explicit wish for both is a contradiction.
         chosen.setdefault("real.refill", False)

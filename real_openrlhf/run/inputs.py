@@ -20,6 +20,7 @@ from real_openrlhf.config.sampling import evaluation_sampling, rollout_sampling
 from real_openrlhf.config.schema import Config
 from real_openrlhf.config.validate import validate
 from real_openrlhf.data.dataset import JudgeDataset
+from real_openrlhf.data.given import GivenDataset
 from real_openrlhf.data.judge_prompt import JudgeTemplate
 from real_openrlhf.data.sources import nearest
 from real_openrlhf.data.table import template_of_built
@@ -39,6 +40,7 @@ class Inputs:
     device          None where only the cluster that is to be joined can say
     assumed_gpus    those that are not here, of a dry run
     judge_template  of the training prompts, where `real_openrlhf.data` built them of their parts
+    given           of a warm-up: the responses to the prompts of train_set; None in train_real
     """
 
     config: Config
@@ -52,6 +54,7 @@ class Inputs:
     train_set: JudgeDataset
     benchmarks: tuple[Benchmark, ...]
     warnings: tuple[str, ...]
+    given: GivenDataset | None = None
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -77,15 +80,22 @@ def load_inputs(config: Config) -> Inputs:
             f"{config.actor.model_name_or_path} has a chat template, but prompts are given without it; an Instruct "
             "model wants --data.apply_chat_template"
         )
-    train_set = JudgeDataset.load(
-        config.data.prompt_dataset,
-        max_prompt_tokens=config.data.max_len - config.rollout.max_new_tokens - bound.extra_tokens,
-        max_samples=config.data.max_samples,
-        **_reading(config, tokenizer, template),
-    )
+    end_ids = end_token_ids(config.actor.model_name_or_path, tokenizer)
+    given = None
+    longest = config.data.max_len - config.rollout.max_new_tokens - bound.extra_tokens
+    if config.supervised:
+        given = load_given(config, tokenizer, template, ScoreReader.build(bound, tokenizer, end_ids), longest)
+        train_set = given.dataset
+    else:
+        train_set = JudgeDataset.load(
+            config.data.prompt_dataset,
+            max_prompt_tokens=longest,
+            max_samples=config.data.max_samples,
+            scale=config.real.score_scale,
+            **_reading(config, tokenizer, template),
+        )
     batch_plan(config, len(train_set))  # raises when the prompts do not fill a step
     benchmarks = load_benchmarks(config, tokenizer, bound, template)
-    end_ids = end_token_ids(config.actor.model_name_or_path, tokenizer)
     check_tokens(config, limits, train_set, benchmarks, (*bound.read_token_ids, *end_ids))
     return Inputs(
         config=config,
@@ -99,6 +109,23 @@ def load_inputs(config: Config) -> Inputs:
         train_set=train_set,
         benchmarks=benchmarks,
         warnings=tuple(warnings),
+        given=given,
+    )
+
+
+def load_given(
+    config: Config, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, reader: ScoreReader, longest: int
+) -> GivenDataset:
+    """The judgements of a warm-up. longest: of a prompt in tokens, where its feedback is still to be written."""
+    return GivenDataset.load(
+        config.data.prompt_dataset,
+        response_key=config.data.response_key,
+        reader=reader,
+        max_len=config.data.max_len - reader.bound.extra_tokens,
+        max_prompt_tokens=longest,
+        response_may_lack=config.warmup.feedback != "given",
+        max_samples=config.data.max_samples,
+        **_reading(config, tokenizer, template),
     )
 
 
@@ -200,6 +227,7 @@ def load_benchmarks(
             group_key=None,
             max_prompt_tokens=config.data.max_len - config.rollout.max_new_tokens - room,
             max_samples=config.eval.max_samples,
+            scale=config.real.score_scale,
             **_reading(config, tokenizer, template),
         )
         for name, source in sources.items()
@@ -211,7 +239,6 @@ def _reading(config: Config, tokenizer: PreTrainedTokenizerBase, template: Promp
     return dict(
         input_key=config.data.input_key,
         label_key=config.data.label_key,
-        scale=config.real.score_scale,
         tokenizer=tokenizer,
         template=template,
         skip_bad_rows=config.data.skip_bad_rows,
