@@ -142,11 +142,13 @@ def _flags(manifest: Mapping[str, Any], folder: Path) -> list[str]:
     held_out = next((split for split in ("test", "dev", "val", "validation", "valid", "eval") if split in splits), None)
     words += [f"--eval.dataset {shlex.quote(str(folder / held_out))}.parquet"] if held_out else []
     anchors = " ".join(shlex.quote(anchor) for anchor in manifest["template"]["anchors"])
-    words += [f"--real.scale {shlex.quote(manifest['scale'])}", f"--real.anchor {anchors}"]
-    lines = [" ".join(words)]
+    scale = [f"--real.scale {shlex.quote(manifest['scale'])}", f"--real.anchor {anchors}"]
+    lines = [" ".join([*words, *scale])]
     if SFT in manifest["splits"]:
-        warmup = f"train_warmup: --data {shlex.quote(str(folder / 'sft.parquet'))}"
-        lines.append(" ".join([warmup, *(["--apply_chat_template"] if chat else [])]))
+        counts = manifest["splits"][SFT]
+        lacks = ["--warmup.feedback missing"] if counts["with_feedback"] < counts["rows"] else []
+        warmup = f"train_warmup: --data.prompt_dataset {shlex.quote(str(folder / 'sft.parquet'))}"
+        lines.append(" ".join([warmup, *chat, *lacks, *scale]))
     if not chat:
         lines.append(
             "For a chat model add --data.apply_chat_template (Qwen3: and --data.enable_thinking true or false)."

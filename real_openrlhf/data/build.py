@@ -305,6 +305,9 @@ def _warmup(builder: Builder, settings: Settings, kept: Mapping[str, Sequence[_R
             rng = row.item.rng or random.Random(f"{settings.seed}|{row.item.group}|{row.place.index}")
             written = written_label(row.item.label, settings.scale, settings.rounding, rng)
             records.append({**_record(row), "response": f"{row.feedback} {settings.template.anchors[0]}{written}"})
+        elif builder.labels_alone:
+            # train_warmup has a model write its feedback.
+            records.append(_record(row))
     if not records:
         raise DataError("--sft: no row of the split train has feedback; see the manifest of a build without --sft")
     return records

@@ -10,7 +10,7 @@
 | `source`, `source_row` | text, int64 | file or hub id, and the row as it counts (lines from 1, rows from 0) |
 | `n` | int32 | judgements averaged into the label |
 | `feedback` | text or null | the critique behind the label, cut before its own first verdict |
-| `response` | text or null | feedback, anchor and rounded label: what a warm-up learns to write (in `sft.parquet`) |
+| `response` | text or null | feedback, anchor and rounded label, for a warm-up; null: still to be written |
 | `judged` | struct or null | instruction, response, reference, context, rubric, criteria, descriptions |
 | `meta` | text | JSON: the rest of the source's ids and categories |
 """

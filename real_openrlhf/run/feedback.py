@@ -109,7 +109,7 @@ def _write(plan: RunPlan, prompts: Sequence[Prompt], model: str) -> Iterator[tup
         device = plan.device
         places = reserve([engine_places(config, device)], config.ray.placement_timeout)
         engines = RayRolloutGroup(
-            replace(plan.engine, model=model, enable_sleep=False),
+            replace(plan.engine, model=model, load_format="auto", enable_sleep=False),
             n_engines=n,
             group=places["rollout"],
             device=device,

@@ -14,7 +14,7 @@ from real_openrlhf.common.folder_lock import FolderLock
 from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.config.schema import Config
 from real_openrlhf.controller.loop import Stopped
-from real_openrlhf.controller.run_log import RunLogError
+from real_openrlhf.controller.run_log import RunLogError, check_output_dir
 from real_openrlhf.run.ending import ending
 from real_openrlhf.run.feedback import rows_without_feedback, with_feedback
 from real_openrlhf.run.inputs import load_inputs
@@ -57,7 +57,8 @@ def _run(config: Config, held: ExitStack, feedback_model: str | None) -> int:
             logger.warning("%s", warning)
         if rows_without_feedback(plan):
             if config.ckpt.load == "none":
-                check_folders(plan, None)
+                # Again later, with the records; here, so that hours of sampling do not come first.
+                check_output_dir(config.ckpt.output_dir)
             plan = with_feedback(plan, feedback_model)
         checkpoint = checkpoint_to_load(plan)
         check_folders(plan, checkpoint)

@@ -76,18 +76,14 @@ def _batch_lines(config: Config, plan: BatchPlan, bound: BoundScale, tolerance: 
 
 
 def _warmup_lines(config: Config, plan: BatchPlan) -> list[str]:
-    stages = {
-        "given": [],
-        "missing": ["the model writes feedback for rows without a response first"],
-        "sampled": ["the model writes feedback for every row first"],
-    }
+    first = {"missing": "rows without a response", "sampled": "every row"}.get(config.warmup.feedback)
     objective = {"sft": "cross-entropy", "raft": "squared error of E[score], and lambda times the cross-entropy"}
     return [
         f"{config.warmup.method}: {objective[config.real.objective]}, on given responses",
         f"{plan.prompts_per_step} rows per update, {plan.samples_per_rank} on each of {plan.ranks} rank(s); up to "
         f"{config.rollouts_per_pass} rows and {config.train.max_tokens_per_gpu} tokens per forward pass",
         f"up to {config.data.max_len} tokens of prompt and response together",
-        *stages[config.warmup.feedback],
+        *([f"before that, the model writes feedback for {first}"] if first else []),
     ]
 
 

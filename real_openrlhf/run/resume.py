@@ -34,8 +34,6 @@ def starts_anew(ckpt: CkptConfig, checkpoint: Checkpoint | None) -> bool:
     output = Path(ckpt.output_dir)
     if ckpt.load != "auto" or checkpoint is not None or not output.is_dir():
         return False
-    ours = (output / CONFIG_FILE).is_file() or {path.name for path in output.iterdir()} <= {
-        "checkpoints",
-        *BEFORE_RECORDS,
-    }
+    names = {path.name for path in output.iterdir()}
+    ours = CONFIG_FILE in names or names <= {"checkpoints", *BEFORE_RECORDS}
     return ours and not any(Path(ckpt.folder).glob("step_*")) and not (output / "model").exists()

@@ -86,6 +86,7 @@ class Builder:
     shuffle     rows stand in an order that means something, so that the first N would not stand for all
     unique      one row per group; the others repeat it
     critiques   rows come with feedback that a warm-up can be made of
+    labels_alone   rows without feedback go into a warm-up too: a model writes it there
     check       looks at the options before any row is read; raises ValueError
     """
 
@@ -99,6 +100,7 @@ class Builder:
     shuffle: bool = False
     unique: bool = False
     critiques: bool = False
+    labels_alone: bool = False
     check: Callable[[Options], None] | None = None
 
 
