@@ -94,7 +94,7 @@ def warm_up(folder: Path, task: Task, seed: int, device: str) -> Path:
         )
         run(
             folder / "warmup.log",
-            *("-m", "real_openrlhf.train_warmup", "--model_name_or_path", str(folder / "init")),
+            *("examples/quickstart/warmup.py", "--model_name_or_path", str(folder / "init")),
             *("--data", str(folder / "data/sft.jsonl"), "--output_dir", str(folder / "warmup"), *WARMUP),
             *("--seed", str(seed), "--device", device),
         )

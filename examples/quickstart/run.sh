@@ -26,7 +26,7 @@ say "a tiny model with random weights"
 "$python" examples/quickstart/make_model.py --words "$out/data/words.txt" --output_dir "$out/init" --seed "$seed"
 
 say "supervised warm-up"
-"$python" -m real_openrlhf.train_warmup \
+"$python" examples/quickstart/warmup.py \
   --model_name_or_path "$out/init" \
   --data "$out/data/sft.jsonl" \
   --output_dir "$out/warmup" \

@@ -52,13 +52,13 @@ part "evaluation of the start model" "$python" -m real_openrlhf.train_real "${co
   --actor.model_name_or_path "$cache/model" --train.max_steps 0 --ckpt.output_dir "$out/start"
 
 part "warm-up" "$python" -m real_openrlhf.train_warmup \
-  --model_name_or_path "$cache/model" --data "$out/data/sft.jsonl" --output_dir "$out/warmup" \
-  --apply_chat_template --max_len 320 --seed "$seed" --device "$device" \
-  --learning_rate 2e-4 --lr_scheduler cosine --warmup_steps 2 \
-  --batch_size 8 --micro_batch_size 8 --max_steps "${WARMUP_STEPS:-100}" --log_steps 2
+  --actor.model_name_or_path "$cache/model" --data.prompt_dataset "$out/data/sft.jsonl" --ckpt.output_dir "$out/warmup" \
+  --data.apply_chat_template --data.max_len 320 --rollout.max_new_tokens 64 --real.scale 0-5 \
+  --train.seed "$seed" --real.device "$device" \
+  --actor.adam.lr 2e-4 --train.batch_size 8 --train.max_steps "${WARMUP_STEPS:-100}" --train.num_episodes 100 --logger.logging_steps 2
 
 part "REAL, evaluations included" "$python" -m real_openrlhf.train_real "${common[@]}" \
-  --actor.model_name_or_path "$out/warmup" --actor.adam.lr "${LR:-1e-5}" \
+  --actor.model_name_or_path "$out/warmup/model" --actor.adam.lr "${LR:-1e-5}" \
   --train.max_steps "${STEPS:-15}" --real.beta "${BETA:-0.01}" --real.keep_groups "${KEEP:-partial}" \
   --eval.steps -1 --ckpt.output_dir "$out/real"
 

@@ -25,6 +25,7 @@ from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.convert import flags_by_name
 from real_openrlhf.config.flag_table import flag_table
 from real_openrlhf.config.presets import PRESETS
+from real_openrlhf.config.validate import validate
 from real_openrlhf.controller.rollout_stats import rollout_metrics
 from real_openrlhf.evals.results import metric_names
 from real_openrlhf.export.model_card import SNIPPET
@@ -103,6 +104,8 @@ def test_the_commands_of_the_examples_parse(script: str, tmp_path: Path) -> None
     assert runs or script == "examples/benchmark/run.sh"
     for argv in runs:
         assert parse_args(argv).ckpt.output_dir
+    for argv in (call[2:] for call in calls if call[:2] == ["-m", "real_openrlhf.train_warmup"]):
+        assert validate(parse_args(argv, warmup=True)) is not None
     for call in calls:
         if call[0] == "-m":
             module = ROOT.joinpath(*call[1].split(".")).with_suffix(".py")
@@ -221,6 +224,8 @@ def metrics_of_the_code() -> set[str]:
     names |= {f"eval/change/{name}{end}" for name in ("reward", "expected/pearson") for end in ("", "_low", "_high")}
     for module in (
         "controller/controller.py",
+        "controller/loop.py",
+        "controller/warmup.py",
         "controller/step_metrics.py",
         "actors/policy/trainer.py",
         "actors/policy/term_norms.py",
