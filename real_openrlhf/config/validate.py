@@ -37,7 +37,6 @@ def validate(config: Config, *, device: Literal["cpu", "cuda"] | None = None) ->
         _command,
         _batch,
         _sampling,
-        _objective,
         _groups,
         _off_policy,
         _one_ahead,
@@ -49,6 +48,7 @@ def validate(config: Config, *, device: Literal["cpu", "cuda"] | None = None) ->
         _lengths,
         _engines,
         _evaluation,
+        _objective,  # the last: it may import torch, which takes seconds
     ):
         warnings += check(config)
     if device is not None:
@@ -130,11 +130,20 @@ OBJECTIVE_FLAGS = {
 
 
 def _objective(config: Config) -> list[str]:
-    read = {field.name for field in fields(objective_class(config.real.objective))}
     preset, known = preset_values(config.real.preset), flags_by_name()
-    for setting, name in OBJECTIVE_FLAGS.items():
-        if setting not in read and get_value(config, name) != preset.get(name, known[name].default):
-            flags = ", ".join(f"--{flag}" for one, flag in OBJECTIVE_FLAGS.items() if one in read)
+    changed = {
+        setting: name
+        for setting, name in OBJECTIVE_FLAGS.items()
+        if get_value(config, name) != preset.get(name, known[name].default)
+    }
+    if not changed:
+        return []
+    read = {field.name for field in fields(objective_class(config.real.objective))}
+    for setting, name in changed.items():
+        if setting not in read:
+            flags = (
+                ", ".join(f"--{flag}" for one, flag in OBJECTIVE_FLAGS.items() if one in read) or "no flag of this kind"
+            )
             raise ConfigError(
                 f"--{name}: the objective {config.real.objective} does not read it; leave it out. It reads {flags}"
             )

@@ -137,7 +137,7 @@ def test_paths_begin_at_home_and_have_blanks_and_letters_of_any_script(
 
 def test_an_unknown_flag(flags: Flags, capsys: pytest.CaptureFixture[str], started: list[RunPlan]) -> None:
     line = refused(capsys, argv(flags, "--rollout.batchsize", "3"))
-    assert "unknown flag --rollout.batchsize; did you mean rollout.batch_size" in line
+    assert "unknown flag --rollout.batchsize; did you mean --rollout.batch_size" in line
     assert started == []
 
 
