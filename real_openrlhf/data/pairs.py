@@ -15,11 +15,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +25,12 @@ import pyarrow as pa
 
 from real_openrlhf.common.folder_lock import FolderLock
 from real_openrlhf.data.builders.base import FieldError
+from real_openrlhf.data.builders.pairs.base import Pair, PairBuilder
+from real_openrlhf.data.preferences import PREFERENCES, majority, vote_agreement
 from real_openrlhf.data.source_rows import LISTED, no_rows, read_sources, shown
-from real_openrlhf.data.sources import BadRow, DataError, Place, Row, read_rows
+from real_openrlhf.data.sources import BadRow, DataError, Place, Row
 from real_openrlhf.data.table import prepare_folder, write_manifest, write_parquet
 
-A, B, TIE = "a", "b", "tie"
-PREFERENCES = (A, B, TIE)
 PAIRS = "pairs.parquet"
 SCHEMA_VERSION = 1
 SCHEMA = pa.schema(
@@ -49,61 +47,6 @@ SCHEMA = pa.schema(
     ],
     metadata={"real_openrlhf.pairs_schema_version": str(SCHEMA_VERSION)},
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """One pair. votes: rater -> "a", "b" or "tie". The other fields are as in the table above."""
-
-    id: str | None = None
-    instruction: str
-    response_a: str
-    response_b: str
-    votes: Mapping[str, str]
-    group: str
-    reference: str | None = None
-    subset: str | None = None
-    meta: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairBuilder:
-    """A data set of pairs.
-
-    about    one line for --help
-    read     one row to a pair; raises FieldError
-    sources  where it is read from unless told otherwise
-    rows     the rows of a source; `read_rows` unless the data set has a form of its own
-    """
-
-    name: str
-    about: str
-    read: Callable[[Mapping[str, Any]], Pair]
-    sources: Sequence[str] = ()
-    rows: Callable[[str], Iterator[Row | BadRow]] = read_rows
-
-
-def majority(votes: Mapping[str, str]) -> str | None:
-    """The vote that most raters gave; None where several have as many.
-
-    >>> majority({"x": "a", "y": "a", "z": "tie"}), majority({"x": "a", "y": "b"})
-    ('a', None)
-    """
-    (first, most), *others = Counter(votes.values()).most_common()
-    return None if others and others[0][1] == most else first
-
-
-def vote_agreement(votes: Sequence[Mapping[str, str]]) -> dict[str, Any] | None:
-    """Of all pairs of raters of the same pair of responses, the share that gave the same vote, ties being a vote like
-    others. None where no pair has two raters."""
-    compared = [x == y for row in votes for x, y in itertools.combinations(row.values(), 2)]
-    if not compared:
-        return None
-    return {
-        "rows": sum(len(row) > 1 for row in votes),
-        "compared": len(compared),
-        "agreement": sum(compared) / len(compared),
-    }
 
 
 def write_pairs(

@@ -12,12 +12,12 @@ from typing import Any
 
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.data.judge_prompt import Rubric
+from real_openrlhf.data.preferences import TIE, A, B
 from real_openrlhf.judge.rubrics import SINGLE, as_dimensions
 from real_openrlhf.judge.types import JudgeError
 
 SCORES, ONE_PROMPT = "scores", "one_prompt"
 MODES = (SCORES, ONE_PROMPT)
-A, B, TIE = "a", "b", "tie"
 _BETTER = "Which of the two answers is better?"
 
 

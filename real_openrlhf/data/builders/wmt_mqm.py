@@ -26,8 +26,8 @@ from real_openrlhf.data.builders.base import (
     ratings,
     text,
 )
+from real_openrlhf.data.builders.merge import merge_rows
 from real_openrlhf.data.judge_prompt import Rubric
-from real_openrlhf.data.merge import merge_rows
 from real_openrlhf.data.sources import BadRow, Row, shorten
 from real_openrlhf.data.tsv import read_tsv_or_rows
 

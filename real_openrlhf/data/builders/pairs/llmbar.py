@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from real_openrlhf.data.builders.base import FieldError, get, group_of, optional_text, text
-from real_openrlhf.data.pairs import A, B, Pair, PairBuilder
+from real_openrlhf.data.builders.pairs.base import Pair, PairBuilder
+from real_openrlhf.data.preferences import A, B
 from real_openrlhf.data.sources import shorten
 
 LABELS = {"1": A, "2": B}

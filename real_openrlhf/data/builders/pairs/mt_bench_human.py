@@ -15,8 +15,9 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from real_openrlhf.data.builders.base import FieldError, get, text
-from real_openrlhf.data.merge import merge_rows
-from real_openrlhf.data.pairs import TIE, A, B, Pair, PairBuilder
+from real_openrlhf.data.builders.merge import merge_rows
+from real_openrlhf.data.builders.pairs.base import Pair, PairBuilder
+from real_openrlhf.data.preferences import TIE, A, B
 from real_openrlhf.data.sources import BadRow, Row, read_rows, shorten
 
 OTHER = {A: B, B: A, TIE: TIE}

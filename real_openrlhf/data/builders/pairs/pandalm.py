@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from real_openrlhf.data.builders.base import FieldError, group_of, optional_text, text
-from real_openrlhf.data.pairs import TIE, A, B, Pair, PairBuilder
+from real_openrlhf.data.builders.pairs.base import Pair, PairBuilder
+from real_openrlhf.data.preferences import TIE, A, B
 from real_openrlhf.data.sources import shorten
 
 LABELS = {"0": TIE, "1": A, "2": B}

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from real_openrlhf.data.builders.base import FieldError, get, group_of, optional_text, question_of, text
-from real_openrlhf.data.pairs import A, Pair, PairBuilder
+from real_openrlhf.data.builders.pairs.base import Pair, PairBuilder
+from real_openrlhf.data.preferences import A
 from real_openrlhf.data.sources import shorten
 
 

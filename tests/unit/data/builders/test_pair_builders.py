@@ -12,7 +12,9 @@ import pytest
 from real_openrlhf.data.__main__ import main
 from real_openrlhf.data.builders.base import FieldError
 from real_openrlhf.data.builders.pairs import PAIR_BUILDERS
-from real_openrlhf.data.pairs import SCHEMA, Pair, majority, vote_agreement
+from real_openrlhf.data.builders.pairs.base import Pair
+from real_openrlhf.data.pairs import SCHEMA
+from real_openrlhf.data.preferences import majority, vote_agreement
 
 JUDGEBENCH = {
     "pair_id": "p-1",
