@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +191,12 @@ def test_a_general_rubric_stands_in_where_the_template_asks_for_one(run, tmp_pat
     assert run(name="r.txt", file="own.jsonl", out="own") == 0
     lengths = [len(request["prompt"]) for request in run.server.requests]
     assert min(lengths[:2]) > max(lengths[2:])  # its own rubric is one word
+
+
+def test_the_commands_of_the_readme_parse() -> None:
+    text = (Path(__file__).parents[2] / "real_openrlhf/evals/README.md").read_text(encoding="utf-8")
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", "")
+    commands = [shlex.split(line)[3:] for line in blocks.splitlines() if "real_openrlhf.evaluate" in line]
+    assert len(commands) == 3
+    for words in commands:
+        evaluate.check(evaluate.parse_args(words))

@@ -173,12 +173,17 @@ def ratings(scores: Mapping[str, object], column: str, scale: ScoreScale) -> dic
     return found
 
 
-def listed_ratings(values: Mapping[str, Any], column: str, scale: ScoreScale) -> dict[str, float]:
-    """The same from a list of scores, whose raters have no names but their places."""
+def listed_ratings(
+    values: Mapping[str, Any], column: str, scale: ScoreScale, raters: Sequence[str] | None = None
+) -> dict[str, float]:
+    """The same from a list of scores. raters: in its order; None: they have no names but their places."""
     value = get(values, column)
     if not isinstance(value, (list, tuple)):
         raise FieldError(column, f"expected a list of scores, one per rater, got {shorten(value)}")
-    return ratings({f"rater {number}": score for number, score in enumerate(value, start=1)}, column, scale)
+    names = [f"rater {number}" for number in range(1, len(value) + 1)] if raters is None else raters
+    if len(names) != len(value):
+        raise FieldError(column, f"{len(value)} scores, but there are {len(names)} raters: {', '.join(names)}")
+    return ratings(dict(zip(names, value)), column, scale)
 
 
 def mean(found: Mapping[str, float]) -> float:

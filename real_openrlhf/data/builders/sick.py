@@ -1,7 +1,8 @@
 """SICK: pairs of sentences and the mean of ten people's scores for their relatedness, 1 to 5, mostly fractional.
 
 The form is that of the data set's own SICK.txt, tab-separated: pair_ID, sentence_A, sentence_B, relatedness_score,
-SemEval_set and others. The scores of single raters are not published.
+SemEval_set and others. The scores of single raters are not published. Pairs that
+occur in both orders stay, so that the test set is the one that others report on.
 """
 
 from __future__ import annotations
@@ -50,5 +51,4 @@ BUILDER = Builder(
     scale="1-5",
     template="paper",
     shuffle=True,
-    unique=True,
 )

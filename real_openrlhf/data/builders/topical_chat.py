@@ -1,9 +1,10 @@
 """Topical-Chat with USR's ratings: answers of six systems in conversations about a fact, three raters each.
 
-The form is that of USR's `tc_usr_data.json`, a list of {context, fact, responses}, as dmg-illc/JUDGE-BENCH reads it
-(`data/topical_chat/convert_topical_chat.py`); PersonaChat's `pc_usr_data.json` is alike. Each of the responses has a
-list of scores per aspect. The aspects have three scales, and a data set has one: Overall is built unless --aspect, or
---scale 1-3 or 0-1, chooses others.
+The form is that of USR's `tc_usr_data.json`, a list of {context, fact, annotators, responses}, of which
+SmartDataAnalytics/proxy_indicators has a copy (`data/usr_topical_chat.json`) and which dmg-illc/JUDGE-BENCH reads
+(`data/topical_chat/convert_topical_chat.py`); PersonaChat's is alike. Each of the responses has a list of scores per
+aspect, in the order of the annotators. The aspects have three scales, and a data set has one: Overall is built unless
+--aspect, or --scale 1-3 or 0-1, chooses others.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ ASPECTS = {
     "Understandable": "0-1",
     "Uses Knowledge": "0-1",
 }
+NO_FACT = "_nofact"
 RUBRICS = {
     "Overall": Rubric(
         criteria="How good is the response on the whole?",
@@ -76,25 +78,38 @@ RUBRICS = {
 def read(values: Mapping[str, Any], options: Options) -> list[Item]:
     """One item per response and aspect."""
     context, fact, responses = text(values, "context"), optional_text(values, "fact"), get(values, "responses")
+    raters = _raters(values)
     if not isinstance(responses, list) or not responses or not all(isinstance(one, Mapping) for one in responses):
         raise FieldError("responses", f"expected a list of objects, got {shorten(responses)}")
-    told = "" if fact is None else f"\n\nA fact that the response may use: {fact.strip()}"
+    told = "" if fact is None or fact.strip() == NO_FACT else f"\n\nA fact that the response may use: {fact.strip()}"
     instruction = f"Say what comes next in this conversation.\n\n{context.strip()}{told}"
     items = []
     for number, response in enumerate(responses):
         try:
-            items += _rated(response, instruction, f"topical_chat:{group_of(context)}", options)
+            items += _rated(response, raters, instruction, f"topical_chat:{group_of(context)}", options)
         except FieldError as error:
             raise FieldError(f"responses.{number}.{error.column}", str(error)) from error
     return items
 
 
-def _rated(response: Mapping[str, Any], instruction: str, group: str, options: Options) -> list[Item]:
+def _raters(values: Mapping[str, Any]) -> list[str] | None:
+    """Not everybody rated every conversation."""
+    names = values.get("annotators")
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise FieldError("annotators", f"expected a list of different names, got {shorten(names)}")
+    return names
+
+
+def _rated(
+    response: Mapping[str, Any], raters: list[str] | None, instruction: str, group: str, options: Options
+) -> list[Item]:
     said = text(response, "response", blank=True)
     model = optional_text(response, "model")
     items = []
     for aspect in options.aspects:
-        found = listed_ratings(response, aspect, options.scale)
+        found = listed_ratings(response, aspect, options.scale, raters)
         items.append(
             Item(
                 id="/".join(filter(None, (model, aspect))),

@@ -37,6 +37,7 @@ DIALSUMMEVAL: dict[str, Any] = {
 USR: dict[str, Any] = {
     "context": "Do you like tea ?\nYes , do you ?\n",
     "fact": "Tea is grown in Assam .\n",
+    "annotators": ["ann", "bob", "cy"],
     "responses": [
         {
             "response": "I do ! Much of it is from Assam .",
@@ -151,9 +152,21 @@ def test_topical_chat_has_an_item_per_response_and_aspect() -> None:
     assert items[0].group == items[1].group and items[1].id == "Argmax Decoding/Overall"
     several = read("topical_chat", USR, scale="1-3", aspects=("Natural", "Engaging"))
     assert [item.label for item in several] == pytest.approx([8 / 3, 7 / 3, 5 / 3, 4 / 3])
-    with pytest.raises(FieldError, match=r"rater 1: .*off the scale") as caught:
-        read("topical_chat", USR, scale="0-1", aspects=("Natural",))
-    assert caught.value.column == "responses.0.Natural"
+    assert items[0].ratings == {"ann": 5.0, "bob": 4.0, "cy": 4.0}
+    unnamed = read("topical_chat", {k: v for k, v in USR.items() if k != "annotators"})
+    assert list(unnamed[0].ratings) == ["rater 1", "rater 2", "rater 3"]
+    bare = read("topical_chat", {**USR, "fact": "_nofact\n"})
+    assert bare[0].parts is not None and "fact" not in bare[0].parts.instruction
+    for change, column, message in (
+        ({}, "responses.0.Natural", "ann: .*off the scale"),
+        ({"annotators": ["ann", "bob"]}, "responses.0.Natural", "3 scores, but there are 2 raters: ann, bob"),
+        ({"annotators": ["ann", "ann", "bob"]}, "annotators", "expected a list of different names"),
+        ({"responses": []}, "responses", "expected a list of objects"),
+        ({"responses": [{"response": "x"}]}, "responses.0.Natural", "no such column"),
+    ):
+        with pytest.raises(FieldError, match=message) as caught:
+            read("topical_chat", {**USR, **change}, scale="0-1", aspects=("Natural",))
+        assert caught.value.column == column
 
 
 def test_aspects_go_with_their_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
