@@ -86,9 +86,14 @@ def prepare_folder(folder: Path, *, overwrite: bool) -> None:
 
 
 def write_table(path: Path, records: Sequence[Mapping[str, Any]], prompt_form: str) -> dict[str, Any]:
-    """Write a parquet file; returns its line in the manifest: rows and sha256."""
+    """Write a parquet file of the schema above; returns its line in the manifest: rows and sha256."""
+    return write_parquet(path, records, schema(prompt_form))
+
+
+def write_parquet(path: Path, records: Sequence[Mapping[str, Any]], columns: pa.Schema) -> dict[str, Any]:
+    """The same for any schema."""
     try:
-        table = pa.Table.from_pylist(list(records), schema=schema(prompt_form))
+        table = pa.Table.from_pylist(list(records), schema=columns)
     except UnicodeEncodeError as error:
         raise DataError(f"{path}: a text is not valid Unicode: {error}") from error
     with atomic_file(path) as partial, partial.open("wb") as file:  # pyarrow would take some paths for addresses

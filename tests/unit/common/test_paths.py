@@ -15,6 +15,7 @@ from real_openrlhf.data import __main__ as data
 from real_openrlhf.judge import cli as judge
 from real_openrlhf.judge.cli_tools import fit_args, serve_args
 from real_openrlhf.judge.output import open_output
+from real_openrlhf.judge.rubrics import read_rubric
 from tests.helpers.tiny_judge import make_rows, write_rows
 
 
@@ -89,4 +90,6 @@ def test_the_judges_files(home: Path) -> None:
     assert json.loads((home / "out é/x y.jsonl").read_text()) == {"a": 1} and list(Path.cwd().iterdir()) == []
     (home / "r.txt").write_text("Is it right?")
     (home / "r.json").write_text(json.dumps({"tone": "Is it polite?"}))
-    assert judge._rubric("~/r.txt") == "Is it right?" and judge._rubric("~/r.json") == {"tone": "Is it polite?"}
+    assert read_rubric("~/r.txt", "--rubric") == "Is it right?" and read_rubric("~/r.json", "--rubric") == {
+        "tone": "Is it polite?"
+    }
