@@ -7,13 +7,12 @@ replay buffer, Actor and `training_step`. What needs CUDA in between (its strate
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,9 +38,9 @@ pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "real_openrlhf/dropin/README.md").read_text(encoding="utf-8")
-AGENT, TRAINER, LOOP = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
+AGENT, TRAINER, LOOP, TRL = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
 # The page's files, for the tiny judge's anchor.
-AGENT, TRAINER = (code.replace('"So the overall score is "', repr(ANCHOR)) for code in (AGENT, TRAINER))
+AGENT, TRAINER, TRL = (code.replace('"So the overall score is "', repr(ANCHOR)) for code in (AGENT, TRAINER, TRL))
 SETTINGS = RealSettings(anchors=(ANCHOR,))
 K, MAX_LEN = 4, 40
 PROMPTS = make_rows(3, seed=5)
@@ -189,7 +188,9 @@ def experience_of(judges: Path, responses: list[list[dict[str, Any]]], args: Any
     maker.strategy, maker.args, maker.kl_ctl = SimpleNamespace(args=args), args, SimpleNamespace(value=0.0)
     maker.advantage_estimator = args.algo.advantage.estimator
     maker.compute_advantages_and_returns([experience])
-    buffer = NaiveReplayBuffer(len(flat), 0, False)
+    buffer = NaiveReplayBuffer.__new__(NaiveReplayBuffer)
+    buffer.items, buffer.limit = [], 0
+    buffer.cpu_offload = buffer.dynamic_batch = buffer.packing_samples = False
     buffer.append(experience)
     return actor, buffer.collate_fn([buffer[i] for i in range(len(buffer))])
 
@@ -246,11 +247,13 @@ def test_the_pages_trainer_has_the_gradient_of_the_packages_own(
     batch = collate(rows)
     outputs = outputs_of(model, batch, temperature=1.0, max_bytes=2**20)
     inputs = loss_inputs(batch, outputs.token_logprobs, outputs.label_logprobs, SETTINGS.score_scale.tensor())
-    result = policy_loss(inputs, options=LossOptions(), denominators=denominators_of(rows, trains_score_token=False))
+    inputs = replace(inputs, rollout_logprobs=outputs.token_logprobs.detach())
+    counts = denominators_of(rows, trains_score_token=False)
+    result = policy_loss(inputs, options=LossOptions(ratio="clip"), denominators=counts)
     result.loss.backward()
     wanted = gradients(model)
     assert status["metrics"]["policy_loss"].item() == pytest.approx(result.loss.item(), rel=1e-4)
-    assert float(result.terms["squared_error"]) > 0 and float(result.terms["likelihood"]) > 0
+    assert result.terms["squared_error"].item() > 0 and result.terms["likelihood"].item() > 0
     assert set(got) == set(wanted)
     for name, tensor in wanted.items():
         torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
@@ -330,48 +333,184 @@ def test_without_term_2_the_loss_is_policy_loss() -> None:
     assert results[0][1] > 0
 
 
-def test_the_pages_launcher_starts_openrlhf_with_the_pages_actor(tmp_path: Path) -> None:
-    """As far as a machine without a GPU goes: OpenRLHF's module runs, with our class in the place of its own."""
+# Notes which class OpenRLHF's module is about to start, and ships it as Ray does.
+PROBE = """
+import argparse, runpy
+from openrlhf.trainer.ray import ppo_actor
+from ray import cloudpickle
+parse = argparse.ArgumentParser.parse_args
+
+def see(*args, **kwargs):
+    actor = runpy.sys._getframe(1).f_globals["PolicyModelActor"]
+    with open("actor.pkl", "wb") as file:
+        cloudpickle.dump(actor.__ray_metadata__.modified_class, file)
+    return parse(*args, **kwargs)
+
+argparse.ArgumentParser.parse_args = see
+runpy.run_path("real_ppo.py", run_name="__main__")
+"""
+# In the actor's process: OpenRLHF's own start gets as far as the strategy that it is not given.
+WORKER = """
+import pickle
+from openrlhf.trainer.ray import ppo_actor
+with open("actor.pkl", "rb") as file:
+    actor = pickle.load(file)
+before = ppo_actor.ActorPPOTrainer
+try:
+    actor.init_model_from_pretrained(actor.__new__(actor), None, "model")
+except AttributeError as error:
+    assert "'args'" in str(error), error
+else:
+    raise SystemExit("OpenRLHF's start was not called")
+assert issubclass(ppo_actor.ActorPPOTrainer, before)
+print("trainer", ppo_actor.ActorPPOTrainer.__name__)
+"""
+
+
+def test_the_pages_launcher_starts_openrlhf_with_the_pages_trainer(tmp_path: Path) -> None:
+    """As far as a machine without a GPU goes: OpenRLHF's module runs and ships our class to another process."""
     (tmp_path / "real_ppo.py").write_text(TRAINER)
-    probe = (
-        "import runpy, sys\n"
-        "import argparse\n"
-        "from openrlhf.trainer.ray import ppo_actor\n"
-        "parse = argparse.ArgumentParser.parse_args\n"
-        "def see(*args, **kwargs):\n"
-        "    main = sys._getframe(1).f_globals\n"
-        "    print('actor', main['PolicyModelActor'] is ppo_actor.PolicyModelActor, main['PolicyModelActor'])\n"
-        "    return parse(*args, **kwargs)\n"
-        "argparse.ArgumentParser.parse_args = see\n"
-        "runpy.run_path('real_ppo.py', run_name='__main__')\n"
-    )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", probe, "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "actor True ActorClass(RealActor)" in done.stdout and "--train.agent_func_path" in done.stdout
+    said = []
+    for code, more in ((PROBE, ["--help"]), (WORKER, [])):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *more], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert "--train.agent_func_path" in said[0] and "trainer RealTrainer" in said[1]
 
 
 # -- a loop of one's own -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def loop() -> Iterator[dict[str, Any]]:
-    torch.manual_seed(0)
-    yield run_page("loop", LOOP)
-
-
-def test_the_pages_loop_trains_a_tiny_judge(judges: Path, loop: dict[str, Any]) -> None:
-    model, tokenizer = load(judges)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+def held_out_reward(model: Any, tokenizer: Any) -> float:
+    """Mean reward of given feedback on given prompts: what Term 2 improves, without any sampling."""
     rewards = []
-    for step in range(60):
-        row = make_rows(1, seed=100 + step)[0]
-        loss, reward = loop["train_step"](
-            model, tokenizer, optimizer, row["prompt"], row["label"], SETTINGS, max_new_tokens=10
+    for row in make_rows(40, seed=77):
+        ids = tokenizer([f"{row['prompt']} because {str(row['prompt']).split()[0]} score"], return_tensors="pt")
+        with torch.no_grad():
+            logprobs = model(ids["input_ids"]).logits[0, -1].double().log_softmax(0)
+        labels = logprobs[[tokenizer.convert_tokens_to_ids(str(v)) for v in range(1, 6)]]
+        rewards.append(SETTINGS.rewards(labels[None], torch.tensor([True]), [row["label"]]))
+    return float(torch.cat(rewards).mean())
+
+
+def test_the_pages_loop_has_the_papers_loss_and_trains_a_tiny_judge(judges: Path) -> None:
+    torch.manual_seed(0)
+    train_step = run_page("loop", LOOP)["train_step"]
+    model, tokenizer = load(judges)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    drawn = []
+
+    class Watched:
+        """The model, with what it samples noted."""
+
+        device = model.device
+
+        def generate(self, **kwargs: Any) -> Tensor:
+            drawn.append(model.generate(**kwargs))
+            return drawn[-1]
+
+        def __call__(self, **kwargs: Any) -> Any:
+            return model(**kwargs)
+
+    def step(number: int) -> tuple[float, dict[str, Any]]:
+        row = make_rows(1, seed=100 + number)[0]
+        loss, rewards = train_step(
+            Watched(), tokenizer, optimizer, row["prompt"], row["label"], SETTINGS, max_new_tokens=10
         )
-        assert bool(torch.isfinite(loss)) and reward.shape == (8,)
-        rewards.append(float(reward.mean()))
-    assert sum(rewards[-20:]) > sum(rewards[:20])
-    json.dumps(rewards)
+        assert rewards.shape == (8,)
+        return float(loss), row
+
+    before, (start, _) = held_out_reward(model, tokenizer), load(judges)
+    loss, row = step(0)
+    assert loss == pytest.approx(plain_loss(start, tokenizer, drawn[0], row), rel=1e-3)
+    for number in range(1, 150):
+        assert math.isfinite(step(number)[0])
+    assert held_out_reward(model, tokenizer) > before
+
+
+def by_token(
+    model: Any, tokenizer: Any, prompt: list[int], response: list[int], y: float
+) -> tuple[float, float | None]:
+    """log pi of the feedback, and the reward; None without a score. In plain numbers, up to the first end of text."""
+    words = tokenizer.convert_ids_to_tokens(response)
+    end = words.index("</s>") if "</s>" in words else len(words) - 1
+    last = max((i for i in range(end) if words[i] == "score"), default=None)
+    with torch.no_grad():
+        logprobs = model(torch.tensor([prompt + response[: end + 1]])).logits[0].double().log_softmax(-1)
+    until, before = (end if last is None else last) + 1, len(prompt)
+    total = sum(float(logprobs[before + t - 1, response[t]]) for t in range(until))
+    if last is None:
+        return total, None
+    p = [float(logprobs[before + last, tokenizer.convert_tokens_to_ids(str(v))]) for v in range(1, 6)]
+    expected = sum(v * math.exp(q) for v, q in enumerate(p, start=1))
+    return total, -((expected - y) ** 2) + p[int(y) - 1]
+
+
+def plain_loss(model: Any, tokenizer: Any, sequences: Tensor, row: dict[str, Any]) -> float:
+    """Eq. 8 at lambda = beta = 1, rollout by rollout."""
+    n_prompt, y = len(str(row["prompt"]).split()), float(row["label"])
+    pairs = [by_token(model, tokenizer, ids[:n_prompt], ids[n_prompt:], y) for ids in sequences.tolist()]
+    floor = -max(v * v for v in (y, 5 - y)) + math.log(1e-6)
+    rewards = [floor if reward is None else reward for _, reward in pairs]
+    k = len(rewards)
+    advantages = [r - (sum(rewards) - r) / (k - 1) for r in rewards]
+    spread = math.sqrt(sum(a * a for a in advantages) / k)
+    advantages = [min(1.0, max(-1.0, a / spread)) for a in advantages]
+    term_2 = sum(reward for _, reward in pairs if reward is not None)
+    return -sum(a * total for a, (total, _) in zip(advantages, pairs)) / k - term_2 / k
+
+
+def test_the_pages_trl_trainer_has_the_papers_loss(judges: Path, tmp_path: Path) -> None:
+    """Where TRL is installed; it is no requirement of the package."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    scope = run_page("real_grpo", TRL)
+    seen: list[tuple[float, dict[str, Any]]] = []
+
+    class Watched(scope["RealGRPOTrainer"]):  # type: ignore[misc]
+        def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+            loss: Tensor = super()._compute_loss(model, inputs)
+            seen.append((loss.item(), inputs))
+            return loss
+
+    model, tokenizer = load(judges)
+    settings = trl.GRPOConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        num_generations=4,
+        max_completion_length=10,
+        max_steps=2,
+        beta=0.0,
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+        report_to=[],
+    )
+    trainer = Watched(
+        model=model,
+        reward_funcs=scope["no_reward"],
+        args=settings,
+        train_dataset=Dataset.from_list(make_rows(32, seed=9)),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    start, _ = load(judges)  # TRL patches the model that it is given
+    assert len(seen) == 4
+    for loss, inputs in seen[:2]:  # both before the first update
+        sums, terms = [], []
+        for n in range(8):
+            prompt, response = (
+                inputs[f"{part}_ids"][n][inputs[f"{part}_mask"][n].bool()].tolist() for part in ("prompt", "completion")
+            )
+            total, reward = by_token(start, tokenizer, prompt, response, float(inputs["labels"][n]))
+            sums.append(total)
+            terms.append(reward)
+        advantages = inputs["advantages"].tolist()
+        assert max(map(abs, advantages)) <= 1 and len(set(advantages)) > 2
+        wanted = -sum(a * s for a, s in zip(advantages, sums)) / 8 - sum(t or 0.0 for t in terms) / 8
+        assert loss == pytest.approx(wanted / 2, rel=1e-3)
