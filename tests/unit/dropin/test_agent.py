@@ -79,6 +79,16 @@ def test_reward_score_and_logs_by_hand() -> None:
     assert len(engine.requests) == 1  # nothing but the generation itself
 
 
+def test_renormalised() -> None:
+    output, _ = run(ANCHOR + "4", label=2, executor=agent(renormalise=True))
+    p = probabilities(ANCHOR)
+    mass = sum(p[str(v)] for v in range(1, 6))
+    expected = sum(v * p[str(v)] for v in range(1, 6)) / mass
+    assert output["extra_logs"]["real_expected"] == pytest.approx(expected, rel=1e-6)
+    assert output["extra_logs"]["real_mass"] == pytest.approx(mass, rel=1e-6)
+    assert output["reward"] == pytest.approx(-((expected - 2) ** 2) + math.log(p["2"] / mass), rel=1e-6)
+
+
 def test_the_actions_are_the_feedback_and_the_rest_is_openrlhfs() -> None:
     before = "good. " + ANCHOR
     output, engine = run(before + "4 ok", logprobs=1, engine={"logprobs_mode": "processed_logprobs"})
