@@ -44,6 +44,7 @@ _REFERENCE = "openrlhf.trainer.ray.launcher:ReferenceModelActor"
 _BASE = "openrlhf.trainer.ray.launcher:BaseDistributedActor"
 _MODEL_BASE = "openrlhf.trainer.ray.launcher:BaseModelActor"
 _ENGINE = "openrlhf.trainer.ray.vllm_engine:RolloutRayActor"
+_EXECUTOR = "openrlhf.utils.agent:SingleTurnAgentExecutor"
 
 TOUCHES: tuple[Touch, ...] = (
     # DeepSpeed strategy
@@ -421,6 +422,26 @@ TOUCHES: tuple[Touch, ...] = (
         by="actors.engine.rollout_engine",
         why="set instead of calling __init__; the parent's methods read them",
         names=("llm", "_mm_pad_token_ids"),
+    ),
+    # Drop-ins
+    Touch(
+        where=_EXECUTOR,
+        how="subclass",
+        by="dropin.agent",
+        why="prompt, request and result in OpenRLHF's own form; --train.agent_func_path wants a subclass",
+    ),
+    Touch(
+        where=f"{_EXECUTOR}.execute",
+        how="override",
+        by="dropin.agent",
+        why="asks for the scale's log-probs, ends the actions before the score, adds reward, score and logs",
+        names=("prompt", "label", "sampling_params", "max_length", "hf_tokenizer", "llm_engine"),
+    ),
+    Touch(
+        where=f"{_EXECUTOR}.__init__",
+        how="override",
+        by="dropin.agent",
+        why="OpenRLHF makes agents without arguments",
     ),
     # Arguments
     Touch(

@@ -211,6 +211,11 @@ _NOTHING: dict[str, str] = {
 }
 
 
+def all_other_names() -> tuple[str, ...]:
+    """Every name that `other_name` answers; what is here first, then what is not."""
+    return (*OURS, *_TODAY, *_NOTHING)
+
+
 def other_name(name: str) -> str | None:
     """What to use for a flag of OpenRLHF's earlier versions or of TRL, as a clause; None: it is no such flag."""
     if name in OURS:

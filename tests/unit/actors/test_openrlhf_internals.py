@@ -23,6 +23,7 @@ SUBCLASSES = {
     ("actors.policy.policy_actor", "RealPolicyActor"): "openrlhf.trainer.ray.ppo_actor:PolicyModelActor",
     ("actors.policy.reference_actor", "ReferenceActor"): "openrlhf.trainer.ray.launcher:ReferenceModelActor",
     ("actors.engine.rollout_engine", "RolloutEngine"): "openrlhf.trainer.ray.vllm_engine:RolloutRayActor",
+    ("dropin.agent", "AgentExecutor"): "openrlhf.utils.agent:SingleTurnAgentExecutor",
 }
 
 
