@@ -14,38 +14,13 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from real_openrlhf.common.arguments import take_negative_values
 from real_openrlhf.common.errors import RunError
-from real_openrlhf.common.folder_lock import FolderLock
 from real_openrlhf.common.home import use_writable_caches
 from real_openrlhf.common.paths import path_argument
-from real_openrlhf.evals.benchmarks import Benchmark, load_benchmark, parse_benchmarks
-from real_openrlhf.evals.judging import earlier_predictions, identity_of, judge_all, largest_difference, name_of
 from real_openrlhf.evals.predictions import EvaluationError
-from real_openrlhf.evals.report import (
-    PREDICTIONS,
-    compare_runs,
-    load_run,
-    settings_of,
-    write_comparison,
-    write_report,
-)
-from real_openrlhf.evals.tables import NamedResults, paper_table
-from real_openrlhf.judge.cli_model import add_model, chosen_settings, read_key
-from real_openrlhf.judge.judge import Judge
-from real_openrlhf.judge.types import JudgeBackend
-
-logger = logging.getLogger(__name__)
-
-# What the data set's own messages call these flags.
-_FLAG_NAMES = {
-    "--data.max_len": "--max_model_len",
-    "--rollout.max_new_tokens": "--max_new_tokens",
-    "--data.": "--",
-}
-_NO_LIMIT = 1 << 31
+from real_openrlhf.judge.cli_args import add_model, read_key
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -99,10 +74,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """EvaluationError for flags that are missing, impossible or contradict each other."""
-    for name, least in (("n", 1), ("batch_size", 1), ("n_resamples", 1), ("concurrency", 1), ("max_samples", 1)):
+    counts = ("n", "batch_size", "n_resamples", "concurrency", "max_samples", "max_new_tokens", "max_model_len")
+    for name in counts:
         value = getattr(args, name)
-        if value is not None and value < least:
-            raise EvaluationError(f"--{name} must be at least {least}, got {value}")
+        if value is not None and value < 1:
+            raise EvaluationError(f"--{name} must be at least 1, got {value}")
     if not 0 < args.confidence < 1:
         raise EvaluationError(f"--confidence must lie between 0 and 1, got {args.confidence}")
     if args.compare is not None:
@@ -114,101 +90,7 @@ def check(args: argparse.Namespace) -> None:
     for name in ("model", "benchmark", "output_dir"):
         if not getattr(args, name):
             raise EvaluationError(f"--{name} is required, unless finished evaluations are compared by --compare")
-
-
-def make_judge(args: argparse.Namespace, backend: JudgeBackend | None = None) -> Judge:
-    """The judge that the flags name; its engine does not run yet. backend: instead of that engine."""
-    options: dict[str, Any] = {}
-    if args.server:
-        options = {
-            "model": args.server_model,
-            "concurrency": args.concurrency,
-            "api_key": read_key(args.api_key_env),
-        }
-    return Judge(
-        args.model,
-        server=args.server,
-        server_options=options,
-        backend=backend,
-        settings=chosen_settings(args),
-        n=args.n,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-        max_new_tokens=args.max_new_tokens,
-        renormalise=args.renormalise,
-        max_model_len=args.max_model_len,
-        force=not args.no_force,
-        device=args.device,
-    )
-
-
-def load_benchmarks(args: argparse.Namespace, judge: Judge) -> list[Benchmark]:
-    """All benchmarks, checked and tokenised for this judge."""
-    limit = judge.max_prompt_tokens
-    try:
-        return [
-            load_benchmark(
-                name,
-                source,
-                input_key=args.input_key,
-                label_key=args.label_key,
-                group_key=args.group_key,
-                scale=judge.scale,
-                tokenizer=judge.tokenizer,
-                template=judge.settings.template,
-                max_prompt_tokens=_NO_LIMIT if limit is None else limit,
-                max_samples=args.max_samples,
-                skip_bad_rows=args.skip_bad_rows,
-            )
-            for name, source in parse_benchmarks(args.benchmark, "--benchmark").items()
-        ]
-    except ValueError as error:
-        message = str(error)
-        for ours, here in _FLAG_NAMES.items():
-            message = message.replace(ours, here)
-        raise EvaluationError(message) from error
-
-
-def run(args: argparse.Namespace, backend: JudgeBackend | None = None) -> str:
-    """Evaluate; returns the table. backend: see `make_judge`. FolderError while another program writes there."""
-    with FolderLock(args.output_dir, "--output_dir"):
-        return _run(args, backend)
-
-
-def _run(args: argparse.Namespace, backend: JudgeBackend | None) -> str:
-    with make_judge(args, backend) as judge:
-        benchmarks = load_benchmarks(args, judge)
-        earlier = None if args.feedback_of is None else earlier_predictions(args.feedback_of, benchmarks)
-        identity = identity_of(args.model, judge, benchmarks, server=bool(args.server), feedback_of=args.feedback_of)
-        path = args.output_dir / PREDICTIONS
-        try:
-            store = judge_all(
-                judge, benchmarks, path, identity, batch_size=args.batch_size, earlier=earlier, locked=True
-            )
-        except OSError as error:
-            raise RunError(f"{args.output_dir} cannot be written: {error}; the same command goes on") from error
-    if earlier is not None:
-        logger.info("%s", largest_difference(store, earlier))
-    predictions = [store.done[b.name, prompt.row] for b in benchmarks for prompt in b.prompts]
-    method = args.method or name_of(args.model)
-    settings = settings_of(identity, seed=args.seed, n_resamples=args.n_resamples, confidence=args.confidence)
-    results = write_report(args.output_dir, identity, predictions, settings, method=method, training=args.training)
-    return paper_table([NamedResults(method=method, training=args.training, results=results)])
-
-
-def compare(args: argparse.Namespace) -> str:
-    """Compare finished evaluations; returns the Markdown that is also written to --output_dir, if one is given."""
-    text, content = compare_runs(
-        [load_run(folder) for folder in args.compare],
-        seed=args.seed,
-        n_resamples=args.n_resamples,
-        confidence=args.confidence,
-    )
-    if args.output_dir is not None:
-        with FolderLock(args.output_dir, "--output_dir"):
-            write_comparison(args.output_dir, text, content)
-    return text
+    read_key(args.api_key_env)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -219,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check(args)
         use_writable_caches()
-        print(run(args) if args.compare is None else compare(args))
+        print(_run(args))
     except (ValueError, RunError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1 if isinstance(error, RunError) else 2
@@ -227,6 +109,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("interrupted; the same command goes on where it stopped\n")
         return 130
     return 0
+
+
+def _run(args: argparse.Namespace) -> str:
+    # Here: help and mistakes in flags answer before torch and transformers are imported; a comparison needs neither.
+    if args.compare is not None:
+        from real_openrlhf.evals.comparison import compare
+
+        return compare(args)
+    from real_openrlhf.evals.command import run
+
+    return run(args)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ plots/              `plots`
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.common.atomic_file import write_text
 from real_openrlhf.evals.plots import write_plots
 from real_openrlhf.evals.predictions import EvaluationError, Prediction, read_predictions
-from real_openrlhf.evals.results import Results, Settings, compare, evaluate
+from real_openrlhf.evals.results import Results, Settings, evaluate
 from real_openrlhf.evals.tables import (
     NamedResults,
-    comparison_table,
     csv_text,
     details_table,
     from_json,
@@ -33,7 +31,6 @@ from real_openrlhf.evals.tables import (
 
 PREDICTIONS = "predictions.jsonl"
 RESULTS = "results.json"
-COMPARISON = "comparison"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +60,7 @@ def write_report(
         "method": method,
         "training": training,
         "identity": dict(identity),
-        "interval": _interval_settings(settings),
+        "interval": interval_settings(settings),
         **to_json(results),
     }
     write_text(folder / RESULTS, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -72,7 +69,7 @@ def write_report(
     write_text(
         folder / "results.md",
         f"# {method}\n\nCorrelations ×100 (r Pearson, ρ Spearman, τ Kendall's tau-b).\n\n{table}\n\n"
-        f"{_about(settings)}\n\n{details_table(results)}\n",
+        f"{about(settings)}\n\n{details_table(results)}\n",
     )
     write_plots(folder / "plots", predictions, results, settings)
     return results
@@ -101,59 +98,6 @@ def load_run(folder: str | Path) -> Run:
     )
 
 
-def compare_runs(runs: Sequence[Run], *, seed: int, n_resamples: int, confidence: float) -> tuple[str, dict[str, Any]]:
-    """All runs against the first, paired: Markdown, and the same for json.dumps.
-
-    Raises EvaluationError for runs of other rows, labels, scale or reading of the distribution.
-    """
-    first = runs[0]
-    settings = settings_of(first.identity, seed=seed, n_resamples=n_resamples, confidence=confidence)
-    lines = Counter((run.method, run.training) for run in runs)
-    table = paper_table(
-        [
-            NamedResults(
-                method=run.method if lines[run.method, run.training] == 1 else str(run.folder),
-                training=run.training,
-                results=run.results,
-            )
-            for run in runs
-        ]
-    )
-    parts = [f"# Comparison\n\nCorrelations ×100.\n\n{table}"]
-    content: dict[str, Any] = {"interval": _interval_settings(settings), "comparisons": []}
-    for run in runs[1:]:
-        for name in ("scale", "renormalise"):
-            if run.identity.get(name) != first.identity.get(name):
-                raise EvaluationError(
-                    f"{first.folder} and {run.folder} cannot be compared: {name} is {first.identity.get(name)} in the "
-                    f"first and {run.identity.get(name)} in the second"
-                )
-        compared = compare(first.predictions, run.predictions, settings)
-        a, b = (first.method, run.method) if first.method != run.method else (str(first.folder), str(run.folder))
-        parts.append(
-            f"## {b} less {a}\n\nPaired on the rows that both have read. {_about(settings)}\n\n"
-            f"{comparison_table(compared, a, b)}"
-        )
-        content["comparisons"].append(
-            {
-                "a": str(first.folder),
-                "b": str(run.folder),
-                "benchmarks": {
-                    name: {"/".join(filter(None, key)): asdict(interval) for key, interval in table.items()}
-                    for name, table in compared.items()
-                },
-            }
-        )
-    return "\n\n".join(parts) + "\n", content
-
-
-def write_comparison(folder: Path, text: str, content: Mapping[str, Any]) -> None:
-    """comparison.md and comparison.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / f"{COMPARISON}.md", text)
-    write_text(folder / f"{COMPARISON}.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
 def settings_of(identity: Mapping[str, Any], *, seed: int, n_resamples: int, confidence: float) -> Settings:
     """How to compute metrics of predictions with this header."""
     return Settings(
@@ -165,7 +109,7 @@ def settings_of(identity: Mapping[str, Any], *, seed: int, n_resamples: int, con
     )
 
 
-def _interval_settings(settings: Settings) -> dict[str, Any]:
+def interval_settings(settings: Settings) -> dict[str, Any]:
     return {
         "confidence": settings.confidence,
         "n_resamples": settings.n_resamples,
@@ -174,7 +118,7 @@ def _interval_settings(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _about(settings: Settings) -> str:
+def about(settings: Settings) -> str:
     return (
         f"{100 * settings.confidence:g}% percentile intervals from {settings.n_resamples} resamples of the groups of "
         "rows. ECE leans upward in resamples, which have fewer different rows."

@@ -12,7 +12,7 @@ from real_openrlhf import evaluate, train_warmup
 from real_openrlhf.common.paths import expand, looks_like_a_path, path_argument, text_argument
 from real_openrlhf.data import __main__ as data
 from real_openrlhf.judge import cli as judge
-from real_openrlhf.judge.cli_tools import fit_args, serve_args
+from real_openrlhf.judge.cli_args import fit_args, read_rubric, serve_args
 from real_openrlhf.judge.output import open_output
 from tests.helpers.tiny_judge import make_rows, write_rows
 
@@ -84,4 +84,4 @@ def test_the_judges_files(home: Path) -> None:
     assert json.loads((home / "out é/x y.jsonl").read_text()) == {"a": 1} and list(Path.cwd().iterdir()) == []
     (home / "r.txt").write_text("Is it right?")
     (home / "r.json").write_text(json.dumps({"tone": "Is it polite?"}))
-    assert judge._rubric("~/r.txt") == "Is it right?" and judge._rubric("~/r.json") == {"tone": "Is it polite?"}
+    assert read_rubric("~/r.txt") == "Is it right?" and read_rubric("~/r.json") == {"tone": "Is it polite?"}
