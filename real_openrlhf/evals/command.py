@@ -12,7 +12,7 @@ from real_openrlhf.evals.benchmarks import Benchmark, load_benchmark, parse_benc
 from real_openrlhf.evals.judging import earlier_predictions, identity_of, judge_all, largest_difference, name_of
 from real_openrlhf.evals.predictions import EvaluationError
 from real_openrlhf.evals.report import PREDICTIONS, settings_of, write_report
-from real_openrlhf.evals.tables import NamedResults, paper_table
+from real_openrlhf.evals.tables import LEGEND, NamedResults, paper_table
 from real_openrlhf.judge.cli_args import read_key
 from real_openrlhf.judge.cli_model import chosen_settings
 from real_openrlhf.judge.judge import Judge
@@ -84,7 +84,7 @@ def load_benchmarks(args: argparse.Namespace, judge: Judge) -> list[Benchmark]:
 
 
 def run(args: argparse.Namespace, backend: JudgeBackend | None = None) -> str:
-    """Evaluate; returns the table. backend: see `make_judge`. FolderError while another program writes there."""
+    """Evaluate; returns what is to be shown. backend: see `make_judge`. FolderError while another writes there."""
     with FolderLock(args.output_dir, "--output_dir"):
         return _run(args, backend)
 
@@ -107,4 +107,4 @@ def _run(args: argparse.Namespace, backend: JudgeBackend | None) -> str:
     method = args.method or name_of(args.model)
     settings = settings_of(identity, seed=args.seed, n_resamples=args.n_resamples, confidence=args.confidence)
     results = write_report(args.output_dir, identity, predictions, settings, method=method, training=args.training)
-    return paper_table([NamedResults(method=method, training=args.training, results=results)])
+    return f"{LEGEND}\n\n{paper_table([NamedResults(method=method, training=args.training, results=results)])}"

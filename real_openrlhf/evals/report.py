@@ -21,6 +21,7 @@ from real_openrlhf.evals.plots import write_plots
 from real_openrlhf.evals.predictions import EvaluationError, Prediction, read_predictions
 from real_openrlhf.evals.results import Results, Settings, evaluate
 from real_openrlhf.evals.tables import (
+    LEGEND,
     NamedResults,
     csv_text,
     details_table,
@@ -68,8 +69,7 @@ def write_report(
     table = paper_table([NamedResults(method=method, training=training, results=results)])
     write_text(
         folder / "results.md",
-        f"# {method}\n\nCorrelations ×100 (r Pearson, ρ Spearman, τ Kendall's tau-b).\n\n{table}\n\n"
-        f"{about(settings)}\n\n{details_table(results)}\n",
+        f"# {method}\n\n{LEGEND}\n\n{table}\n\n{about(settings)}\n\n{details_table(results)}\n",
     )
     write_plots(folder / "plots", predictions, results, settings)
     return results

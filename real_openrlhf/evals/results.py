@@ -43,6 +43,8 @@ REWARD = "reward"
 AVERAGE = "average"
 
 Column = tuple[list["float | None"], list[float]]
+# Benchmark (and "average") -> (reading, metric) -> second run less first.
+Compared = dict[str, dict[tuple[str, str], Interval]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +112,8 @@ def evaluate(predictions: Sequence[Prediction], settings: Settings) -> Results:
     return Results(benchmarks=tuple(benchmarks), average=average)
 
 
-def compare(
-    a: Sequence[Prediction], b: Sequence[Prediction], settings: Settings
-) -> dict[str, dict[tuple[str, str], Interval]]:
-    """Paired: benchmark (and "average") -> (reading, metric) -> b less a, on the rows that both runs have read.
+def compare(a: Sequence[Prediction], b: Sequence[Prediction], settings: Settings) -> Compared:
+    """Paired: b less a, on the rows that both runs have read.
 
     Raises EvaluationError when the runs did not judge the same rows with the same labels.
     """
