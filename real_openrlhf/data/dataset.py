@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import random
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -44,16 +45,18 @@ class JudgeDataset:
         template: PromptTemplate,
         max_prompt_tokens: int,
         max_samples: int | None = None,
+        seed: int = 0,
         skip_bad_rows: bool = False,
     ) -> JudgeDataset:
         """Read, check and tokenise.
 
         input_key, label_key: columns; a dotted name reaches into nested objects. max_prompt_tokens: longer prompts are
-        bad rows (never cut). max_samples: stop after that many good rows; later rows are not read. Prompt.row is the
-        row's index in the source, counted from 0, bad rows included.
+        bad rows (never cut). max_samples: that many good rows, drawn by the seed from the whole source, in its order; a
+        larger sample of the same seed holds the smaller one. Prompt.row is the row's index in the source, counted from
+        0, bad rows included.
 
-        Raises DataError at the first bad row (file, row, column, reason); with skip_bad_rows only when no row is left,
-        or when a file as a whole cannot be read.
+        Raises DataError at the first bad row that was drawn (file, row, column, reason); with skip_bad_rows only when
+        no row is left, or when a file as a whole cannot be read.
         """
         if max_prompt_tokens < 1:
             raise DataError(
@@ -64,8 +67,9 @@ class JudgeDataset:
             raise DataError(f"--data.max_samples must be at least 1, got {max_samples}")
         template.check(tokenizer)
         prompts: list[Prompt] = []
-        skipped: list[BadRow] = []
-        for index, row in enumerate(read_rows(source)):
+        bad: dict[int, BadRow] = {}
+        rows = read_rows(source)
+        for index, row in enumerate(rows) if max_samples is None else _shuffled(list(rows), max_samples, seed):
             if isinstance(row, Row):
                 item = _prompt(row, index, input_key, label_key, scale, tokenizer, template, max_prompt_tokens)
             else:
@@ -75,11 +79,19 @@ class JudgeDataset:
                 if len(prompts) == max_samples:
                     break
             elif skip_bad_rows:
-                skipped.append(item)
+                bad[index] = item
             else:
                 raise DataError(f"{item}. Repair the row, or pass --data.skip_bad_rows to leave such rows out.")
+        prompts.sort(key=lambda prompt: prompt.row)
+        skipped = [bad[index] for index in sorted(bad)]
         _report(source, len(prompts), skipped)
         return cls(source=source, prompts=tuple(prompts), skipped=tuple(skipped), sha256=content_hash(prompts))
+
+
+def _shuffled(rows: Sequence[Row | BadRow], n: int, seed: int) -> Iterable[tuple[int, Row | BadRow]]:
+    """All rows with their indices, in an order of which any beginning is a sample; in their own where n is all."""
+    order = range(len(rows)) if len(rows) <= n else random.Random(seed).sample(range(len(rows)), len(rows))
+    return ((index, rows[index]) for index in order)
 
 
 def content_hash(prompts: Sequence[Prompt]) -> str:

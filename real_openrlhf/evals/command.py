@@ -72,6 +72,7 @@ def load_benchmarks(args: argparse.Namespace, judge: Judge) -> list[Benchmark]:
                 template=judge.settings.template,
                 max_prompt_tokens=_NO_LIMIT if limit is None else limit,
                 max_samples=args.max_samples,
+                seed=args.seed,
                 skip_bad_rows=args.skip_bad_rows,
             )
             for name, source in parse_benchmarks(args.benchmark, "--benchmark").items()

@@ -220,7 +220,7 @@ def check_same_rows(a: Sequence[Prediction], b: Sequence[Prediction]) -> None:
         if lost:
             raise EvaluationError(
                 f"the runs cannot be paired: row {lost[0][1]} of {lost[0][0]} and {len(lost) - 1} others are not in "
-                f"the {side} run; judge the same benchmarks with both, to the end"
+                f"the {side} run; judge the same benchmarks with both, to the end, and --max_samples with one --seed"
             )
     for key, label in labels_a.items():
         if labels_b[key] != label:

@@ -81,6 +81,7 @@ def load_inputs(config: Config) -> Inputs:
         config.data.prompt_dataset,
         max_prompt_tokens=config.data.max_len - config.rollout.max_new_tokens - bound.extra_tokens,
         max_samples=config.data.max_samples,
+        seed=config.train.seed,
         **_reading(config, tokenizer, template),
     )
     batch_plan(config, len(train_set))  # raises when the prompts do not fill a step
@@ -200,6 +201,7 @@ def load_benchmarks(
             group_key=None,
             max_prompt_tokens=config.data.max_len - config.rollout.max_new_tokens - room,
             max_samples=config.eval.max_samples,
+            seed=config.eval.seed,
             **_reading(config, tokenizer, template),
         )
         for name, source in sources.items()

@@ -211,7 +211,19 @@ def test_the_feedback_of_another_run_is_read_anew(run, tmp_path: Path, caplog, c
         assert (a["row"], a["group"], a["label"]) == (b["row"], b["group"], b["label"])
     assert run("--feedback_of", str(tmp_path / "one"), "--max_samples", "3", out="less") == 0
     assert run("--feedback_of", str(tmp_path / "less"), out="more") == 2
-    assert "row 3 of flask is missing there" in capsys.readouterr().err
+    kept = {r["row"] for r in lines(tmp_path / "less" / "predictions.jsonl")[1:4]}
+    missing = min(set(range(len(ROWS))) - kept)
+    assert f"row {missing} of flask is missing there" in capsys.readouterr().err
+
+
+def test_a_sample_is_that_of_the_seed(run, tmp_path: Path, capsys) -> None:
+    for out, seed in (("a", "5"), ("b", "5"), ("c", "6")):
+        assert run("--max_samples", "3", "--seed", seed, out=out) == 0
+    rows = {out: [(r["benchmark"], r["row"]) for r in lines(tmp_path / out / "predictions.jsonl")[1:]] for out in "abc"}
+    assert rows["a"] == rows["b"] != rows["c"] and len(rows["a"]) == 6
+    assert [row for name, row in rows["a"] if name == "flask"] == sorted({row for _, row in rows["a"]})
+    assert evaluate.main(["--compare", *[str(tmp_path / out) for out in "ac"]]) == 2
+    assert "--max_samples with one --seed" in capsys.readouterr().err
 
 
 def test_constant_labels_are_said_in_words(run, tmp_path: Path, capsys) -> None:
