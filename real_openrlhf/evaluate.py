@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from real_openrlhf.common.arguments import take_negative_values
 from real_openrlhf.common.errors import RunError
 from real_openrlhf.common.home import use_writable_caches
+from real_openrlhf.common.model_name import check_model
 from real_openrlhf.common.paths import path_argument
 from real_openrlhf.evals.predictions import EvaluationError
 from real_openrlhf.judge.cli_args import add_model, read_key
@@ -101,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check(args)
         use_writable_caches()
+        if args.model:
+            check_model(args.model, "--model")
         print(_run(args))
     except (ValueError, RunError) as error:
         sys.stderr.write(f"error: {error}\n")

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from real_openrlhf.common.home import HomeError, use_writable_caches
+from real_openrlhf.common.model_name import ModelNameError, check_model
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.flags import ConfigError
 
@@ -21,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse_args(list(sys.argv[1:] if argv is None else argv))
         use_writable_caches()
-    except (ConfigError, HomeError) as error:
+        check_model(config.actor.model_name_or_path, "--actor.model_name_or_path")
+    except (ConfigError, HomeError, ModelNameError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     # Here: help and mistakes in flags answer before torch, transformers and Ray are imported.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from real_openrlhf.common.errors import one_line
 from real_openrlhf.common.paths import looks_like_a_path
 
 # Words without marks, so that a tokenizer may put spaces around those. The line break must part words too.
@@ -23,8 +24,8 @@ def load_tokenizer(
         raise ValueError(f"{name} {path!r}: there is no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name} {path!r} has no tokenizer that loads: {error}") from error
+    except Exception as error:  # transformers, tokenizers and huggingface_hub raise many kinds
+        raise ValueError(f"{name} {path!r} has no tokenizer that loads: {one_line(error)}") from error
     lost = what_is_lost(tokenizer)
     if lost is not None:
         raise ValueError(

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from real_openrlhf.common.errors import RunError
 from real_openrlhf.common.home import use_writable_caches
+from real_openrlhf.common.model_name import check_model
 from real_openrlhf.judge.cli_args import FIT, SCORE, SERVE, check, parse_args
 
 
@@ -25,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse_args(sys.argv[1:] if argv is None else argv)
         check(args)
         use_writable_caches()
+        # A server has the model, and a calibration is of scores that are there: the tokenizer is enough.
+        check_model(args.model, "--model", needs_config=args.command != FIT and not getattr(args, "server", None))
         _run(args)
     except (ValueError, RunError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
