@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from real_openrlhf.common.paths import check_model_folder
+from real_openrlhf.common.model_name import check_model
 from real_openrlhf.config.schema import Config
 from real_openrlhf.config.validate import validate
 from real_openrlhf.data.sources import locate
@@ -10,12 +10,12 @@ from real_openrlhf.run.assumed_gpus import AssumedGpus
 
 
 def check_early(config: Config) -> None:
-    """ValueError for flags that contradict each other, and for a model or prompts at a path that leads nowhere.
+    """ValueError for flags that contradict each other, a model that is not there, and prompts at a path without any.
 
     `load_inputs` finds the same and more, and has the warnings: the device is known then.
     """
     validate(config)
     if config.assume_gpus is not None:
         AssumedGpus.parse(config.assume_gpus)
-    check_model_folder(config.actor.model_name_or_path, "--actor.model_name_or_path")
+    check_model(config.actor.model_name_or_path, "--actor.model_name_or_path")
     locate(config.data.prompt_dataset)
