@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from real_openrlhf.common.home import HomeError, use_writable_caches
 from real_openrlhf.common.model_name import ModelNameError, check_model
+from real_openrlhf.common.quiet_imports import quiet_imports
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.flags import ConfigError
 
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, HomeError, ModelNameError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    quiet_imports()
     # Here: help and mistakes in flags answer before torch, transformers and Ray are imported.
     from real_openrlhf.run.main import run
 

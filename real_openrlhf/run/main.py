@@ -17,6 +17,7 @@ from real_openrlhf.controller.controller import Stopped
 from real_openrlhf.controller.run_log import RunLogError
 from real_openrlhf.run.ending import ending
 from real_openrlhf.run.inputs import load_inputs
+from real_openrlhf.run.library_log import LIBRARIES_FILE, last_lines
 from real_openrlhf.run.plan import make_plan
 from real_openrlhf.run.plan_text import render
 from real_openrlhf.run.resume import check_folders, checkpoint_to_load
@@ -60,6 +61,7 @@ def _run(config: Config, held: ExitStack) -> int:
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    libraries = Path(ckpt.output_dir) / LIBRARIES_FILE
     try:
         launch(plan, checkpoint)
     except Stopped as stopped:
@@ -73,8 +75,12 @@ def _run(config: Config, held: ExitStack) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except RunError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"{last_lines(libraries)}error: {error}\n")
         return 1
+    except Exception:
+        # What an engine or a rank died of is often said there alone.
+        sys.stderr.write(last_lines(libraries))
+        raise
     try:
         sys.stdout.write(f"done: {ending(plan)}\n")
     except OSError as error:

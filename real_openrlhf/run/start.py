@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 from real_openrlhf.checkpoint.manifest import Checkpoint
@@ -17,6 +18,7 @@ from real_openrlhf.controller.run_log import RunLog
 from real_openrlhf.data.stream import PromptStream
 from real_openrlhf.run.actors import Actors
 from real_openrlhf.run.export import complete_export, exported_step
+from real_openrlhf.run.library_log import LIBRARIES_FILE, library_log
 from real_openrlhf.run.plan import RunPlan, make_plan
 from real_openrlhf.run.plan_text import render
 from real_openrlhf.run.ray_session import Session, ray_session
@@ -44,6 +46,7 @@ def launch(plan: RunPlan, checkpoint: Checkpoint | None = None) -> dict[str, Any
             resume_step=None if checkpoint is None else checkpoint.step,
             locked=True,
         ) as log,
+        library_log(Path(config.ckpt.output_dir) / LIBRARIES_FILE, append=checkpoint is not None) as terminal,
         ray_session(config.ray.address, num_cpus=config.ray.num_cpus, needed_cpus=plan.needed_cpus) as session,
         # Inside: ray.init installs a SIGTERM handler of its own.
         StopRequest() as stop,
@@ -58,7 +61,9 @@ def launch(plan: RunPlan, checkpoint: Checkpoint | None = None) -> dict[str, Any
         if checkpoint is None:
             log.log(0, "sync", {"seconds/start": timer.seconds("start"), **actors.facts})
         initial = 0 if checkpoint is None else checkpoint.step
-        with Progress(plan.batch.total_steps, initial=initial, enabled=config.logger.progress) as progress:
+        with Progress(
+            plan.batch.total_steps, initial=initial, enabled=config.logger.progress, stream=terminal
+        ) as progress:
             controller = make_controller(plan, actors, log, progress, stop)
             saver = Checkpointer(
                 store=store,
