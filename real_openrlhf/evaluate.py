@@ -21,6 +21,7 @@ from real_openrlhf.common.errors import RunError
 from real_openrlhf.common.home import use_writable_caches
 from real_openrlhf.common.model_name import check_model
 from real_openrlhf.common.paths import path_argument
+from real_openrlhf.common.quiet_imports import quiet_imports
 from real_openrlhf.evals.predictions import EvaluationError
 from real_openrlhf.judge.cli_args import add_model, read_key
 from real_openrlhf.judge.pairs import MODES, SCORES, check_tie_margin
@@ -144,6 +145,7 @@ def _run(args: argparse.Namespace) -> str:
         from real_openrlhf.evals.comparison import compare
 
         return compare(args)
+    quiet_imports()
     from real_openrlhf.evals.command import run
 
     return run(args)

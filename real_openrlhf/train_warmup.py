@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from real_openrlhf.common.home import use_writable_caches
+from real_openrlhf.common.quiet_imports import quiet_imports
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.run.early import check_early
 
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    quiet_imports()
     # Here: help and mistakes in flags answer before torch, transformers and Ray are imported.
     if config.warmup.method == "tract":
         from real_openrlhf.run.tract import run_tract

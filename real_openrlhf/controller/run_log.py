@@ -39,8 +39,10 @@ METRICS_FILE = "metrics.jsonl"
 # Of a warm-up: feedback that a model wrote, and TRACT's first stage.
 FEEDBACK_FILE = "feedback.jsonl"
 STAGE_1 = "stage_1"
+# What libraries said (run.library_log).
+LIBRARIES_FILE = "libraries.log"
 # What may lie in an output folder before its records begin.
-BEFORE_RECORDS = frozenset({LOCK_FILE, FEEDBACK_FILE, STAGE_1})
+BEFORE_RECORDS = frozenset({LOCK_FILE, FEEDBACK_FILE, STAGE_1, LIBRARIES_FILE})
 SAMPLES_FILE = "samples.jsonl"
 WARNINGS_FILE = "warnings.jsonl"
 # Not config.json: the trained model may be saved into the same folder.

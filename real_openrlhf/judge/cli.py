@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from real_openrlhf.common.errors import RunError
 from real_openrlhf.common.home import use_writable_caches
 from real_openrlhf.common.model_name import check_model
+from real_openrlhf.common.quiet_imports import quiet_imports
 from real_openrlhf.judge.cli_args import FIT, SCORE, SERVE, check, parse_args
 
 
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    quiet_imports()
     # Here: help and mistakes in flags answer before torch and transformers are imported.
     from real_openrlhf.judge.cli_score import score
     from real_openrlhf.judge.cli_tools import fit, serve_model

@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import ray
 from tqdm import tqdm
@@ -22,11 +23,12 @@ from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.common.errors import RunError
 from real_openrlhf.common.jsonl import JsonLines, JsonLinesError, keep_lines, read_lines
 from real_openrlhf.config.flags import ConfigError
-from real_openrlhf.controller.run_log import FEEDBACK_FILE
+from real_openrlhf.controller.run_log import FEEDBACK_FILE, LIBRARIES_FILE
 from real_openrlhf.data.completed import EMPTY, Completed, complete, tail_tokens
 from real_openrlhf.data.given import with_responses
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.export.fingerprint import weights_sha256
+from real_openrlhf.run.library_log import library_log
 from real_openrlhf.run.placement import reserve
 from real_openrlhf.run.plan import RunPlan, make_plan
 from real_openrlhf.run.ray_groups import RayRolloutGroup
@@ -67,12 +69,14 @@ def with_feedback(plan: RunPlan, model: str | None = None) -> RunPlan:
     if missing:
         logger.info("%s writes feedback for %d rows of %d", model, len(missing), len(prompts))
         lines = JsonLines(path, append=True)
-        try:
-            for prompt, completed in _write(plan, missing, model):
+        with (
+            closing(lines),
+            library_log(path.parent / LIBRARIES_FILE, append=True) as terminal,
+            closing(_write(plan, missing, model, terminal)) as written,
+        ):
+            for prompt, completed in written:
                 done[prompt.row] = completed
                 lines.write({"row": prompt.row, "label": prompt.label, **vars(completed)})
-        finally:
-            lines.close()
     mine = {prompt.row: done[prompt.row] for prompt in prompts}
     ended = Counter(completed.ended for completed in mine.values())
     logger.info("feedback in %s: %s", path, ", ".join(f"{n} by {why}" for why, n in sorted(ended.items())))
@@ -87,8 +91,10 @@ def with_feedback(plan: RunPlan, model: str | None = None) -> RunPlan:
     return make_plan(replace(plan.inputs, given=full, train_set=full.dataset))
 
 
-def _write(plan: RunPlan, prompts: Sequence[Prompt], model: str) -> Iterator[tuple[Prompt, Completed]]:
-    """Feedback in the prompts' order, on engines of their own, which end with this."""
+def _write(
+    plan: RunPlan, prompts: Sequence[Prompt], model: str, terminal: TextIO
+) -> Generator[tuple[Prompt, Completed], None, None]:
+    """Feedback in the prompts' order, on engines of their own, which end with this. terminal: for a bar."""
     config, inputs = plan.config, plan.inputs
     reader = ScoreReader.build(inputs.bound, inputs.tokenizer, inputs.end_ids)
     sampling = Sampling(
@@ -117,7 +123,8 @@ def _write(plan: RunPlan, prompts: Sequence[Prompt], model: str) -> Iterator[tup
         )
         try:
             ray.get(engines.ready())
-            with tqdm(total=len(prompts), desc="feedback", unit="row", disable=not config.logger.progress) as bar:
+            shown = config.logger.progress
+            with tqdm(total=len(prompts), desc="feedback", unit="row", disable=not shown, file=terminal) as bar:
                 for start in range(0, len(prompts), _ROWS_AT_A_TIME * n):
                     part = prompts[start : start + _ROWS_AT_A_TIME * n]
                     for prompt, group in zip(part, engines.generate(part, sampling), strict=True):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from real_openrlhf.common.home import use_writable_caches
+from real_openrlhf.run.library_log import mark_own_lines
 
 
 def lazy_actor(where: str, *, methods: Sequence[str], coroutines: Sequence[str] = ()) -> type:
@@ -21,6 +22,7 @@ def lazy_actor(where: str, *, methods: Sequence[str], coroutines: Sequence[str] 
     module, _, name = where.partition(":")
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        mark_own_lines()
         # Before DeepSpeed and vLLM are imported. This node's home folder may be another than the driver's.
         use_writable_caches(tell=False)
         self.actor = getattr(importlib.import_module(module), name)(*args, **kwargs)

@@ -14,10 +14,11 @@ from real_openrlhf.common.folder_lock import FolderLock
 from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.config.schema import Config
 from real_openrlhf.controller.loop import Stopped
-from real_openrlhf.controller.run_log import RunLogError, check_output_dir
+from real_openrlhf.controller.run_log import LIBRARIES_FILE, RunLogError, check_output_dir
 from real_openrlhf.run.ending import ending
 from real_openrlhf.run.feedback import rows_without_feedback, with_feedback
 from real_openrlhf.run.inputs import load_inputs
+from real_openrlhf.run.library_log import last_lines
 from real_openrlhf.run.plan import make_plan
 from real_openrlhf.run.plan_text import render
 from real_openrlhf.run.resume import check_folders, checkpoint_to_load
@@ -48,6 +49,19 @@ def run(config: Config, *, feedback_model: str | None = None) -> int:
 
 def _run(config: Config, held: ExitStack, feedback_model: str | None) -> int:
     """held: of locks, which another is added to."""
+    libraries = Path(config.ckpt.output_dir) / LIBRARIES_FILE
+    try:
+        return _plan_and_launch(config, held, feedback_model)
+    except RunError as error:
+        sys.stderr.write(f"{last_lines(libraries)}error: {error}\n")
+        return 1
+    except Exception:
+        # What an engine or a rank died of is often said there alone.
+        sys.stderr.write(last_lines(libraries))
+        raise
+
+
+def _plan_and_launch(config: Config, held: ExitStack, feedback_model: str | None) -> int:
     try:
         plan = make_plan(load_inputs(config))
         if config.dry_run:
@@ -69,9 +83,6 @@ def _run(config: Config, held: ExitStack, feedback_model: str | None) -> int:
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    except RunError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
     try:
         launch(plan, checkpoint)
     except Stopped as stopped:
@@ -84,9 +95,6 @@ def _run(config: Config, held: ExitStack, feedback_model: str | None) -> int:
         # What only shows once the cluster or the log is there; nothing has been trained.
         sys.stderr.write(f"error: {error}\n")
         return 2
-    except RunError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
     try:
         sys.stdout.write(f"done: {ending(plan)}\n")
     except OSError as error:

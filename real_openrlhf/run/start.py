@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 from real_openrlhf.algo.score_position import ScoreReader
@@ -16,7 +17,7 @@ from real_openrlhf.controller.guards import Guards
 from real_openrlhf.controller.judge_export import JudgeExport
 from real_openrlhf.controller.loop import TrainingLoop
 from real_openrlhf.controller.progress import SHOWN, WARMUP_SHOWN, PhaseTimer, Progress
-from real_openrlhf.controller.run_log import RunLog
+from real_openrlhf.controller.run_log import LIBRARIES_FILE, RunLog
 from real_openrlhf.controller.warmup import WarmupController
 from real_openrlhf.data.given import given_group
 from real_openrlhf.data.prompt import Prompt
@@ -24,6 +25,7 @@ from real_openrlhf.data.stream import PromptStream
 from real_openrlhf.run import specs
 from real_openrlhf.run.actors import Actors
 from real_openrlhf.run.export import complete_export, exported_step
+from real_openrlhf.run.library_log import library_log
 from real_openrlhf.run.plan import RunPlan, make_plan
 from real_openrlhf.run.plan_text import render
 from real_openrlhf.run.ray_session import Session, ray_session
@@ -51,6 +53,10 @@ def launch(plan: RunPlan, checkpoint: Checkpoint | None = None) -> dict[str, Any
             resume_step=None if checkpoint is None else checkpoint.step,
             locked=True,
         ) as log,
+        # A warm-up's feedback may have been written before, on engines whose lines are there.
+        library_log(
+            Path(config.ckpt.output_dir) / LIBRARIES_FILE, append=checkpoint is not None or config.supervised
+        ) as terminal,
         ray_session(config.ray.address, num_cpus=config.ray.num_cpus, needed_cpus=plan.needed_cpus) as session,
         # Inside: ray.init installs a SIGTERM handler of its own.
         StopRequest() as stop,
@@ -65,8 +71,13 @@ def launch(plan: RunPlan, checkpoint: Checkpoint | None = None) -> dict[str, Any
         if checkpoint is None:
             log.log(0, "sync", {"seconds/start": timer.seconds("start"), **actors.facts})
         initial = 0 if checkpoint is None else checkpoint.step
-        shown = WARMUP_SHOWN if config.supervised else SHOWN
-        with Progress(plan.batch.total_steps, initial=initial, enabled=config.logger.progress, shown=shown) as progress:
+        with Progress(
+            plan.batch.total_steps,
+            initial=initial,
+            enabled=config.logger.progress,
+            shown=WARMUP_SHOWN if config.supervised else SHOWN,
+            stream=terminal,
+        ) as progress:
             controller = make_controller(plan, actors, log, progress, stop)
             saver = Checkpointer(
                 store=store,

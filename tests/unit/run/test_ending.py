@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.controller.run_log import LIBRARIES_FILE
 from real_openrlhf.export.settings import JudgeSettings
 from real_openrlhf.run.ending import ending, evaluations_of, table
 
@@ -27,6 +28,12 @@ def plan_of(folder: Path, wandb: str = "disabled") -> Any:
 
 def write(folder: Path, records: list[dict[str, Any]]) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def test_the_file_of_what_libraries_said_is_named(tmp_path: Path) -> None:
+    assert "libraries" not in ending(plan_of(tmp_path))
+    (tmp_path / LIBRARIES_FILE).touch()
+    assert f"what libraries said: {tmp_path / LIBRARIES_FILE}\n" in ending(plan_of(tmp_path))
 
 
 def test_the_table_on_numbers() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
 from real_openrlhf.common.errors import RunError
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.flags import ConfigError
+from real_openrlhf.controller.run_log import check_output_dir
 from real_openrlhf.data.completed import Completed
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.run import feedback
@@ -56,8 +57,12 @@ class Writer:
         self.ends_after, self.empty = ends_after, empty
         monkeypatch.setattr(feedback, "_write", self.write)
 
-    def write(self, plan: RunPlan, prompts: Sequence[Prompt], model: str) -> Iterator[tuple[Prompt, Completed]]:
+    def write(
+        self, plan: RunPlan, prompts: Sequence[Prompt], model: str, terminal: TextIO
+    ) -> Iterator[tuple[Prompt, Completed]]:
         self.models.append(model)
+        print("the engine has started")
+        print("a bar", file=terminal)
         for prompt in prompts:
             if self.ends_after == len(self.asked):
                 raise KeyboardInterrupt
@@ -81,6 +86,23 @@ def test_the_rows_that_are_written(
     assert after.identity.data_sha256 != before.identity.data_sha256
     lines = [json.loads(line) for line in (tmp_path / "feedback.jsonl").read_text().splitlines()]
     assert [line["row"] for line in lines[1:]] == rows and lines[2]["feedback"] == f"text {rows[1]}"
+
+
+def test_what_libraries_say_meanwhile_is_in_their_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        Writer(monkeypatch, ends_after=2)
+        with pytest.raises(KeyboardInterrupt):
+            feedback.with_feedback(plan(folder, tmp_path, "--warmup.feedback", "sampled"))
+        shown = capsys.readouterr()
+        assert "the engine" not in shown.out + shown.err and "a bar" in shown.err
+        print("after it")
+        assert capsys.readouterr().out == "after it\n"
+    lines = (tmp_path / "libraries.log").read_text().splitlines()
+    assert [line for line in lines if "engine" in line] == ["the engine has started"] * 2
+    # The run's own records may still begin there.
+    assert check_output_dir(tmp_path) == tmp_path
 
 
 def test_given_feedback_asks_nobody(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from real_openrlhf.checkpoint.manifest import CheckpointMeta
+from real_openrlhf.common.errors import RunError
 from real_openrlhf.common.folder_lock import LOCK_FILE, FolderInUseError, FolderLock
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.schema import Config
 from real_openrlhf.controller.checkpointing import make_store
 from real_openrlhf.controller.loop import Stopped
-from real_openrlhf.controller.run_log import RunLogError
+from real_openrlhf.controller.run_log import LIBRARIES_FILE, RunLogError
 from real_openrlhf.data.tokenizer import end_token_ids, load_tokenizer
 from real_openrlhf.run import main as module
 from real_openrlhf.run.identity import run_identity
@@ -274,6 +276,22 @@ def test_a_failure_of_the_run_is_no_input_error(flags: Flags, monkeypatch: pytes
     monkeypatch.setattr(module, "launch", run)
     with pytest.raises(ValueError, match="a bug"):
         main(argv(flags))
+
+
+@pytest.mark.parametrize("error", [RunError("the engine died"), ValueError("a bug")])
+def test_what_libraries_said_last_is_shown_when_a_run_fails(
+    error: Exception, flags: Flags, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(plan: RunPlan, checkpoint: object) -> None:
+        (Path(flags["ckpt.output_dir"]) / LIBRARIES_FILE).write_text("the cause, said by a library\n")
+        raise error
+
+    monkeypatch.setattr(module, "launch", run)
+    with nullcontext() if isinstance(error, RunError) else pytest.raises(ValueError, match="a bug"):
+        assert main(argv(flags)) == 1
+    shown = capsys.readouterr().err
+    assert "  the cause, said by a library\n" in shown and str(Path(flags["ckpt.output_dir"]) / LIBRARIES_FILE) in shown
+    assert ("error: the engine died" in shown) == isinstance(error, RunError)
 
 
 # -- the device ------------------------------------------------------------------------------------------
