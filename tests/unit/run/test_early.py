@@ -38,7 +38,7 @@ MISTAKES = {
     "no such model": ({"actor.model_name_or_path": "/nowhere/m"}, "'/nowhere/m': there is no such folder"),
     "no such prompts": (
         {"data.prompt_dataset": "{folder}/trian.jsonl"},
-        "trian.jsonl: there is no such file or folder (did you mean 'train",
+        "jsonl: there is no such file or folder (did you",
     ),
     "no splits": ({"data.prompt_dataset": "{folder}/train.jsonl@test"}, "train.jsonl is a file and has no splits"),
 }
