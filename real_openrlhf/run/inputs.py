@@ -10,26 +10,24 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from real_openrlhf.actors.engine.limits import ModelLimits
-from real_openrlhf.actors.engine.spec import EngineSpecError, check_read_tokens, check_sampling, logprobs_mode_for
+from real_openrlhf.actors.engine.spec import EngineSpecError, check_read_tokens
 from real_openrlhf.algo.bound_scale import BoundScale, bind_scale
 from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.common.device import Device
 from real_openrlhf.config.batch_plan import batch_plan
 from real_openrlhf.config.flags import ConfigError
-from real_openrlhf.config.sampling import evaluation_sampling, rollout_sampling
 from real_openrlhf.config.schema import Config
 from real_openrlhf.config.validate import validate
 from real_openrlhf.data.dataset import JudgeDataset
 from real_openrlhf.data.given import GivenDataset
 from real_openrlhf.data.judge_prompt import JudgeTemplate
-from real_openrlhf.data.sources import nearest
 from real_openrlhf.data.table import template_of_built
 from real_openrlhf.data.template import PromptTemplate
 from real_openrlhf.data.tokenizer import end_token_ids, load_tokenizer
-from real_openrlhf.evals.benchmarks import Benchmark, load_benchmark, parse_benchmarks
-from real_openrlhf.evals.results import metric_names
+from real_openrlhf.evals.benchmarks import Benchmark, load_benchmark
 from real_openrlhf.judge.scoring import room_for_forcing
 from real_openrlhf.run.assumed_gpus import AssumedGpus
+from real_openrlhf.run.early import benchmark_sources, check_samplings
 from real_openrlhf.run.ray_session import cluster_to_join
 
 
@@ -129,24 +127,6 @@ def load_given(
     )
 
 
-def check_samplings(config: Config) -> None:
-    """ConfigError for rollouts or evaluation that draw from another distribution than the engines give log-probs of."""
-    try:
-        mode = logprobs_mode_for(config.rollout.temperature, config.rollout.top_p)
-        check_sampling(rollout_sampling(config), mode)
-    except EngineSpecError as error:
-        raise ConfigError(f"--rollout.temperature, --rollout.top_p: {error}") from error
-    if config.eval.dataset is None:
-        return
-    try:
-        check_sampling(evaluation_sampling(config), mode)
-    except EngineSpecError as error:
-        raise ConfigError(
-            f"--eval.temperature {config.eval.temperature:g} with --eval.top_p {config.eval.top_p:g} does not go "
-            f"together with --rollout.temperature {config.rollout.temperature:g}: {error}"
-        ) from error
-
-
 def check_engine(config: Config, bound: BoundScale) -> ModelLimits:
     """ConfigError for what no engine of this model can do; returns what its configuration says."""
     try:
@@ -206,20 +186,13 @@ def check_lora(config: Config) -> None:
 def load_benchmarks(
     config: Config, tokenizer: PreTrainedTokenizerBase, bound: BoundScale, template: PromptTemplate
 ) -> tuple[Benchmark, ...]:
-    """The held-out benchmarks of --eval.dataset; none without it. Checks that the best checkpoint's metric exists."""
+    """The held-out benchmarks of --eval.dataset; none without it."""
     if config.eval.dataset is None:
         return ()
     room = bound.extra_tokens
     if config.eval.force_anchor:
         reader = ScoreReader.build(bound, tokenizer, end_token_ids(config.actor.model_name_or_path, tokenizer))
         room = room_for_forcing(reader)
-    sources = parse_benchmarks([config.eval.dataset], "--eval.dataset")
-    metric, names = config.ckpt.best_metric, metric_names(list(sources))
-    if metric is not None and metric not in names:
-        raise ConfigError(
-            f"--ckpt.best_metric_key: there is no evaluation metric {metric!r}{nearest(metric, names)}; the benchmarks "
-            f"are {', '.join(sources)}, their metrics stand in README"
-        )
     return tuple(
         load_benchmark(
             name,
@@ -230,7 +203,7 @@ def load_benchmarks(
             scale=config.real.score_scale,
             **_reading(config, tokenizer, template),
         )
-        for name, source in sources.items()
+        for name, source in benchmark_sources(config).items()
     )
 
 
