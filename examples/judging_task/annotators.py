@@ -3,7 +3,8 @@
     L03 examples +1 L04 flattery +1 L05 irony +1 L06 slang +3 score 4
 
 They call a criterion by the rubric's word, whatever word the response used. A careful annotator reads every line. A
-sloppy one jumps lines and slips in some tallies, so that the score (a rater's, who saw all) often does not fit the text.
+sloppy one jumps lines and slips in some tallies. The score is a rater's, who saw every line: it often does not fit what
+the sloppy annotator wrote.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Annotator:
 
 
 CAREFUL = Annotator(name="careful")
-SLOPPY = Annotator(name="sloppy", jumps=(0.35, 0.40, 0.25), slip_share=0.05)
+SLOPPY = Annotator(name="sloppy", jumps=(0.5, 0.35, 0.15), slip_share=0.05)
 
 
 def feedback(item: Item, annotator: Annotator, rng: random.Random) -> str:

@@ -3,8 +3,8 @@
     python -m examples.judging_task.check --seeds 0 1 --output_dir runs/judging_task
     python -m examples.judging_task.check --table examples/judging_task/results/start.json
 
-Makes each seed's start and its twin that never saw feedback (warm_up.py), measures them on every split (measure.py), and
-writes one JSON. What is there already is not made again.
+Makes each seed's start and its twin that never saw feedback (warm_up.py), measures them on every split (measure.py),
+and writes one JSON. What is there already is not made again.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ def table(results: dict[str, Any]) -> str:
     columns: dict[str, tuple[str, ...]] = {
         "ceiling": ("rule", "*", "ceiling"),
         "sum without irony": ("rule", "*", "plain_sum"),
-        "score alone: E": ("score_only", "*", "greedy", "pearson_expected"),
-        "stage 1: E": ("stage_1", "*", "sampled", "pearson_expected"),
-        "start: sampled score": ("start", "*", "sampled", "pearson"),
-        "start: E": ("start", "*", "sampled", "pearson_expected"),
+        "score alone: E": ("score_only", "*", "greedy", "expected", "pearson"),
+        "stage 1: E": ("stage_1", "*", "sampled", "expected", "pearson"),
+        "start: sampled score": ("start", "*", "sampled", "decoded", "pearson"),
+        "start: E": ("start", "*", "sampled", "expected", "pearson"),
         "start: lines read": ("start", "*", "sampled", "coverage"),
-        "start reading careful feedback: E": ("start", "*", "careful", "pearson_expected"),
+        "start reading careful feedback: E": ("start", "*", "careful", "expected", "pearson"),
     }
     lines = [f"| split | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for split in SPLITS:

@@ -3,14 +3,15 @@
     python -m examples.judging_task.measure --model runs/judging_task/start --data runs/judging_task/data \
         --splits valid test_id --output runs/judging_task/start.json
 
-Every prompt gets one sampled judgement (temperature 1), one greedy one, and one reading of the careful feedback that the
-task's rule writes: what the model would score if it read as well as that.
+Every prompt gets one sampled judgement (temperature 1), one greedy one, and one reading of the careful feedback that
+the task's rule writes: what the model would score if it read as well as that.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from examples.judging_task.annotators import ANCHOR
 from examples.judging_task.items import LABELS
-from examples.judging_task.task import TESTS
+from examples.judging_task.task import TESTS, count
 from real_openrlhf.algo.bound_scale import bind_scale
 from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.evals.intervals import bootstrap
-from real_openrlhf.evals.metrics import judge_metrics
 
 Row = dict[str, Any]
 SPLITS = ("valid", *TESTS)
@@ -121,38 +121,53 @@ def coverage(row: Row, text: str) -> float:
     return len(set(row["tags"]) & set(text.split())) / len(row["tags"])
 
 
-def summary(rows: Sequence[Row], judged: Sequence[Judgement], *, seed: int) -> dict[str, float | None]:
-    """Agreement with the labels; correlations leave rows without a score out, whose share is `unscored`."""
+def last_tally(text: str) -> int | None:
+    """The tally that the feedback arrives at, None without one."""
+    found = re.findall(r"(?<!\S)[+-]\d+(?!\S)", text)
+    return int(found[-1]) if found else None
+
+
+def correlation(scores: Sequence[float | None], labels: Sequence[float], seed: int) -> dict[str, float | None]:
+    """Pearson's r with its 95% interval over the rows; rows without a score are left out."""
+    interval = bootstrap("pearson", scores, labels, seed=seed)
+    return {"pearson": interval.estimate, "low": interval.low, "high": interval.high}
+
+
+def summary(rows: Sequence[Row], judged: Sequence[Judgement], *, seed: int) -> dict[str, Any]:
+    """
+    decoded, expected  agreement of the written score and of E[score] with the labels
+    unscored           share of rows without a written score
+    mass               mean probability of the scale, over rows with a score position
+    coverage           mean share of lines that the feedback names
+    tally_right        share of feedback that arrives at the right tally
+    """
     labels = [float(row["label"]) for row in rows]
     decoded, expected = [j.decoded for j in judged], [j.expected for j in judged]
-    metrics = judge_metrics(expected, decoded, labels)
-    interval = bootstrap("pearson", decoded, labels, seed=seed)
     masses = [j.mass for j in judged if j.mass is not None]
     return {
-        "pearson": metrics["decoded/pearson"],
-        "pearson_low": interval.low,
-        "pearson_high": interval.high,
-        "pearson_expected": metrics["expected/pearson"],
-        "rmse_expected": metrics["expected/rmse"],
-        "unscored": metrics["undecoded_rate"],
+        "decoded": correlation(decoded, labels, seed),
+        "expected": correlation(expected, labels, seed),
+        "unscored": decoded.count(None) / len(rows),
         "mass": sum(masses) / len(masses) if masses else None,
         "coverage": sum(coverage(row, j.text) for row, j in zip(rows, judged)) / len(rows),
+        "tally_right": sum(last_tally(j.text) == row["tally"] for row, j in zip(rows, judged)) / len(rows),
         "n": len(rows),
+        "first": judged[0].text,
     }
 
 
 def measure(measurer: Measurer, rows: Sequence[Row], *, seed: int) -> dict[str, Any]:
-    """One split."""
+    """One split: sampled and greedy judgements, and E[score] after careful feedback."""
     prompts = [row["prompt"] for row in rows]
     found: dict[str, Any] = {}
     for name in ("sampled", "greedy"):
         responses = measurer.generate(prompts, sample=name == "sampled", seed=seed)
         found[name] = summary(rows, measurer.read(prompts, responses), seed=seed)
-        found[name]["example"] = measurer.tokenizer.decode(responses[0])
     texts = [f"{row['careful_feedback']} {ANCHOR}{row['label']}" for row in rows]
-    # The label comes after the position that is read: the model does not see it.
+    # The label comes after the position that is read, where the model does not see it; it is no score of the model's.
     read = measurer.read(prompts, [measurer.tokenizer.encode(text) for text in texts])
-    found["careful"] = summary(rows, read, seed=seed)
+    whole = summary(rows, read, seed=seed)
+    found["careful"] = {name: whole[name] for name in ("expected", "mass", "n")}
     return found
 
 
@@ -170,8 +185,8 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS, metavar="SPLIT", help=", ".join(SPLITS))
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     parser.add_argument("--seed", type=int, default=0, help="of the samples and the intervals")
-    parser.add_argument("--batch_size", type=int, default=250)
-    parser.add_argument("--max_samples", type=int, help="use the first rows only; rows of a file are in random order")
+    parser.add_argument("--batch_size", type=count, default=250)
+    parser.add_argument("--max_samples", type=count, help="use the first rows only; rows of a file are in random order")
     args = parser.parse_args()
     try:
         files = {split: read_rows(args.data / f"{split}.jsonl", args.max_samples) for split in args.splits}
@@ -182,10 +197,8 @@ def main() -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for split, ways in found.items():
-        cells = "  ".join(
-            f"{way} {values['pearson']} E[score] {values['pearson_expected']}" for way, values in ways.items()
-        )
-        print(f"{split}: {cells}")
+        cells = (f"{way} {values['expected']['pearson']}" for way, values in ways.items())
+        print(f"{split}: Pearson of E[score], {', '.join(cells)}")
 
 
 if __name__ == "__main__":

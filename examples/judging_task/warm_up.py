@@ -2,8 +2,8 @@
 
     python -m examples.judging_task.warm_up --output_dir runs/judging_task/seed_0 --seed 0
 
-Stage 1 learns to read from careful feedback, as a language model brings that skill along. Stage 2 learns the habits of a
-typical annotator, who is sloppy: the start. What is there already is not made again.
+Stage 1 learns to read from careful feedback, as a language model brings that skill along. Stage 2 learns the habits of
+a typical annotator, who is sloppy: the start. What is there already is not made again.
 
     data, init, stage_1, start     folders of --output_dir
     score_only                     with --score_only: stage 1 on the same rows without their feedback
