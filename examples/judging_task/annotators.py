@@ -33,7 +33,7 @@ class Annotator:
 
 
 CAREFUL = Annotator(name="careful")
-SLOPPY = Annotator(name="sloppy", jumps=(0.5, 0.35, 0.15), slip_share=0.05)
+SLOPPY = Annotator(name="sloppy", jumps=(0.4, 0.5, 0.1), slip_share=0.05)
 
 
 def feedback(item: Item, annotator: Annotator, rng: random.Random) -> str:

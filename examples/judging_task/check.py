@@ -14,6 +14,7 @@ import json
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from examples.judging_task import warm_up
 from examples.judging_task.items import LABELS, TaskConfig
 from examples.judging_task.measure import SPLITS
 
-MODELS = ("start", "stage_1", "score_only")
+# Model and ways of judging. Without feedback there is nothing to sample but the score.
+MODELS = {"start": ("sampled", "greedy", "careful"), "stage_1": ("sampled",), "score_only": ("greedy",)}
 
 
 def rule_facts(path: Path) -> dict[str, Any]:
@@ -46,15 +48,17 @@ def rule_facts(path: Path) -> dict[str, Any]:
     }
 
 
-def of_seed(folder: Path, seed: int) -> dict[str, Any]:
+def of_seed(folder: Path, seed: int, models: Sequence[str]) -> dict[str, Any]:
     """Everything about one seed."""
     warm_up.make_start(folder, seed)
-    warm_up.make_score_only(folder, seed)
+    if "score_only" in models:
+        warm_up.make_score_only(folder, seed)
     found: dict[str, Any] = {"rule": {split: rule_facts(folder / f"data/{split}.jsonl") for split in SPLITS}}
-    for model in MODELS:
+    for model in models:
         output = folder / f"{model}.json"
         if not output.is_file():
-            words = ("--model", str(folder / model), "--data", str(folder / "data"), "--output", str(output))
+            paths = ("--model", str(folder / model), "--data", str(folder / "data"), "--output", str(output))
+            words = (*paths, "--ways", *MODELS[model])
             warm_up.run(folder / f"{model}_measure.log", "-m", "examples.judging_task.measure", *words)
         found[model] = json.loads(output.read_text(encoding="utf-8"))
     return found
@@ -73,6 +77,7 @@ def both(seeds: dict[str, Any], *keys: str) -> str:
 def table(results: dict[str, Any]) -> str:
     """Markdown: one row per split, the seeds' values side by side."""
     seeds = results["seeds"]
+    (first, *_) = seeds.values()
     columns: dict[str, tuple[str, ...]] = {
         "ceiling": ("rule", "*", "ceiling"),
         "sum without irony": ("rule", "*", "plain_sum"),
@@ -80,9 +85,11 @@ def table(results: dict[str, Any]) -> str:
         "stage 1: E": ("stage_1", "*", "sampled", "expected", "pearson"),
         "start: sampled score": ("start", "*", "sampled", "decoded", "pearson"),
         "start: E": ("start", "*", "sampled", "expected", "pearson"),
+        "start, greedy: E": ("start", "*", "greedy", "expected", "pearson"),
         "start: lines read": ("start", "*", "sampled", "coverage"),
         "start reading careful feedback: E": ("start", "*", "careful", "expected", "pearson"),
     }
+    columns = {title: keys for title, keys in columns.items() if keys[0] in first}
     lines = [f"| split | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for split in SPLITS:
         cells = [both(seeds, *(split if key == "*" else key for key in keys)) for keys in columns.values()]
@@ -93,6 +100,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Check the judging task.", allow_abbrev=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which to make and measure")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/judging_task"))
     parser.add_argument("--table", type=Path, help="print the table of a JSON that is there")
     args = parser.parse_args()
@@ -101,7 +109,7 @@ def main() -> None:
         return
     results: dict[str, Any] = {"command": shlex.join(["python", "-m", "examples.judging_task.check", *sys.argv[1:]])}
     folders = {seed: args.output_dir.resolve() / f"seed_{seed}" for seed in args.seeds}
-    results["seeds"] = {str(seed): of_seed(folder, seed) for seed, folder in folders.items()}
+    results["seeds"] = {str(seed): of_seed(folder, seed, args.models) for seed, folder in folders.items()}
     path = args.output_dir / "start.json"
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table(results))

@@ -3,8 +3,11 @@
     python -m examples.judging_task.measure --model runs/judging_task/start --data runs/judging_task/data \
         --splits valid test_id --output runs/judging_task/start.json
 
-Every prompt gets one sampled judgement (temperature 1), one greedy one, and one reading of the careful feedback that
-the task's rule writes: what the model would score if it read as well as that.
+Every prompt gets a judgement in each of these ways:
+
+    sampled  feedback and score at temperature 1
+    greedy   the likeliest token at every place
+    careful  E[score] after the feedback that the careful annotator would write: what it would score if it read well
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from real_openrlhf.evals.intervals import bootstrap
 
 Row = dict[str, Any]
 SPLITS = ("valid", *TESTS)
+WAYS = ("sampled", "greedy", "careful")
 # A line of feedback is three tokens, the score two, the end of text one.
 MAX_NEW_TOKENS = 64
 
@@ -156,18 +160,19 @@ def summary(rows: Sequence[Row], judged: Sequence[Judgement], *, seed: int) -> d
     }
 
 
-def measure(measurer: Measurer, rows: Sequence[Row], *, seed: int) -> dict[str, Any]:
-    """One split: sampled and greedy judgements, and E[score] after careful feedback."""
+def measure(measurer: Measurer, rows: Sequence[Row], ways: Sequence[str], *, seed: int) -> dict[str, Any]:
+    """One split, in each of the ways (see WAYS)."""
     prompts = [row["prompt"] for row in rows]
     found: dict[str, Any] = {}
-    for name in ("sampled", "greedy"):
-        responses = measurer.generate(prompts, sample=name == "sampled", seed=seed)
-        found[name] = summary(rows, measurer.read(prompts, responses), seed=seed)
-    texts = [f"{row['careful_feedback']} {ANCHOR}{row['label']}" for row in rows]
-    # The label comes after the position that is read, where the model does not see it; it is no score of the model's.
-    read = measurer.read(prompts, [measurer.tokenizer.encode(text) for text in texts])
-    whole = summary(rows, read, seed=seed)
-    found["careful"] = {name: whole[name] for name in ("expected", "mass", "n")}
+    for way in ways:
+        if way != "careful":
+            responses = measurer.generate(prompts, sample=way == "sampled", seed=seed)
+            found[way] = summary(rows, measurer.read(prompts, responses), seed=seed)
+            continue
+        texts = [f"{row['careful_feedback']} {ANCHOR}{row['label']}" for row in rows]
+        # The label comes after the position that is read: the model does not see it, and it is no score of the model's.
+        whole = summary(rows, measurer.read(prompts, [measurer.tokenizer.encode(text) for text in texts]), seed=seed)
+        found[way] = {name: whole[name] for name in ("expected", "mass", "n")}
     return found
 
 
@@ -183,6 +188,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="Hugging Face folder")
     parser.add_argument("--data", type=Path, required=True, help="folder that task.py wrote")
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS, metavar="SPLIT", help=", ".join(SPLITS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY", help=", ".join(WAYS))
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     parser.add_argument("--seed", type=int, default=0, help="of the samples and the intervals")
     parser.add_argument("--batch_size", type=count, default=250)
@@ -193,7 +199,7 @@ def main() -> None:
         measurer = Measurer(args.model, batch_size=args.batch_size)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    found = {split: measure(measurer, rows, seed=args.seed) for split, rows in files.items()}
+    found = {split: measure(measurer, rows, args.ways, seed=args.seed) for split, rows in files.items()}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for split, ways in found.items():
