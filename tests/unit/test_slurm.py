@@ -16,6 +16,9 @@ import pytest
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.schema import Config
 from real_openrlhf.config.validate import validate
+from real_openrlhf.run.memory import Question, memory_plan
+from real_openrlhf.run.model_shape import ModelShape
+from tests.helpers.configs import QWEN3_32B, write_config
 
 ROOT = Path(__file__).parents[2]
 MODULE = "-m real_openrlhf.train_real"
@@ -103,6 +106,17 @@ def test_all_gpus_train_and_generate_in_turns(slurm: dict[str, str]) -> None:
     # The longest prompt that --data.max_len leaves room for, with all its rollouts, is one pass.
     rollouts, response = config.rollout.n_samples_per_prompt, config.rollout.max_new_tokens
     assert config.train.max_tokens_per_gpu == config.data.max_len - response + rollouts * response
+
+
+def test_qwen3_32b_fits_two_nodes_of_eight_gpus_with_80_gb(slurm: dict[str, str], tmp_path: Path) -> None:
+    config = layout({**slurm, "SLURM_JOB_NUM_NODES": "2"})
+    shape = ModelShape.of(write_config(tmp_path / "model", "qwen3", **QWEN3_32B))
+    assert shape is not None
+    asked = Question(shape=shape, itemsize=2, card=80 * 10**9, prompt=2048, liger=False)
+    assert memory_plan(config, asked).fits
+    # Not two nodes of four.
+    half = layout({**slurm, "SLURM_JOB_NUM_NODES": "2", "GPUS_PER_NODE": "4"})
+    assert not memory_plan(half, asked).fits
 
 
 @pytest.mark.parametrize(("gpus", "ranks", "engines", "width"), [("1", 1, 1, 1), ("3", 3, 3, 1), ("4", 4, 2, 2)])
