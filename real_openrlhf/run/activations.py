@@ -16,10 +16,11 @@ _FP32 = 4
 
 @dataclass(frozen=True, kw_only=True)
 class PackedRow:
-    """The longest row of a forward pass. logits: tokens whose logits are needed."""
+    """The longest row of a forward pass. logits: tokens whose logits are needed. last: an update has no other row."""
 
     tokens: int
     logits: int
+    last: bool = False
 
     @classmethod
     def of(cls, config: Config, prompt: int) -> PackedRow:
@@ -28,7 +29,8 @@ class PackedRow:
         response = config.rollout.max_new_tokens
         prompts = -(-rollouts // k) * prompt
         tokens = min(prompts + rollouts * response, max(config.train.max_tokens_per_gpu, prompt + response))
-        return cls(tokens=tokens, logits=min(rollouts * response, max(tokens - prompt, response)))
+        logits = min(rollouts * response, max(tokens - prompt, response))
+        return cls(tokens=tokens, logits=logits, last=logits >= config.samples_per_update // config.ranks * response)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +39,14 @@ class Activations:
 
     kept         of all layers, from the forward pass on: what autograd saves, or under checkpointing the layers' inputs
     layer        of one layer that is computed again, with the temporaries of its backward pass
-    head         most that the output layer takes above all this, in its forward or its backward pass
+    forward      most that the output layer takes above all this in its forward pass
+    backward     the same, in its backward pass
     """
 
     kept: int
     layer: int
-    head: int
+    forward: int
+    backward: int
 
 
 def activations(
@@ -57,10 +61,14 @@ def activations(
     inputs = row.tokens * decoder.hidden * itemsize
     # Gradients of the feed-forward layer's three, and of a norm's fp32 copies.
     work = row.tokens * (3 * decoder.intermediate * itemsize + 3 * decoder.hidden * _FP32)
+    forward, backward = output_layer(
+        decoder, row.logits, itemsize=itemsize, logit_bytes=logit_bytes, trained=not shape.frozen
+    )
     return Activations(
         kept=decoder.layers * (inputs if checkpointed else per_layer) + inputs,
         layer=(per_layer if checkpointed else 0) + work,
-        head=output_layer(decoder, row.logits, itemsize=itemsize, logit_bytes=logit_bytes, trained=not shape.frozen),
+        forward=forward,
+        backward=backward,
     )
 
 
@@ -79,17 +87,32 @@ def kept_per_token(shape: ModelShape, *, itemsize: int, liger: bool) -> int:
     return norms + attention + feed_forward
 
 
-def output_layer(decoder: DecoderShape, rows: int, *, itemsize: int, logit_bytes: int, trained: bool) -> int:
-    """The most that `LogprobHead` takes: in its forward pass, or when its weight's gradient has come in fp32.
+def output_layer(
+    decoder: DecoderShape, rows: int, *, itemsize: int, logit_bytes: int, trained: bool
+) -> tuple[int, int]:
+    """The most that `LogprobHead` takes in its forward pass, and in its backward pass.
 
-    Probabilities are kept up to half of the bound, in chunks of an eighth. Of a chunk's size, three are alive at once
-    besides, and a fourth where the chunk before was not kept.
+    Probabilities are kept up to half of the bound, in chunks of an eighth. The gradient of the weight adds up in fp32
+    and is rounded at the end.
     """
-    logits, half = _FP32 * rows * decoder.vocabulary, logit_bytes // 2
-    chunk = min(max(logit_bytes // 8, _FP32 * decoder.vocabulary), logits)
-    before = max(logits - chunk, 0) // max(chunk, 1) * chunk
-    forward = half + 4 * chunk if logits > half else before + 3 * chunk
-    hidden = 2 * rows * decoder.hidden * itemsize  # the rows, and their gradient
+    logits, half, of_a_row = _FP32 * rows * decoder.vocabulary, logit_bytes // 2, _FP32 * decoder.vocabulary
+    chunk = max(logit_bytes // 8 // of_a_row, 1) * of_a_row
+    hidden = rows * decoder.hidden * itemsize
     weight = decoder.vocabulary * decoder.hidden * _FP32 if trained else 0
-    backward = weight + max(min(half, logits) + chunk // 2, weight // _FP32 * itemsize)
-    return hidden + max(forward, backward)
+    kept = min(half // chunk * chunk, logits)
+    backward = weight + max(kept + min(chunk, logits) * itemsize // _FP32, weight // _FP32 * itemsize)
+    return hidden + _chunks_peak(logits, chunk, half), 2 * hidden + backward
+
+
+def _chunks_peak(logits: int, chunk: int, half: int) -> int:
+    """Of a chunk, logits and log-softmax are made while the log-softmax of the chunk before is still there, and its
+
+    probabilities, kept or not.
+    """
+    peak = kept = before = stray = 0
+    for start in range(0, logits, chunk):
+        size = min(chunk, logits - start)
+        peak = max(peak, kept + before + stray + 2 * size)
+        before, stray = size, 0 if kept + size <= half else size
+        kept += size - stray
+    return peak

@@ -7,7 +7,7 @@ others are estimates by the layers' formulas (`activations`), or were measured o
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from real_openrlhf.common.device import GPU_BATCHED_TOKENS, GPU_SEQUENCES
 from real_openrlhf.config.schema import Config
@@ -169,34 +169,52 @@ def _held(config: Config, states: States) -> tuple[Term, ...]:
 
 
 def _training(config: Config, asked: Question, states: States) -> tuple[Phase, ...]:
-    """Forward and output layer, backward through the layers, and the optimizer's step."""
-    offload = config.ds.adam_offload
-    held = [
-        Term(name="weights", bytes=states.weights, exact=True),
-        Term(name="gradients", bytes=0 if offload else states.gradients, exact=True),
-        Term(name="optimizer", bytes=0 if offload else states.optimizer, exact=True),
-        Term(name="contexts", bytes=POLICY_CONTEXT),
-    ]
-    found = _activations(config, asked)
-    kept, head, layer = (0, 0, 0) if found is None else (found.kept, found.head, found.layer)
-    passes = [
-        Term(name="gathered", bytes=states.gathered),
-        Term(name="buckets", bytes=states.buckets),
-        Term(name="activations", bytes=kept),
-    ]
-    step = [Term(name="copy of gradients", bytes=0 if offload else states.copy)]
+    """Forward with the output layer, the output layer's backward, that of the layers, and the optimizer's step."""
+    offload, three = config.ds.adam_offload, config.ds.zero_stage == 3
+    row = PackedRow.of(config, asked.prompt)
+    found = _activations(config, asked, row) or Activations(kept=0, layer=0, forward=0, backward=0)
+    weights = Term(name="weights", bytes=states.weights, exact=True)
+    # Of the rows before; ZeRO 3 has the buffer for it always.
+    sums = 0 if offload or (row.last and not three) else states.gradients
+    gradients = Term(name="gradients", bytes=0 if offload else states.gradients, exact=True)
+    optimizer = Term(name="optimizer", bytes=0 if offload else states.optimizer, exact=True)
+    rest = (Term(name="contexts", bytes=POLICY_CONTEXT), Term(name="gathered", bytes=states.gathered))
+    kept = Term(name="activations", bytes=found.kept)
+    before = (weights, replace(gradients, bytes=sums), optimizer, *rest)
+    buckets = Term(name="buckets", bytes=states.buckets)
+
+    def phase(name: str, *terms: Term) -> Phase:
+        return Phase(name=name, terms=terms)
+
     return (
-        Phase(name="output layer", terms=(*held, *passes, Term(name="logits", bytes=head))),
-        Phase(name="layers", terms=(*held, *passes, Term(name="one layer", bytes=layer))),
-        Phase(name="update", terms=(*held, *step)),
+        phase(
+            "forward",
+            *before,
+            replace(buckets, bytes=states.buckets if three else 0),
+            kept,
+            Term(name="logits", bytes=found.forward),
+        ),
+        phase("output layer", *before, buckets, kept, Term(name="logits", bytes=found.backward)),
+        phase(
+            "layers",
+            *before,
+            replace(buckets, bytes=states.buckets + states.reduced),
+            kept,
+            Term(name="one layer", bytes=found.layer),
+        ),
+        phase(
+            "update",
+            *(weights, gradients, optimizer, rest[0]),
+            Term(name="copy of gradients", bytes=0 if offload else states.copy),
+        ),
     )
 
 
-def _activations(config: Config, asked: Question) -> Activations | None:
+def _activations(config: Config, asked: Question, row: PackedRow) -> Activations | None:
     return activations(
         config,
         asked.shape,
-        PackedRow.of(config, asked.prompt),
+        row,
         itemsize=asked.itemsize,
         liger=asked.liger,
         logit_bytes=logit_bytes(config, asked.card),
@@ -285,7 +303,7 @@ def _reference(config: Config, asked: Question) -> Phase:
     weights = asked.itemsize * (-(-shape.parameters // ranks) if sharded else shape.parameters)
     whole = config.ref.offload or (sharded and ranks > 1)
     gathered = policy_states(config, shape, asked.itemsize).gathered if whole else 0
-    found = _activations(config, asked)
+    found = _activations(config, asked, PackedRow.of(config, asked.prompt))
     return Phase(
         name="reference",
         terms=(
@@ -293,7 +311,7 @@ def _reference(config: Config, asked: Question) -> Phase:
             Term(name="contexts", bytes=POLICY_CONTEXT),
             Term(name="gathered", bytes=gathered),
             # Without gradients one layer's at a time.
-            Term(name="one layer", bytes=0 if found is None else max(found.layer, found.head)),
+            Term(name="one layer", bytes=0 if found is None else max(found.layer, found.forward)),
         ),
     )
 

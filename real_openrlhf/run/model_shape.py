@@ -179,7 +179,7 @@ def _decoder(path: str, layer: nn.Module | None) -> DecoderShape | None:
         return None
     try:
         shape = DecoderShape.of(path)
-    except AttributeError:
+    except (AttributeError, TypeError):  # sizes under other names, or none
         return None
     wanted = sorted(
         (inputs, outputs) for inputs, outputs, count in shape.linears() for _ in range(count // shape.layers)

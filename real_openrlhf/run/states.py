@@ -26,7 +26,8 @@ class States:
     master     fp32 copies of what is trained
     moments    Adam's two
     copy       of the gradients, while the optimizer steps
-    buckets    buffers in which gradients are put together and reduced, during backward passes
+    buckets    buffers in which gradients are put together: under ZeRO 3 always there, else in backward passes
+    reduced    what comes out of them before it is added up
     gathered   whole parameters that may be there at once under ZeRO 3
     """
 
@@ -36,6 +37,7 @@ class States:
     moments: int
     copy: int
     buckets: int
+    reduced: int
     gathered: int
 
     @property
@@ -57,7 +59,9 @@ def policy_states(config: Config, shape: ModelShape, itemsize: int) -> States:
         master=mine * _FP32 if has_master else 0,
         moments=mine * 2 * _FP32,
         copy=_step_copy(stage, mine, shape.trained, mixed=mixed),
-        buckets=_buckets(config, shape, itemsize),
+        buckets=itemsize * REDUCE_BUCKET * (0 if stage == 0 else 2 if stage < 3 and config.ds.overlap_comm else 1),
+        # Stage 3: the flat copy that the reduction makes of a bucket. Stage 2: the rank's own share.
+        reduced=itemsize * (min(REDUCE_BUCKET, shape.trained) if stage == 3 else mine if stage == 2 else 0),
         gathered=_gathered(config, shape, itemsize),
     )
 
@@ -76,18 +80,6 @@ def _step_copy(stage: int, mine: int, trained: int, *, mixed: bool) -> int:
     if stage == 0:
         return trained * _FP32 if mixed else 0
     return _FP32 * (min(mine, SUB_GROUP) if stage == 3 else mine)
-
-
-def _buckets(config: Config, shape: ModelShape, itemsize: int) -> int:
-    stage = config.ds.zero_stage
-    if stage == 0:
-        return 0
-    if stage == 3:
-        # The buffer, and the flat copy that the reduction makes of what lies in it.
-        return itemsize * (REDUCE_BUCKET + min(REDUCE_BUCKET, shape.trained))
-    # Gradients of the rank's own share lie in a buffer besides.
-    mine = shape.partition(stage, config.ranks) if stage == 2 else 0
-    return itemsize * (REDUCE_BUCKET * (2 if config.ds.overlap_comm else 1) + mine)
 
 
 def _gathered(config: Config, shape: ModelShape, itemsize: int) -> int:

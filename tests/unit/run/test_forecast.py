@@ -49,6 +49,9 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [*flags, "--real.anchor", "score ", "--dry_run"]
 
 
+PHASES = ["forward", "output layer", "layers", "update", "sync", "generation"]
+
+
 def table(text: str) -> dict[str, list[str]]:
     """Rows of the plan's text by their first words."""
     rows = [line.strip().split("  ") for line in text.splitlines()]
@@ -60,12 +63,12 @@ def test_the_batch_scripts_layout_fits_qwen3_32b(big: list[str]) -> None:
     assert plan.forecast is not None and plan.forecast.memory.fits and plan.forecast.warnings == ()
     text = render(plan)
     rows = table(text)
-    assert rows["policy+rollout, 16 GPU(s)"] == ["output layer", "layers", "update", "sync", "generation"]
+    assert rows["policy+rollout, 16 GPU(s)"] == PHASES
     # 32.76e9 parameters over 16 ranks: 2, 4 and 12 bytes of each; an engine has half of the weights.
-    assert rows["weights*"] == ["4.1"] * 5 and rows["gradients*"] == ["8.2"] * 3 and rows["optimizer*"] == ["24.6"] * 3
+    assert rows["weights*"] == ["4.1"] * 6 and rows["gradients*"] == ["8.2"] * 4 and rows["optimizer*"] == ["24.6"] * 4
     assert rows["engine weights*"] == ["32.8"] * 2
     # 65 inputs of layers: 18,432 tokens x 5,120 x 2 bytes.
-    assert rows["activations"] == [f"{65 * 18_432 * 5120 * 2 / 1e9:.1f}"] * 2
+    assert rows["activations"] == [f"{65 * 18_432 * 5120 * 2 / 1e9:.1f}"] * 3
     assert all(float(cell) < 80 for cell in rows["in all"]) and "!" not in text
     # 16 bytes of every parameter, of eight ranks of sixteen.
     assert "sleeping optimizer 262.1 GB" in text

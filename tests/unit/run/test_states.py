@@ -9,7 +9,7 @@ from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
 from real_openrlhf.run.model_shape import ModelShape
-from real_openrlhf.run.states import REDUCE_BUCKET, policy_states
+from real_openrlhf.run.states import policy_states
 from tests.unit.config.test_validate import config_with
 
 B = 10**9
@@ -71,19 +71,23 @@ def test_deepspeeds_estimators_say_the_same(nodes: int, gpus: int) -> None:
     two = policy_states(config_with({**changes, "ds.zero_stage": 2}), shape_of(total), 2)
     _, wanted = estimate_zero2_model_states_mem_needs(total, gpus, nodes, cpu_offload=False)
     # With the rank's own gradients in the weights' dtype, as they come out of a backward pass.
-    held = two.weights + two.gradients + two.optimizer + two.buckets - 2 * REDUCE_BUCKET
+    held = two.weights + two.gradients + two.optimizer + two.reduced
     assert held == pytest.approx(wanted, abs=20 * 2 * ranks)
 
 
 def test_buffers_of_the_backward_pass() -> None:
-    def buckets(**changes: Any) -> int:
+    def buckets(**changes: Any) -> tuple[int, int]:
         named = {name.replace("__", "."): value for name, value in changes.items()}
-        return policy_states(config_with(named), shape_of(4 * B), 2).buckets
+        found = policy_states(config_with(named), shape_of(4 * B), 2)
+        return found.buckets, found.reduced
 
-    assert buckets(ds__zero_stage=0) == 0
-    assert buckets(ds__zero_stage=1) == B
-    assert buckets(ds__zero_stage=2) == B + 8 * B and buckets(ds__zero_stage=2, ds__overlap_comm=True) == 10 * B
-    assert buckets(ds__zero_stage=3) == 2 * B
+    assert buckets(ds__zero_stage=0) == (0, 0)
+    assert buckets(ds__zero_stage=1) == (B, 0)
+    assert buckets(ds__zero_stage=2) == (B, 8 * B) and buckets(ds__zero_stage=2, ds__overlap_comm=True) == (
+        2 * B,
+        8 * B,
+    )
+    assert buckets(ds__zero_stage=3) == (B, B)
 
 
 def test_whole_parameters_are_bounded() -> None:
