@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -11,7 +11,7 @@ from real_openrlhf.config.convert import build_config, flags_by_name, get_value
 from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.config.schema import Config
 from real_openrlhf.config.validate import validate
-from real_openrlhf.run.memory import MemoryPlan, Phase, Place, Question, memory_plan
+from real_openrlhf.run.memory import MemoryPlan, Phase, Place, Question, host_bytes, memory_plan
 from real_openrlhf.run.model_shape import ModelShape
 
 Change = Mapping[str, Any]
@@ -39,7 +39,8 @@ def why_not(plan: MemoryPlan, config: Config) -> str:
     place, phase = _worst(plan)
     least = phase.certain > plan.card
     needs = f"needs {'at least' if least else 'about'} {gb(phase.certain if least else phase.total)}"
-    terms = sorted((term for term in phase.terms if term.bytes), key=lambda term: -term.bytes)[:4]
+    counted = [term for term in phase.terms if term.bytes and (term.exact or not least)]
+    terms = sorted(counted, key=lambda term: -term.bytes)[:4]
     shown = ", ".join(f"{term.name} {gb(term.bytes)}" for term in terms)
     return (
         f"{place.name} {of} {needs} on each of {place.gpus} GPU(s) ({phase.name}: {shown}), which have "
@@ -52,8 +53,19 @@ def _worst(plan: MemoryPlan) -> tuple[Place, Phase]:
     return max(both, key=lambda pair: (max(pair[1].certain - plan.card, 0), pair[1].total))
 
 
-def nearest_fit(config: Config, asked: Question, allowed: Callable[[Config], bool]) -> Change | None:
-    """Flags that make it fit; None where no few of them do.
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """Flags that make a plan fit. host: bytes in CPU memory of a policy node then."""
+
+    change: Change
+    host: int
+
+    def __str__(self) -> str:
+        return f"{as_flags(self.change)} (CPU memory of a policy node: {gb(self.host)})"
+
+
+def nearest_fit(config: Config, asked: Question, allowed: Callable[[Config], bool]) -> Fit | None:
+    """None where no few flags make it fit.
 
     allowed: whether the GPUs that are there hold the plan's actors.
     """
@@ -68,21 +80,23 @@ def nearest_fit(config: Config, asked: Question, allowed: Callable[[Config], boo
             if len(change) < sum(map(len, chosen)):
                 continue  # two values for one flag
             changed = _changed(values, change, config)
-            if changed is not None and _fits(changed, asked) and allowed(changed):
-                return change
+            plan = None if changed is None else _planned(changed, asked)
+            if plan is not None and plan.fits and changed is not None and allowed(changed):
+                return Fit(change=change, host=host_bytes(plan.host))
     return None
 
 
-def _fits(config: Config, asked: Question) -> bool:
+def _planned(config: Config, asked: Question) -> MemoryPlan | None:
+    """None where adapters are asked for that the model does not take."""
     if config.ds.lora.rank and not asked.shape.frozen:
         try:
             shape = ModelShape.of(config.actor.model_name_or_path, config.ds.lora)
-        except ValueError:  # a model that takes no adapters
-            return False
+        except ValueError:
+            return None
         if shape is None:
-            return False
+            return None
         asked = replace(asked, shape=shape)
-    return memory_plan(config, asked).fits
+    return memory_plan(config, asked)
 
 
 def _changed(values: Mapping[str, Any], change: Change, config: Config) -> Config | None:

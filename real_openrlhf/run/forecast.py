@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,8 +15,8 @@ from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.config.schema import Config
 from real_openrlhf.run import specs
 from real_openrlhf.run.assumed_gpus import AssumedGpus
-from real_openrlhf.run.fitting import as_flags, nearest_fit, why_not
-from real_openrlhf.run.memory import MemoryPlan, Question, memory_plan
+from real_openrlhf.run.fitting import gb, nearest_fit, why_not
+from real_openrlhf.run.memory import MemoryPlan, Question, host_bytes, memory_plan
 from real_openrlhf.run.model_shape import ModelShape
 from real_openrlhf.run.ray_session import cluster_to_join
 from real_openrlhf.run.time_plan import Cluster, TimePlan, time_plan
@@ -78,13 +79,20 @@ def _problem(
     cards: Sequence[Card],
     device: Device,
 ) -> list[str]:
-    if memory.fits:
-        return []
     joined = bool(cluster_to_join(config.ray.address)) and assumed is None
+    needed, there = host_bytes(memory.host), _cpu_memory()
+    warnings = []
+    if assumed is None and not joined and needed > there:
+        warnings.append(
+            f"a policy node needs about {gb(needed)} of CPU memory "
+            f"({', '.join(f'{term.name} {gb(term.bytes)}' for term in memory.host)}), this machine has {gb(there)}"
+        )
+    if memory.fits:
+        return warnings
     allowed = _room(assumed or (None if joined else _here(cards)), device)
-    change = nearest_fit(config, asked, allowed)
-    if change:
-        advice = f"with {as_flags(change)} it fits"
+    fit = nearest_fit(config, asked, allowed)
+    if fit is not None:
+        advice = f"it fits with {fit}"
     else:
         advice = (
             "no few flags make it fit on as many GPUs; use more of them (--actor.num_nodes, "
@@ -92,10 +100,14 @@ def _problem(
         )
     problem = f"{why_not(memory, config)}; {advice}"
     if joined:
-        return [f"if the cluster's GPUs are like this machine's: {problem}"]
+        return [*warnings, f"if the cluster's GPUs are like this machine's: {problem}"]
     if not memory.may_fit:
         raise ConfigError(problem)
-    return [f"this may run out of memory, by an estimate: {problem}"]
+    return [*warnings, f"this may run out of memory, by an estimate: {problem}"]
+
+
+def _cpu_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _here(cards: Sequence[Card]) -> AssumedGpus:

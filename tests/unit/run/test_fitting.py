@@ -10,7 +10,7 @@ import pytest
 from real_openrlhf.config.convert import build_config
 from real_openrlhf.config.schema import Config, LoraConfig
 from real_openrlhf.run.fitting import as_flags, nearest_fit, why_not
-from real_openrlhf.run.memory import MemoryPlan, Phase, Question, Term, memory_plan
+from real_openrlhf.run.memory import MemoryPlan, Phase, Question, Term, host_bytes, memory_plan
 from real_openrlhf.run.model_shape import ModelShape
 from tests.helpers.configs import QWEN3_32B, write_config
 from tests.unit.config.test_validate import VALID, config_with
@@ -138,10 +138,11 @@ def test_the_nearest_plan_that_fits(changes: Any, allowed: Any, wanted: str, ask
     config, plan = planned(asked, *changes, {"actor.model_name_or_path": folder})
     assert not plan.fits
     found = nearest_fit(config, asked, allowed)
-    assert found is not None and as_flags(found) == wanted
+    assert found is not None and as_flags(found.change) == wanted
     given = {name: value for part in changes for name, value in part.items()}
-    changed = build_config({**VALID, **given, **found})
-    assert memory_plan(changed, asked).fits and allowed(changed)
+    changed = build_config({**VALID, **given, **found.change})
+    plan = memory_plan(changed, asked)
+    assert plan.fits and allowed(changed) and found.host == host_bytes(plan.host)
 
 
 def test_adapters_are_the_last_resort(asked: Question, folder: str) -> None:
@@ -156,7 +157,7 @@ def test_adapters_are_the_last_resort(asked: Question, folder: str) -> None:
     config = build_config({**given, "actor.model_name_or_path": folder})
     # The rank's own weights are 65.5 GB: with 8 of activations, it takes GPUs of 96.
     found = nearest_fit(config, replace(asked, card=96 * B), at_most(3))
-    assert found is not None and "ds.adam_offload" in found
+    assert found is not None and "ds.adam_offload" in found.change
     on_four = replace(
         config, actor=replace(config.actor, num_gpus_per_node=4), ds=replace(config.ds, adam_offload=True)
     )

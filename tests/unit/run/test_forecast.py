@@ -80,7 +80,10 @@ def test_the_same_on_half_of_the_gpus_does_not_fit(big: list[str]) -> None:
     half = ["--actor.num_nodes", "1", "--vllm.num_engines", "4"]
     plan = make_plan(inputs_of(big, *SLURM, *half, "--assume_gpus", "8xA100-80GB"))
     (warning,) = [w for w in plan.warnings if "run out of memory" in w]
-    assert "by an estimate: policy+rollout of 32.8 billion" in warning and "with --ds.adam_offload it fits" in warning
+    assert (
+        "by an estimate: policy+rollout of 32.8 billion" in warning
+        and "it fits with --ds.adam_offload (CPU memory of a policy node: 703.2 GB)" in warning
+    )
     text = render(plan)
     assert "!" in text and "by the rates of A100; responses" in text
 
@@ -90,7 +93,7 @@ def test_what_cannot_fit_is_refused(big: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"at least .* on each of 4 GPU\(s\)") as error:
         make_plan(inputs_of(big, *SLURM, *small, "--assume_gpus", "4x80GB"))
     # An engine takes its share beside a quarter of the weights.
-    assert "with --vllm.gpu_memory_utilization 0.7 --ds.adam_offload it fits" in str(error.value)
+    assert "it fits with --vllm.gpu_memory_utilization 0.7 --ds.adam_offload (CPU" in str(error.value)
     with pytest.raises(ConfigError, match="no few flags make it fit on as many GPUs"):
         make_plan(inputs_of(big, *SLURM, *small, "--assume_gpus", "4x12GB"))
 
@@ -149,6 +152,24 @@ def test_a_model_that_cannot_fit_is_refused(small: str, cards: list[Card]) -> No
     cards[0] = card_of(2 * 10**9)
     found = forecast(config, CUDA, [9], None)
     assert found is not None and "may run out of memory, by an estimate" in found.warnings[0]
+
+
+def test_more_cpu_memory_than_there_is(small: str, cards: list[Card], monkeypatch: pytest.MonkeyPatch) -> None:
+    cards.append(card_of(80 * 10**9))
+    config = config_of("--actor.model_name_or_path", small, "--actor.num_gpus_per_node", "2", "--ds.adam_offload")
+
+    def warnings(there: int) -> tuple[str, ...]:
+        monkeypatch.setattr(module, "_cpu_memory", lambda: there)
+        found = forecast(config, CUDA, [9], None)
+        assert found is not None
+        return found.warnings
+
+    assert warnings(7 * 10**9) == ()
+    (warning,) = warnings(5 * 10**9)
+    assert (
+        "a policy node needs about 6.0 GB of CPU memory (optimizer 0.0 GB, 2 processes 6.0 GB), this machine has 5.0"
+        in warning
+    )
 
 
 def test_the_cluster_may_have_other_gpus(small: str, cards: list[Card]) -> None:
