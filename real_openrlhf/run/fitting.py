@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from real_openrlhf.config.convert import build_config, flags_by_name, get_value
+from real_openrlhf.config.convert import get_value
 from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.config.schema import Config
 from real_openrlhf.config.validate import validate
@@ -69,21 +69,32 @@ def nearest_fit(config: Config, asked: Question, allowed: Callable[[Config], boo
 
     allowed: whether the GPUs that are there hold the plan's actors.
     """
-    candidates = [
-        {name: v for name, v in c.items() if get_value(config, name) != v} for c in _candidates(config, asked)
-    ]
-    candidates = [change for change in candidates if change]
-    values = {name: get_value(config, name) for name in flags_by_name()}
-    for count in range(1, _MOST_CHANGES + 1):
-        for chosen in combinations(candidates, count):
-            change = {name: value for part in chosen for name, value in part.items()}
-            if len(change) < sum(map(len, chosen)):
-                continue  # two values for one flag
-            changed = _changed(values, change, config)
-            plan = None if changed is None else _planned(changed, asked)
-            if plan is not None and plan.fits and changed is not None and allowed(changed):
-                return Fit(change=change, host=host_bytes(plan.host))
+    candidates = [_difference(config, change) for change in _candidates(config, asked)]
+    # Adapters train something else: they come when nothing else helps.
+    last: list[Change] = [] if config.ds.lora.rank else [{"ds.lora.rank": 16}]
+    for extra in ([], last):
+        for count in range(_MOST_CHANGES + 1):
+            for chosen in combinations([change for change in candidates if change], count):
+                fit = _fit(config, [*extra, *chosen], asked, allowed)
+                if fit is not None:
+                    return fit
     return None
+
+
+def _difference(config: Config, change: Change) -> Change:
+    return {name: value for name, value in change.items() if get_value(config, name) != value}
+
+
+def _fit(config: Config, chosen: Sequence[Change], asked: Question, allowed: Callable[[Config], bool]) -> Fit | None:
+    """None where these flags contradict each other, or do not make it fit."""
+    change = {name: value for part in chosen for name, value in part.items()}
+    if len(change) < sum(map(len, chosen)):
+        return None  # two values for one flag
+    changed = _changed(config, change)
+    plan = None if changed is None else _planned(changed, asked)
+    if changed is None or plan is None or not plan.fits or not allowed(changed):
+        return None
+    return Fit(change=change, host=host_bytes(plan.host))
 
 
 def _planned(config: Config, asked: Question) -> MemoryPlan | None:
@@ -99,18 +110,29 @@ def _planned(config: Config, asked: Question) -> MemoryPlan | None:
     return memory_plan(config, asked)
 
 
-def _changed(values: Mapping[str, Any], change: Change, config: Config) -> Config | None:
+def _changed(config: Config, change: Change) -> Config | None:
     """None for flags that contradict each other."""
     try:
-        changed = build_config({**values, **change}, overridden=config.overridden)
+        changed: Config = _with(config, change)
         validate(changed, device="cuda")
     except ConfigError:
         return None
     return changed
 
 
+def _with(section: Any, change: Change) -> Any:
+    """The section with other values of flags, named from it on."""
+    own = {name: value for name, value in change.items() if "." not in name}
+    inner: dict[str, dict[str, Any]] = {}
+    for name, value in change.items():
+        head, dot, rest = name.partition(".")
+        if dot:
+            inner.setdefault(head, {})[rest] = value
+    return replace(section, **own, **{head: _with(getattr(section, head), part) for head, part in inner.items()})
+
+
 def _candidates(config: Config, asked: Question) -> Iterator[Change]:
-    """Those that change least about the run first; LoRA, which trains something else, last."""
+    """Those that change least about the run first."""
     train, vllm, ds = config.train, config.vllm, config.ds
     decoder = asked.shape.decoder
     if not config.actor.gradient_checkpointing_enable:
@@ -138,8 +160,6 @@ def _candidates(config: Config, asked: Question) -> Iterator[Change]:
         yield {"ds.adam_offload": True}
     if not train.colocate_all:
         yield from _together(config)
-    if not ds.lora.rank:
-        yield {"ds.lora.rank": 16}
 
 
 def _together(config: Config) -> Iterator[Change]:

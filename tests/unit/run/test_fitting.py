@@ -146,28 +146,21 @@ def test_the_nearest_plan_that_fits(changes: Any, allowed: Any, wanted: str, ask
 
 
 def test_adapters_are_the_last_resort(asked: Question, folder: str) -> None:
-    given = {
-        **VALID,
-        **APART,
-        **LONG,
-        "actor.num_gpus_per_node": 1,
-        "vllm.num_engines": 1,
-        "vllm.tensor_parallel_size": 2,
-    }
-    config = build_config({**given, "actor.model_name_or_path": folder})
-    # The rank's own weights are 65.5 GB: with 8 of activations, it takes GPUs of 96.
-    found = nearest_fit(config, replace(asked, card=96 * B), at_most(3))
-    assert found is not None and "ds.adam_offload" in found.change
-    on_four = replace(
-        config, actor=replace(config.actor, num_gpus_per_node=4), ds=replace(config.ds, adam_offload=True)
-    )
-    assert memory_plan(on_four, asked).fits
+    given = {**APART, **LONG, "actor.num_gpus_per_node": 4, "vllm.num_engines": 2, "actor.model_name_or_path": folder}
+    config, plan = planned(asked, given)
+    assert not plan.fits
+
+    def not_offloaded(config: Config) -> bool:
+        return not config.ds.adam_offload and at_most(8)(config)
+
+    found = nearest_fit(config, asked, not_offloaded)
+    assert found is not None and as_flags(found.change) == "--ds.lora.rank 16"
     shape = ModelShape.of(folder, LoraConfig(rank=16))
     assert shape is not None
-    adapters = replace(config, ds=replace(config.ds, lora=LoraConfig(rank=16)), actor=on_four.actor)
+    adapters = replace(config, ds=replace(config.ds, lora=LoraConfig(rank=16)))
     plan = memory_plan(adapters, replace(asked, shape=shape))
     states = {term.name: term.bytes for term in plan.places[0].phases[0].terms}
-    assert states["optimizer"] == 12 * shape.partition(3, 4) < B and plan.fits
+    assert plan.fits and states["optimizer"] == 12 * shape.partition(3, 4) < B
 
 
 def test_where_nothing_fits(asked: Question, folder: str) -> None:
