@@ -6,59 +6,11 @@ products, the output layer. Norms, softmax, rotary embeddings and the optimizer 
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
-
 from examples.benchmark.protocol import Case
+from real_openrlhf.run.model_shape import DecoderShape as Shape
 
 # Forward passes of a plain step: OpenRLHF's old log-probs and its training pass; the authors' E pass on top.
 FORWARDS = {"openrlhf": 2, "authors": 3}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What of a decoder the operations depend on (Llama, Mistral, Qwen2 and Qwen3 families)."""
-
-    vocabulary: int
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-    @classmethod
-    def of(cls, model: Path) -> Shape:
-        """From a Hugging Face folder's config.json."""
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-        heads = config["num_attention_heads"]
-        return cls(
-            vocabulary=config["vocab_size"],
-            hidden=config["hidden_size"],
-            intermediate=config["intermediate_size"],
-            layers=config["num_hidden_layers"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        )
-
-    def linears(self) -> list[tuple[int, int, int]]:
-        """(inputs, outputs, how many in the whole model) of the linear layers, without the output layer."""
-        query, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return [
-            (self.hidden, query, self.layers),
-            (self.hidden, keys, 2 * self.layers),
-            (query, self.hidden, self.layers),
-            (self.hidden, self.intermediate, 2 * self.layers),
-            (self.intermediate, self.hidden, self.layers),
-        ]
-
-    def forward(self, *, tokens: int, pairs: int, logits: int) -> int:
-        """One forward pass over `tokens`; pairs: of a query and a key that it sees; logits: rows of logits."""
-        per_token = sum(2 * inputs * outputs * count for inputs, outputs, count in self.linears())
-        per_pair = 2 * 2 * self.heads * self.head_dim * self.layers
-        return per_token * tokens + per_pair * pairs + 2 * self.hidden * self.vocabulary * logits
 
 
 def rows(case: Case) -> int:

@@ -99,3 +99,37 @@ def _major(version: str) -> int:
 
 def _dotted(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardRates:
+    """What a card's maker says of it, per second.
+
+    flops      dense bf16 products
+    bandwidth  bytes of its own memory
+    link       bytes to another card of the node, one way
+    """
+
+    flops: float
+    bandwidth: float
+    link: float
+
+
+# By a part of the name that nvidia-smi gives; longer names first, as "H100 NVL" holds "H100".
+RATES = {
+    "B200": CardRates(flops=2250e12, bandwidth=8.0e12, link=900e9),
+    "H200": CardRates(flops=989e12, bandwidth=4.8e12, link=450e9),
+    "H100 PCIe": CardRates(flops=756e12, bandwidth=2.0e12, link=64e9),
+    "H100 NVL": CardRates(flops=835e12, bandwidth=3.9e12, link=300e9),
+    "H100": CardRates(flops=989e12, bandwidth=3.35e12, link=450e9),
+    "A100": CardRates(flops=312e12, bandwidth=2.0e12, link=300e9),
+    "L40S": CardRates(flops=362e12, bandwidth=0.86e12, link=32e9),
+    "L4": CardRates(flops=121e12, bandwidth=0.3e12, link=32e9),
+}
+# Of a card that is named in no table: the one that this project was measured on.
+DEFAULT_RATES = "H100"
+
+
+def rates_of(name: str) -> CardRates | None:
+    """Of a card by its name, as nvidia-smi gives it; None where none are known."""
+    return next((rates for known, rates in RATES.items() if known.lower() in name.lower()), None)

@@ -399,7 +399,7 @@ class Config(Section):
     sync: SyncConfig = field(default_factory=SyncConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     assume_gpus: str | None = flag(
-        None, "with --dry_run: plan for GPUs that are not here, as in 8x80GB, or 2x8x80GB on two nodes"
+        None, "with --dry_run: plan for GPUs that are not here: 8x80GB, 8xA100-80GB, or on two nodes 2x8x80GB"
     )
     dry_run: bool = flag(False, "check everything, print the plan and stop")
     overridden: tuple[str, ...] = ()

@@ -10,7 +10,6 @@ from real_openrlhf.actors.engine.spec import EngineSpec
 from real_openrlhf.actors.policy.spec import PolicySpec
 from real_openrlhf.algo.objectives.base import Objective
 from real_openrlhf.checkpoint.compat import RunIdentity
-from real_openrlhf.common.cards import local_cards
 from real_openrlhf.common.device import Device
 from real_openrlhf.config.batch_plan import BatchPlan, batch_plan
 from real_openrlhf.config.schema import Config
@@ -18,9 +17,9 @@ from real_openrlhf.config.validate import validate
 from real_openrlhf.controller.settings import ControllerSettings
 from real_openrlhf.evals.evaluator import EvaluatorSpec
 from real_openrlhf.run import specs
+from real_openrlhf.run.forecast import Forecast, forecast
 from real_openrlhf.run.identity import run_identity
 from real_openrlhf.run.inputs import Inputs
-from real_openrlhf.run.memory import check_memory
 from real_openrlhf.run.placement import Request
 
 
@@ -37,6 +36,7 @@ class RunPlan:
     evaluator        None: no evaluation
     evaluator_engine its own engine; None: it uses the rollout engines
     probes           token sequences on which engines and policy are compared after a weight sync
+    forecast         memory and time; None where nothing is known of the GPUs
     identity         what a checkpoint must have in common with the run
     warnings         all of them, each once
     """
@@ -54,6 +54,7 @@ class RunPlan:
     evaluator_engine: EngineSpec | None
     controller: ControllerSettings
     probes: tuple[tuple[int, ...], ...]
+    forecast: Forecast | None
     warnings: tuple[str, ...]
 
     @property
@@ -87,7 +88,9 @@ def make_plan(inputs: Inputs, *, cluster_gpus: int | None = None) -> RunPlan:
         # What depends on the device was left out before.
         warnings += validate(config, device="cuda" if device.is_cuda else "cpu")
     assumed = inputs.assumed_gpus
-    warnings += check_memory(config, local_cards() if assumed is None else assumed.cards, assumed=assumed is not None)
+    prompts = [len(prompt.token_ids) for prompt in inputs.train_set.prompts]
+    expected = forecast(config, device, prompts, assumed)
+    warnings += expected.warnings if expected is not None else ()
     batch = batch_plan(config, len(inputs.train_set))
     placement = tuple(specs.placement_requests(config, device))
     if assumed is not None:
@@ -108,5 +111,6 @@ def make_plan(inputs: Inputs, *, cluster_gpus: int | None = None) -> RunPlan:
         evaluator_engine=specs.evaluator_engine(engine, config),
         controller=specs.controller_settings(config, batch),
         probes=specs.probe_sequences(inputs),
+        forecast=expected,
         warnings=tuple(dict.fromkeys(warnings)),
     )

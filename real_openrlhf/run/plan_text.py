@@ -11,6 +11,7 @@ from real_openrlhf.config.convert import get_value
 from real_openrlhf.config.presets import preset_values
 from real_openrlhf.config.schema import Config
 from real_openrlhf.run.inputs import Inputs
+from real_openrlhf.run.memory_text import memory_lines, time_lines
 from real_openrlhf.run.plan import RunPlan
 
 # Characters of a prompt at each end.
@@ -23,11 +24,15 @@ def render(plan: RunPlan, *, for_log: bool = False) -> str:
     for_log: without the prompt, which may be private, and the warnings, which a run logs by themselves.
     """
     config, inputs = plan.config, plan.inputs
+    expected = plan.forecast
+    time = None if expected is None else expected.time
     sections = [
         ("Model", _model_lines(config, plan.device)),
         ("Placement", [*_assumed_lines(inputs), *(str(request) for request in plan.placement)]),
         ("Batch", _batch_lines(config, plan.batch, inputs.bound, plan.reward_tolerance)),
         ("Steps", _step_lines(config, plan.batch)),
+        ("Memory", [] if expected is None else memory_lines(expected.memory)),
+        ("Time", [] if time is None else time_lines(time, plan.batch.total_steps, at_most=plan.batch.at_most)),
         ("First prompt", [] if for_log else _prompt_lines(inputs)),
         ("Score tokens", _score_lines(inputs.bound, lambda token: inputs.tokenizer.decode([token]))),
         ("Preset", _preset_lines(config)),
