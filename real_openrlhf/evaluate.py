@@ -15,40 +15,16 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from real_openrlhf.common.arguments import take_negative_values
 from real_openrlhf.common.errors import RunError
-from real_openrlhf.common.folder_lock import FolderLock
 from real_openrlhf.common.home import use_writable_caches
+from real_openrlhf.common.model_name import check_model
 from real_openrlhf.common.paths import path_argument
-from real_openrlhf.evals.benchmarks import Benchmark, load_benchmark, parse_benchmarks
-from real_openrlhf.evals.judging import earlier_predictions, identity_of, judge_all, largest_difference, name_of
-from real_openrlhf.evals.pairs import load_pairs
 from real_openrlhf.evals.predictions import EvaluationError
-from real_openrlhf.evals.report import (
-    PREDICTIONS,
-    compare_runs,
-    load_run,
-    settings_of,
-    write_comparison,
-    write_report,
-)
-from real_openrlhf.judge.cli_model import add_model, chosen_settings, read_key
-from real_openrlhf.judge.judge import Judge
+from real_openrlhf.judge.cli_args import add_model, read_key
 from real_openrlhf.judge.pairs import MODES, SCORES, check_tie_margin
 from real_openrlhf.judge.rubrics import read_rubric
-from real_openrlhf.judge.types import JudgeBackend
-
-logger = logging.getLogger(__name__)
-
-# What the data set's own messages call these flags.
-_FLAG_NAMES = {
-    "--data.max_len": "--max_model_len",
-    "--rollout.max_new_tokens": "--max_new_tokens",
-    "--data.": "--",
-}
-_NO_LIMIT = 1 << 31
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -77,7 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--input_key", default="prompt", help="column of the prompt")
     data.add_argument("--label_key", default="label", help="column of the human score")
     data.add_argument("--group_key", help="column of what rows share (question, pair); 'group' where there is one")
-    data.add_argument("--max_samples", type=int, help="use the first so many rows of each benchmark")
+    data.add_argument("--max_samples", type=int, help="use so many rows of each benchmark, drawn by --seed")
     data.add_argument("--skip_bad_rows", action="store_true", help="count and list bad rows and go on without them")
     pairs = parser.add_argument_group("pairs")
     pairs.add_argument(
@@ -92,7 +68,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     judging.add_argument("--n", type=int, default=1, help="generations per prompt, averaged")
     judging.add_argument("--temperature", type=float, help="0: greedy, as for --n 1 when not given")
     judging.add_argument("--top_p", type=float, default=1.0, help="nucleus sampling")
-    judging.add_argument("--seed", type=int, default=0, help="of sampled generations, and of the intervals")
+    judging.add_argument("--seed", type=int, default=0, help="of sampled generations, --max_samples, intervals")
     judging.add_argument("--no_force", action="store_true", help="leave generations without a score as they are")
     judging.add_argument("--renormalise", action="store_true", default=None, help="E[score] of the scale alone")
     judging.add_argument(
@@ -111,11 +87,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """EvaluationError for flags that are missing, impossible or contradict each other."""
-    for name, least in (("n", 1), ("batch_size", 1), ("n_resamples", 1), ("concurrency", 1), ("max_samples", 1)):
+    """ValueError for flags that are missing, impossible or contradict each other. args.rubric becomes what it holds."""
+    counts = ("n", "batch_size", "n_resamples", "concurrency", "max_samples", "max_new_tokens", "max_model_len")
+    for name in counts:
         value = getattr(args, name)
-        if value is not None and value < least:
-            raise EvaluationError(f"--{name} must be at least {least}, got {value}")
+        if value is not None and value < 1:
+            raise EvaluationError(f"--{name} must be at least 1, got {value}")
     if not 0 < args.confidence < 1:
         raise EvaluationError(f"--confidence must lie between 0 and 1, got {args.confidence}")
     check_tie_margin(args.tie_margin)
@@ -135,138 +112,9 @@ def check(args: argparse.Namespace) -> None:
         for name in ("by_subset", "rubric", "template", "other_template"):
             if getattr(args, name):
                 raise EvaluationError(f"--{name} is of pairs; give --pairs, or drop it")
-
-
-def make_judge(args: argparse.Namespace, backend: JudgeBackend | None = None) -> Judge:
-    """The judge that the flags name; its engine does not run yet. backend: instead of that engine."""
-    options: dict[str, Any] = {}
-    if args.server:
-        options = {
-            "model": args.server_model,
-            "concurrency": args.concurrency,
-            "api_key": read_key(args.api_key_env),
-        }
-    return Judge(
-        args.model,
-        server=args.server,
-        server_options=options,
-        backend=backend,
-        settings=chosen_settings(args),
-        template=args.template,
-        other_template=args.other_template,
-        n=args.n,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-        max_new_tokens=args.max_new_tokens,
-        renormalise=args.renormalise,
-        max_model_len=args.max_model_len,
-        force=not args.no_force,
-        device=args.device,
-    )
-
-
-def load_benchmarks(args: argparse.Namespace, judge: Judge) -> list[Benchmark]:
-    """All benchmarks, checked and tokenised for this judge."""
-    limit = judge.max_prompt_tokens
-    try:
-        names = parse_benchmarks(args.benchmark or (), "--benchmark")
-        found = [
-            load_benchmark(
-                name,
-                source,
-                input_key=args.input_key,
-                label_key=args.label_key,
-                group_key=args.group_key,
-                scale=judge.scale,
-                tokenizer=judge.tokenizer,
-                template=judge.settings.template,
-                max_prompt_tokens=_NO_LIMIT if limit is None else limit,
-                max_samples=args.max_samples,
-                skip_bad_rows=args.skip_bad_rows,
-            )
-            for name, source in names.items()
-        ]
-        found += _load_pairs(args, judge)
-        _check_names(found)
-        return found
-    except ValueError as error:
-        message = str(error)
-        for ours, here in _FLAG_NAMES.items():
-            message = message.replace(ours, here)
-        raise EvaluationError(message) from error
-
-
-def _load_pairs(args: argparse.Namespace, judge: Judge) -> list[Benchmark]:
-    return [
-        benchmark
-        for name, source in parse_benchmarks(args.pairs or (), "--pairs").items()
-        for benchmark in load_pairs(
-            name,
-            source,
-            judge,
-            mode=args.pair_mode,
-            rubric=None if args.rubric is None else read_rubric(args.rubric, "--rubric"),
-            group_key=args.group_key,
-            by_subset=args.by_subset,
-            max_samples=args.max_samples,
-            skip_bad_rows=args.skip_bad_rows,
-        )
-    ]
-
-
-def _check_names(benchmarks: Sequence[Benchmark]) -> None:
-    names = [benchmark.name for benchmark in benchmarks]
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
-        raise EvaluationError(f"--pairs: two benchmarks are named {doubled[0]!r}; write NAME=PATH with different names")
-
-
-def run(args: argparse.Namespace, backend: JudgeBackend | None = None) -> str:
-    """Evaluate; returns the table. backend: see `make_judge`. FolderError while another program writes there."""
-    with FolderLock(args.output_dir, "--output_dir"):
-        return _run(args, backend)
-
-
-def _run(args: argparse.Namespace, backend: JudgeBackend | None) -> str:
-    with make_judge(args, backend) as judge:
-        benchmarks = load_benchmarks(args, judge)
-        earlier = None if args.feedback_of is None else earlier_predictions(args.feedback_of, benchmarks)
-        identity = identity_of(args.model, judge, benchmarks, server=bool(args.server), feedback_of=args.feedback_of)
-        path = args.output_dir / PREDICTIONS
-        try:
-            store = judge_all(
-                judge, benchmarks, path, identity, batch_size=args.batch_size, earlier=earlier, locked=True
-            )
-        except OSError as error:
-            raise RunError(f"{args.output_dir} cannot be written: {error}; the same command goes on") from error
-    if earlier is not None:
-        logger.info("%s", largest_difference(store, earlier))
-    predictions = [store.done[b.name, prompt.row] for b in benchmarks for prompt in b.prompts]
-    method = args.method or name_of(args.model)
-    settings = settings_of(
-        identity,
-        seed=args.seed,
-        n_resamples=args.n_resamples,
-        confidence=args.confidence,
-        tie_margin=args.tie_margin,
-    )
-    return write_report(args.output_dir, identity, predictions, settings, method=method, training=args.training)
-
-
-def compare(args: argparse.Namespace) -> str:
-    """Compare finished evaluations; returns the Markdown that is also written to --output_dir, if one is given."""
-    text, content = compare_runs(
-        [load_run(folder) for folder in args.compare],
-        seed=args.seed,
-        n_resamples=args.n_resamples,
-        confidence=args.confidence,
-        tie_margin=args.tie_margin,
-    )
-    if args.output_dir is not None:
-        with FolderLock(args.output_dir, "--output_dir"):
-            write_comparison(args.output_dir, text, content)
-    return text
+    if args.rubric is not None:
+        args.rubric = read_rubric(args.rubric, "--rubric")
+    read_key(args.api_key_env)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -277,7 +125,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check(args)
         use_writable_caches()
-        print(run(args) if args.compare is None else compare(args))
+        if args.model:
+            # A server has the model: its tokenizer is enough.
+            check_model(args.model, "--model", needs_config=not args.server)
+        print(_run(args))
     except (ValueError, RunError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1 if isinstance(error, RunError) else 2
@@ -285,6 +136,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("interrupted; the same command goes on where it stopped\n")
         return 130
     return 0
+
+
+def _run(args: argparse.Namespace) -> str:
+    # Here: help and mistakes in flags answer before torch and transformers are imported; a comparison needs neither.
+    if args.compare is not None:
+        from real_openrlhf.evals.comparison import compare
+
+        return compare(args)
+    from real_openrlhf.evals.command import run
+
+    return run(args)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from statistics import median
 
 from real_openrlhf.common.errors import RunError
 from real_openrlhf.data.prompt import Prompt
-from real_openrlhf.evaluate import load_benchmarks, make_judge, parse_args
+from real_openrlhf.evals.command import load_benchmarks, make_judge
+from real_openrlhf.evaluate import parse_args
 from real_openrlhf.judge.judge import Judge
 from real_openrlhf.judge.scoring import score_given, score_prompts
 from real_openrlhf.judge.types import Judgement

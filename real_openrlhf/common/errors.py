@@ -7,5 +7,10 @@ class RunError(RuntimeError):
     """A run cannot go on, and the message says why and what to do: shown without a traceback."""
 
 
+def one_line(error: BaseException) -> str:
+    """What an error of another library says, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class FolderError(ValueError):
     """A folder cannot be written or put in order; the message names it."""

@@ -142,7 +142,7 @@ class TrainConfig(Section):
     num_episodes: int = flag(1, "passes over the prompts", ge=1)
     max_steps: int | None = flag(None, "stop after this many steps; 0: evaluate and export only", ge=0)
     # NumPy's generator takes 32 bits; engines add their number.
-    seed: int = flag(42, "seed of data order, engines and policy", ge=0, le=2**31 - 1)
+    seed: int = flag(42, "seed of data order, samples of the data, engines and policy", ge=0, le=2**31 - 1)
     full_determinism_enable: bool = flag(False, "seed every sampling request and use deterministic kernels; slower")
     colocate_all: bool = flag(False, "engines and policy share their GPUs")
     async_enable: bool = flag(False, "sample the next batch while training: rollouts are one version of weights late")
@@ -171,7 +171,7 @@ class DataConfig(Section):
     input_template: str | None = flag(None, "text around the prompt, with one {} for it")
     enable_thinking: bool | None = flag(None, "passed to the chat template (Qwen3); none: not passed")
     max_len: int = flag(3072, "longest prompt and response together, in tokens", ge=2)
-    max_samples: int | None = flag(None, "use the first so many rows", ge=1)
+    max_samples: int | None = flag(None, "use so many rows, drawn by --train.seed", ge=1)
     skip_bad_rows: bool = flag(False, "count and list bad rows and go on without them")
 
     def __post_init__(self) -> None:
@@ -190,12 +190,12 @@ class EvalConfig(Section):
     temperature: float = flag(1.0, "sampling temperature of evaluation; 0: greedy", ge=0)
     top_p: float = flag(1.0, "nucleus sampling of evaluation", gt=0, le=1)
     n_samples_per_prompt: int = flag(1, "generations per held-out prompt", ge=1)
-    max_samples: int | None = flag(None, "use the first so many held-out rows", ge=1)
+    max_samples: int | None = flag(None, "use so many held-out rows, drawn by --eval.seed", ge=1)
     engine: Literal["shared", "own"] = flag(
         "shared", "borrow the rollout engines between steps, or start an own one that judges beside the next step"
     )
     force_anchor: bool = flag(False, "evaluation: continue a response without a score once behind the answer anchor")
-    seed: int = flag(42, "seed of evaluation", ge=0)
+    seed: int = flag(42, "seed of evaluation and of its sample", ge=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import random
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import TypeVar
 
 from real_openrlhf.algo.score_scale import ScaleError, ScoreScale
 from real_openrlhf.data.prompt import Prompt
@@ -17,6 +19,7 @@ from real_openrlhf.data.template import ChatTokenizer, PromptError, PromptTempla
 
 logger = logging.getLogger(__name__)
 LISTED = 10
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,42 +47,70 @@ class JudgeDataset:
         template: PromptTemplate,
         max_prompt_tokens: int,
         max_samples: int | None = None,
+        seed: int = 0,
         skip_bad_rows: bool = False,
     ) -> JudgeDataset:
         """Read, check and tokenise.
 
         input_key, label_key: columns; a dotted name reaches into nested objects. max_prompt_tokens: longer prompts are
-        bad rows (never cut). max_samples: stop after that many good rows; later rows are not read. Prompt.row is the
-        row's index in the source, counted from 0, bad rows included.
+        bad rows (never cut). max_samples: that many good rows, drawn by the seed from the whole source, in its order; a
+        larger sample of the same seed holds the smaller one. Prompt.row is the row's index in the source, counted from
+        0, bad rows included.
 
-        Raises DataError at the first bad row (file, row, column, reason); with skip_bad_rows only when no row is left,
-        or when a file as a whole cannot be read.
+        Raises DataError at the first bad row that was drawn (file, row, column, reason); with skip_bad_rows only when
+        no row is left, or when a file as a whole cannot be read.
         """
         if max_prompt_tokens < 1:
             raise DataError(
                 f"{max_prompt_tokens} tokens are left for the prompt; raise --data.max_len or lower "
                 "--rollout.max_new_tokens"
             )
-        if max_samples is not None and max_samples < 1:
-            raise DataError(f"--data.max_samples must be at least 1, got {max_samples}")
         template.check(tokenizer)
-        prompts: list[Prompt] = []
-        skipped: list[BadRow] = []
-        for index, row in enumerate(read_rows(source)):
-            if isinstance(row, Row):
-                item = read_prompt(row, index, input_key, label_key, scale, tokenizer, template, max_prompt_tokens)
-            else:
-                item = row
-            if isinstance(item, Prompt):
-                prompts.append(item)
-                if len(prompts) == max_samples:
-                    break
-            elif skip_bad_rows:
-                skipped.append(item)
-            else:
-                raise DataError(f"{item}. Repair the row, or pass --data.skip_bad_rows to leave such rows out.")
-        report_skipped(source, len(prompts), skipped)
+
+        def read(row: Row, index: int) -> Prompt | BadRow:
+            return read_prompt(row, index, input_key, label_key, scale, tokenizer, template, max_prompt_tokens)
+
+        prompts, skipped = load_rows(source, read, max_samples=max_samples, seed=seed, skip_bad_rows=skip_bad_rows)
         return cls(source=source, prompts=tuple(prompts), skipped=tuple(skipped), sha256=content_hash(prompts))
+
+
+def load_rows(
+    source: str,
+    read: Callable[[Row, int], _Read | BadRow],
+    *,
+    max_samples: int | None,
+    seed: int,
+    skip_bad_rows: bool,
+) -> tuple[list[_Read], list[BadRow]]:
+    """(the good rows, the bad ones that were left out and logged), both in the source's order.
+
+    read: (row, its index in the source) -> what it holds, or what is wrong with it. max_samples, seed, errors: see
+    `JudgeDataset.load`.
+    """
+    if max_samples is not None and max_samples < 1:
+        raise DataError(f"--data.max_samples must be at least 1, got {max_samples}")
+    good: dict[int, _Read] = {}
+    bad: dict[int, BadRow] = {}
+    rows = read_rows(source)
+    for index, row in enumerate(rows) if max_samples is None else _shuffled(list(rows), max_samples, seed):
+        found = read(row, index) if isinstance(row, Row) else row
+        if not isinstance(found, BadRow):
+            good[index] = found
+            if len(good) == max_samples:
+                break
+        elif skip_bad_rows:
+            bad[index] = found
+        else:
+            raise DataError(f"{found}. Repair the row, or pass --data.skip_bad_rows to leave such rows out.")
+    skipped = [bad[index] for index in sorted(bad)]
+    _report(source, len(good), skipped)
+    return [good[index] for index in sorted(good)], skipped
+
+
+def _shuffled(rows: Sequence[Row | BadRow], n: int, seed: int) -> Iterable[tuple[int, Row | BadRow]]:
+    """All rows with their indices, in an order of which any beginning is a sample; in their own where n is all."""
+    order = range(len(rows)) if len(rows) <= n else random.Random(seed).sample(range(len(rows)), len(rows))
+    return ((index, rows[index]) for index in order)
 
 
 def content_hash(prompts: Sequence[Prompt]) -> str:
@@ -147,7 +178,7 @@ def read_prompt(
     return Prompt(token_ids=token_ids, label=label, row=index, text=text)
 
 
-def report_skipped(source: str, kept: int, skipped: list[BadRow]) -> None:
+def _report(source: str, kept: int, skipped: list[BadRow]) -> None:
     """Log the rows that were left out; DataError when none was kept."""
     if not skipped:
         return

@@ -16,9 +16,9 @@ from real_openrlhf.algo.bound_scale import BoundScale, decode
 from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.algo.score_rows import ScoreRows
 from real_openrlhf.algo.types import Group, Rollout, ScoreReading
-from real_openrlhf.data.dataset import JudgeDataset, read_prompt, report_skipped
+from real_openrlhf.data.dataset import JudgeDataset, load_rows, read_prompt
 from real_openrlhf.data.prompt import Prompt
-from real_openrlhf.data.sources import BadRow, DataError, Row, lookup, read_rows, shorten
+from real_openrlhf.data.sources import BadRow, DataError, Row, lookup, shorten
 from real_openrlhf.data.template import PromptError, PromptTemplate
 
 
@@ -53,12 +53,14 @@ class GivenDataset:
         max_prompt_tokens: int,
         response_may_lack: bool = False,
         max_samples: int | None = None,
+        seed: int = 0,
         skip_bad_rows: bool = False,
     ) -> GivenDataset:
         """Read, check and tokenise.
 
         max_len: tokens of prompt and response together; longer rows are bad ones, nothing is cut. max_prompt_tokens: of
         rows without a response, whose feedback is still to be written. response_may_lack: such rows are kept.
+        max_samples, seed: as `JudgeDataset.load` draws them.
 
         Raises DataError at the first bad row (file, row, column, reason); with skip_bad_rows only when no row is left.
         A response is bad when it writes no score of the scale where the score is read, or another one than the labels
@@ -67,32 +69,21 @@ class GivenDataset:
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no end of text; name one as eos_token in its tokenizer_config.json")
         template.check(tokenizer)
-        rows: list[GivenRow] = []
-        skipped: list[BadRow] = []
-        for index, row in enumerate(read_rows(source)):
-            item: GivenRow | Row | BadRow = row
-            if isinstance(row, Row):
-                item = _given(
-                    row,
-                    index,
-                    keys=(input_key, label_key, response_key),
-                    tokenizer=tokenizer,
-                    template=template,
-                    reader=reader,
-                    max_len=max_len,
-                    max_prompt_tokens=max_prompt_tokens,
-                    may_lack=response_may_lack,
-                )
-            if isinstance(item, GivenRow):
-                rows.append(item)
-                if len(rows) == max_samples:
-                    break
-            elif skip_bad_rows:
-                assert isinstance(item, BadRow)
-                skipped.append(item)
-            else:
-                raise DataError(f"{item}. Repair the row, or pass --data.skip_bad_rows to leave such rows out.")
-        report_skipped(source, len(rows), skipped)
+
+        def read(row: Row, index: int) -> GivenRow | BadRow:
+            return _given(
+                row,
+                index,
+                keys=(input_key, label_key, response_key),
+                tokenizer=tokenizer,
+                template=template,
+                reader=reader,
+                max_len=max_len,
+                max_prompt_tokens=max_prompt_tokens,
+                may_lack=response_may_lack,
+            )
+
+        rows, skipped = load_rows(source, read, max_samples=max_samples, seed=seed, skip_bad_rows=skip_bad_rows)
         prompts = tuple(row.prompt for row in rows)
         return cls(
             dataset=JudgeDataset(source=source, prompts=prompts, skipped=tuple(skipped), sha256=_sha256(rows)),

@@ -118,7 +118,7 @@ class PromptStream:
             raise DataError(
                 "the checkpoint was made with other prompts or labels than the data set now loaded (sha256 "
                 f"{state['data_sha256'][:12]} against {self._sha256[:12]}); check the data set, its template, the "
-                "tokenizer and --data.max_samples"
+                "tokenizer, and --data.max_samples with --train.seed"
             )
         for key, now in (("seed", self._seed), ("shuffle", self._shuffle)):
             if state[key] != now:

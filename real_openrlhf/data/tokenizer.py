@@ -6,7 +6,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from real_openrlhf.common.paths import check_model_folder
+from real_openrlhf.common.errors import one_line
+from real_openrlhf.common.model_name import check_folder
 
 # Words without marks, so that a tokenizer may put spaces around those. The line break must part words too.
 _PROBE = "Rate this answer from 1 to 5\nand end with the score 4"
@@ -19,11 +20,11 @@ def load_tokenizer(
 
     A tokenizer that does not give its text back is a ValueError too: prompts would lose words without a word.
     """
-    check_model_folder(path, name)
+    check_folder(path, name, needs_config=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{name} {path!r} has no tokenizer that loads: {error}") from error
+    except Exception as error:  # transformers, tokenizers and huggingface_hub raise many kinds
+        raise ValueError(f"{name} {path!r} has no tokenizer that loads: {one_line(error)}") from error
     lost = what_is_lost(tokenizer)
     if lost is not None:
         raise ValueError(

@@ -93,6 +93,7 @@ def load_benchmark(
     template: PromptTemplate,
     max_prompt_tokens: int,
     max_samples: int | None = None,
+    seed: int = 0,
     skip_bad_rows: bool = False,
 ) -> Benchmark:
     """Read, check and tokenise; see `JudgeDataset.load`.
@@ -109,6 +110,7 @@ def load_benchmark(
         template=template,
         max_prompt_tokens=max_prompt_tokens,
         max_samples=max_samples,
+        seed=seed,
         skip_bad_rows=skip_bad_rows,
     )
     return Benchmark(

@@ -23,12 +23,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from real_openrlhf.data.preferences import TIE, A, B
-from real_openrlhf.evals.intervals import Interval, Resampled, paired_interval, resample, single_interval
+from real_openrlhf.evals.intervals import Resampled, paired_interval, resample, single_interval
 from real_openrlhf.evals.predictions import EvaluationError, Prediction
 from real_openrlhf.evals.reliability import share
 from real_openrlhf.evals.results import (
     AVERAGE,
     READINGS,
+    Compared,
     Estimate,
     Settings,
     by_benchmark,
@@ -97,10 +98,8 @@ def evaluate_pairs(predictions: Sequence[Prediction], settings: Settings) -> lis
     return results
 
 
-def compare_pairs(
-    a: Sequence[Prediction], b: Sequence[Prediction], settings: Settings
-) -> dict[str, dict[Key, Interval]]:
-    """Benchmark (and "average") -> (reading, metric) -> b less a, on the pairs that both runs have scored.
+def compare_pairs(a: Sequence[Prediction], b: Sequence[Prediction], settings: Settings) -> Compared:
+    """Paired: b less a, on the pairs that both runs have scored.
 
     Raises EvaluationError when the runs did not judge the same pairs.
     """

@@ -6,9 +6,8 @@ import csv
 import io
 from collections.abc import Sequence
 
-from real_openrlhf.evals.intervals import Interval
 from real_openrlhf.evals.pair_results import SYMBOLS, PairResult, metrics_of
-from real_openrlhf.evals.results import READINGS
+from real_openrlhf.evals.results import READINGS, Compared
 from real_openrlhf.evals.tables import Notes, comparison_table, markdown, title
 from real_openrlhf.judge.pairs import SCORES
 
@@ -38,7 +37,7 @@ def pair_table(results: Sequence[PairResult], *, tie_margin: float) -> str:
     return markdown(head, lines, n_text=2) + notes.text() + f"\n\n{about}"
 
 
-def pair_comparison_table(compared: dict[str, dict[tuple[str, str], Interval]], a: str, b: str) -> str:
+def pair_comparison_table(compared: Compared, a: str, b: str) -> str:
     """A line per benchmark, reading and metric: both estimates, b less a and its interval."""
     return comparison_table(compared, a, b, SYMBOLS)
 

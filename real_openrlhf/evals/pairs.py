@@ -7,17 +7,16 @@ alone, is preferred by so much.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from real_openrlhf.data.dataset import content_hash
+from real_openrlhf.data.dataset import content_hash, load_rows
 from real_openrlhf.data.judge_prompt import Rubric
 from real_openrlhf.data.preferences import PREFERENCES, A, B
 from real_openrlhf.data.prompt import Prompt
-from real_openrlhf.data.sources import BadRow, DataError, Row, lookup, read_rows, shorten
+from real_openrlhf.data.sources import BadRow, Row, lookup, shorten
 from real_openrlhf.data.template import PromptError
 from real_openrlhf.evals.benchmarks import GROUP, Benchmark
 from real_openrlhf.evals.predictions import EvaluationError
@@ -26,8 +25,6 @@ from real_openrlhf.judge.pairs import check_mode
 from real_openrlhf.judge.rubrics import SINGLE, AnyRubric
 from real_openrlhf.judge.types import JudgeError
 
-logger = logging.getLogger(__name__)
-LISTED = 10
 PREFERENCE, SUBSET = "preference", "subset"
 _LABELS = {A: 1.0, B: -1.0}
 # What a name of a benchmark cannot have.
@@ -64,31 +61,25 @@ def load_pairs(
     group_key: str | None = None,
     by_subset: bool = False,
     max_samples: int | None = None,
+    seed: int = 0,
     skip_bad_rows: bool = False,
 ) -> list[Benchmark]:
     """One benchmark, or with by_subset one per value of the column `subset`, named "name.subset".
 
     Columns: instruction, response_a, response_b, preference ("a", "b" or "tie"), and where there are any reference,
     context, rubric, group and subset. rubric: for pairs without one; None: `general_rubric`. group_key: column of the
-    groups; None: "group" if there is such a column, else every pair is a group of its own. max_samples: pairs.
+    groups; None: "group" if there is such a column, else every pair is a group of its own. max_samples: pairs,
+    drawn by the seed (see `JudgeDataset.load`).
 
     Raises DataError at the first bad row (file, row, column, reason), unless they are skipped.
     """
     check_mode(mode)
     rubric = general_rubric(judge) if rubric is None else rubric
-    read: list[_Read] = []
-    skipped: list[BadRow] = []
-    for index, row in enumerate(read_rows(source)):
-        found = _read(row, index, judge, mode, rubric, group_key, by_subset) if isinstance(row, Row) else row
-        if isinstance(found, _Read):
-            read.append(found)
-            if len(read) == max_samples:
-                break
-        elif skip_bad_rows:
-            skipped.append(found)
-        else:
-            raise DataError(f"{found}. Repair the row, or pass --skip_bad_rows to leave such rows out.")
-    _report(source, len(read), skipped)
+
+    def read_pair(row: Row, index: int) -> _Read | BadRow:
+        return _read(row, index, judge, mode, rubric, group_key, by_subset)
+
+    read, _ = load_rows(source, read_pair, max_samples=max_samples, seed=seed, skip_bad_rows=skip_bad_rows)
     if not by_subset:
         return [_benchmark(name, source, read, mode)]
     subsets = dict.fromkeys(row.subset for row in read)
@@ -148,12 +139,3 @@ def _read(
 def _there(values: Mapping[str, Any], name: str) -> bool:
     value = values.get(name)
     return value is not None and not (isinstance(value, str) and not value.strip())
-
-
-def _report(source: str, kept: int, skipped: Sequence[BadRow]) -> None:
-    shown = "\n".join(f"  {bad}" for bad in skipped[:LISTED])
-    more = f"\n  and {len(skipped) - LISTED} more" if len(skipped) > LISTED else ""
-    if not kept:
-        raise DataError(f"{source}: no usable row is left; all {len(skipped)} are bad:\n{shown}{more}")
-    if skipped:
-        logger.warning("%s: skipped %d bad rows, kept %d:\n%s%s", source, len(skipped), kept, shown, more)

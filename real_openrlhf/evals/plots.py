@@ -11,11 +11,21 @@ import numpy as np
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.evals.predictions import Prediction
 from real_openrlhf.evals.reliability import N_BINS, decide, reliability_bins
-from real_openrlhf.evals.results import READINGS, Results, Settings, by_benchmark, column
+from real_openrlhf.evals.results import CORRELATIONS, READINGS, Compared, Results, Settings, by_benchmark, column
 
 COLORS = {"expected": "#1f6fb4", "decoded": "#d9772b"}
 NAMES = {"expected": "E[score] (RAIL)", "decoded": "written score (Standard)"}
 DPI = 130
+# Metrics whose differences are drawn, and which way is better.
+COMPARED = {
+    **{name: f"{name.capitalize()}, right is better" for name in CORRELATIONS},
+    **{name: f"{name.upper()}, left is better" for name in ("rmse", "mae")},
+}
+COMPARED_PAIRS = {
+    "accuracy": "Accuracy, right is better",
+    "accuracy_half_ties": "Accuracy, ties as ½, right is better",
+    "accuracy_three_way": "Three-way accuracy, right is better",
+}
 # More different labels than this times the scale's are shown rounded to the scale; means of three scores are not.
 MANY = 3
 
@@ -201,6 +211,56 @@ def error_by_benchmark(results: Results, settings: Settings) -> Any:
     handles = [axes[0].plot([], [], marker="o", color=COLORS[r], label=NAMES[r])[0] for r in READINGS]
     figure.legend(handles=handles, loc="outside upper center", ncols=2, fontsize=9, frameon=False)
     return figure
+
+
+def write_differences(
+    path: str | Path, compared: Mapping[str, Compared], settings: Settings, metrics: Mapping[str, str] = COMPARED
+) -> Path:
+    """See `differences`. Returns the path."""
+    return _save(Path(path).parent, Path(path).stem, differences(compared, settings, metrics))
+
+
+def differences(compared: Mapping[str, Compared], settings: Settings, metrics: Mapping[str, str] = COMPARED) -> Any:
+    """Differences of metrics (name -> what is said below the panel) with their intervals, against a line at 0.
+
+    A row of panels per pair of runs (its name -> what was compared), a line per benchmark, both readings. A ring has no
+    interval; what is undefined is said in words.
+    """
+    heights = [len(tables) + 1 for tables in compared.values()]
+    figure = _figure(1.5 + 2.2 * len(metrics), 1.2 + 0.48 * sum(heights))
+    grid = figure.subplots(
+        len(compared), len(metrics), squeeze=False, height_ratios=heights, sharex="col", sharey="row"
+    )
+    for panels, (name, tables) in zip(grid, compared.items()):
+        for axes, metric in zip(panels, metrics):
+            _differences(axes, tables, metric)
+        panels[0].set_yticks(range(len(tables)), list(tables))
+        panels[0].set_ylim(len(tables) - 0.5, -0.5)
+        panels[0].set_title(name, loc="left", fontsize=9)
+    for axes, label in zip(grid[-1], metrics.values()):
+        axes.set_xlabel(label, fontsize=9)
+        axes.tick_params(axis="x", labelsize=8)
+    handles = [grid[0][0].plot([], [], marker="o", color=COLORS[r], label=NAMES[r])[0] for r in READINGS]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+    figure.suptitle(f"Differences with {100 * settings.confidence:g}% intervals, paired", fontsize=11)
+    return figure
+
+
+def _differences(axes: Any, compared: Compared, metric: str) -> None:
+    axes.axvline(0, color="0.5", linewidth=1, linestyle="--", zorder=1)
+    for offset, reading in ((-0.15, "expected"), (0.15, "decoded")):
+        for i, table in enumerate(compared.values()):
+            found, y, color = table[reading, metric], i + offset, COLORS[reading]
+            if found.difference is None:
+                place = axes.get_yaxis_transform()
+                axes.text(0.5, y, "undefined", transform=place, ha="center", va="center", fontsize=7, color=color)
+                continue
+            if found.low is not None and found.high is not None:
+                axes.plot([found.low, found.high], [y, y], color=color, linewidth=2)
+            fill = color if found.low is not None else "white"
+            axes.plot(found.difference, y, marker="o", markersize=5, color=color, markerfacecolor=fill)
+    axes.grid(alpha=0.25, axis="x")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _figure(width: float, height: float) -> Any:

@@ -43,6 +43,8 @@ REWARD = "reward"
 AVERAGE = "average"
 
 Column = tuple[list["float | None"], list[float]]
+# Benchmark (and "average") -> (reading, metric) -> second run less first.
+Compared = dict[str, dict[tuple[str, str], Interval]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +117,8 @@ def evaluate(predictions: Sequence[Prediction], settings: Settings) -> Results:
     return Results(benchmarks=tuple(benchmarks), average=average)
 
 
-def compare(
-    a: Sequence[Prediction], b: Sequence[Prediction], settings: Settings
-) -> dict[str, dict[tuple[str, str], Interval]]:
-    """Paired: benchmark (and "average") -> (reading, metric) -> b less a, on the rows that both runs have read.
+def compare(a: Sequence[Prediction], b: Sequence[Prediction], settings: Settings) -> Compared:
+    """Paired: b less a, on the rows that both runs have read.
 
     Raises EvaluationError when the runs did not judge the same rows with the same labels.
     """
@@ -225,7 +225,7 @@ def check_same_rows(a: Sequence[Prediction], b: Sequence[Prediction]) -> None:
         if lost:
             raise EvaluationError(
                 f"the runs cannot be paired: row {lost[0][1]} of {lost[0][0]} and {len(lost) - 1} others are not in "
-                f"the {side} run; judge the same benchmarks with both, to the end"
+                f"the {side} run; judge the same benchmarks with both, to the end, and --max_samples with one --seed"
             )
     for key, label in labels_a.items():
         if labels_b[key] != label:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from real_openrlhf.evals.intervals import Interval
 from real_openrlhf.evals.predictions import EvaluationError
 from real_openrlhf.evals.results import (
     AVERAGE,
@@ -17,6 +16,7 @@ from real_openrlhf.evals.results import (
     READINGS,
     SCORE_METRICS,
     BenchmarkResult,
+    Compared,
     Estimate,
     Results,
     keys,
@@ -36,6 +36,10 @@ SYMBOLS = {
     "forced_rate": "forced",
     "undecoded_rate": "no written score",
 }
+LEGEND = (
+    "Correlations ×100 (r Pearson, ρ Spearman, τ Kendall's tau-b); forced: share of responses whose score was read "
+    "behind a forced anchor."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,20 +52,26 @@ class NamedResults:
 
 
 def paper_table(runs: Sequence[NamedResults]) -> str:
-    """Correlations x100: a line per run and reading, three columns per benchmark, the average last."""
+    """Correlations x100: a line per run and reading, three columns per benchmark, the average last.
+
+    A fourth column, which the paper does not have: the share of responses whose score had to be forced.
+    """
     shown = _benchmark_names(runs)
     head = ["Method", "Training", "Inference"]
     for name in shown:
         title = "Average" if name == AVERAGE else PAPER_NAMES.get(name, name)
-        head += [f"{title} {SYMBOLS['pearson']}", SYMBOLS["spearman"], SYMBOLS["kendall"]]
+        head += [f"{title} {SYMBOLS['pearson']}", *(SYMBOLS[m] for m in ("spearman", "kendall", "forced_rate"))]
     lines, notes = [], Notes()
     for run in runs:
         found = _by_name(run.results)
         for reading, inference in READINGS.items():
             cells = [run.method, run.training, inference]
             for name in shown:
-                for metric in CORRELATIONS:
-                    cells.append(notes.cell(found[name].scores[reading][metric], "100") if name in found else "")
+                if name not in found:
+                    cells += [""] * (len(CORRELATIONS) + 1)
+                    continue
+                cells += [notes.cell(found[name].scores[reading][metric], "100") for metric in CORRELATIONS]
+                cells.append(notes.cell(found[name].rates["forced_rate"], "share"))
             lines.append(cells)
     return markdown(head, lines, n_text=3) + notes.text()
 
@@ -99,9 +109,7 @@ def details_table(results: Results) -> str:
     )
 
 
-def comparison_table(
-    compared: dict[str, dict[tuple[str, str], Interval]], a: str, b: str, symbols: Mapping[str, str] = SYMBOLS
-) -> str:
+def comparison_table(compared: Compared, a: str, b: str, symbols: Mapping[str, str] = SYMBOLS) -> str:
     """A line per benchmark, reading and metric: both estimates, b less a and its interval. symbols: metric -> name."""
     lines = []
     for name, table in compared.items():
@@ -165,7 +173,7 @@ class Notes:
         self.notes: list[str] = []
 
     def cell(self, found: Estimate, form: str) -> str:
-        """form "100": the estimate x100 with one decimal; "interval": estimate and bounds with three."""
+        """form "100": the estimate x100 with one decimal; "share": in percent; "interval": three, and bounds."""
         mark = ""
         if found.note and (found.estimate is None or form == "interval"):
             if found.note not in self.notes:
@@ -173,8 +181,8 @@ class Notes:
             mark = f" ({self.notes.index(found.note) + 1})"
         if found.estimate is None:
             return f"-{mark}"
-        if form == "100":
-            return f"{100 * found.estimate:.1f}"
+        if form in ("100", "share"):
+            return f"{100 * found.estimate:.1f}" + ("%" if form == "share" else "")
         bounds = "" if found.low is None else f" [{found.low:.3f}, {found.high:.3f}]"
         return f"{found.estimate:.3f}{bounds}{mark}"
 

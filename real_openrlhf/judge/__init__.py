@@ -3,7 +3,7 @@
 types.py     what a judgement is, and the Protocol that engines and servers fit
 scoring.py   the core: generate once, read the distribution, force the anchor where no score came
 backends: VLLMBackend in this process (engine.py), ServerBackend over HTTP (server.py)
-judge.py     the `Judge` class; cli.py is `python -m real_openrlhf.judge`
+judge.py     the `Judge` class; cli.py is `python -m real_openrlhf.judge`, cli_args.py its flags
 """
 
 from __future__ import annotations

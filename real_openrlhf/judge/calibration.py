@@ -20,11 +20,11 @@ from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.common.atomic_file import write_text
 from real_openrlhf.common.numeric import CONSTANT
 from real_openrlhf.export.settings import ExportError, read_json
+from real_openrlhf.judge.types import CALIBRATION_METHODS
 
 FILE = "calibration.json"
 FORMAT = "real_openrlhf.calibration"
 FORMAT_VERSION = 1
-METHODS = ("isotonic", "linear")
 # Fewer rows say more about themselves than about the judge.
 MIN_ROWS = 20
 
@@ -54,8 +54,8 @@ class Calibration:
     rmse_after: float
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise CalibrationError(f"the method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.method not in CALIBRATION_METHODS:
+            raise CalibrationError(f"the method must be one of {', '.join(CALIBRATION_METHODS)}, got {self.method!r}")
         if len(self.x) != len(self.y) or len(self.x) < 2 or not all(map(_is_number, (*self.x, *self.y))):
             raise CalibrationError("x and y must be two lists of as many finite numbers, at least two")
         if any(b <= a for a, b in zip(self.x, self.x[1:])) or any(b < a for a, b in zip(self.y, self.y[1:])):
@@ -76,8 +76,8 @@ class Calibration:
         Raises CalibrationError for fewer than MIN_ROWS rows, constant scores or labels, labels off
         the scale, and for a linear fit that falls.
         """
-        if method not in METHODS:
-            raise CalibrationError(f"the method must be one of {', '.join(METHODS)}, got {method!r}")
+        if method not in CALIBRATION_METHODS:
+            raise CalibrationError(f"the method must be one of {', '.join(CALIBRATION_METHODS)}, got {method!r}")
         if len(scores) != len(labels):
             raise CalibrationError(f"{len(scores)} scores, but {len(labels)} labels")
         if len(scores) < MIN_ROWS:

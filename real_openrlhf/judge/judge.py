@@ -25,13 +25,11 @@ from real_openrlhf.judge.pairs import ONE_PROMPT, SCORES, check_mode, check_tie_
 from real_openrlhf.judge.resolve_settings import find_settings, make_reader
 from real_openrlhf.judge.rubrics import SINGLE, AnyRubric, as_dimensions, check_weights, combine
 from real_openrlhf.judge.scoring import average, room_for_forcing, score_prompts
-from real_openrlhf.judge.types import JudgeBackend, JudgeError, Score
+from real_openrlhf.judge.types import MAX_PROMPT_TOKENS, JudgeBackend, JudgeError, Score
 
 # Dimension -> prompt; the one dimension of a single rubric is "".
 Prepared = dict[str, Prompt]
 ITEM_KEYS = ("instruction", "response", "rubric", "reference", "context")
-# Room for the prompt in an engine of the judge's own.
-MAX_PROMPT_TOKENS = 3072
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from real_openrlhf.algo.sampling import Sampling
-from real_openrlhf.algo.types import Group
 from real_openrlhf.data.prompt import Prompt
+
+if TYPE_CHECKING:  # it needs torch, which command lines do without until their flags are parsed
+    from real_openrlhf.algo.types import Group
 
 # Key of a judgement in an output row.
 RESULT = "judgement"
+# Room for the prompt in an engine of the judge's own.
+MAX_PROMPT_TOKENS = 3072
+CALIBRATION_METHODS = ("isotonic", "linear")
 
 
 class JudgeError(ValueError):

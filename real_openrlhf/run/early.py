@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from real_openrlhf.common.paths import check_model_folder
+from real_openrlhf.common.model_name import check_model
 from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.config.sampling import evaluation_sampling, rollout_sampling
 from real_openrlhf.config.schema import Config
@@ -20,7 +20,7 @@ def check_early(config: Config) -> None:
     validate(config)
     if config.assume_gpus is not None:
         AssumedGpus.parse(config.assume_gpus)
-    check_model_folder(config.actor.model_name_or_path, "--actor.model_name_or_path")
+    check_model(config.actor.model_name_or_path, "--actor.model_name_or_path")
     sources = [("--data.prompt_dataset", config.data.prompt_dataset)]
     sources += [("--eval.dataset", source) for source in benchmark_sources(config).values()]
     for flag, source in sources:

@@ -89,6 +89,7 @@ def load_inputs(config: Config) -> Inputs:
             config.data.prompt_dataset,
             max_prompt_tokens=longest,
             max_samples=config.data.max_samples,
+            seed=config.train.seed,
             scale=config.real.score_scale,
             **_reading(config, tokenizer, template),
         )
@@ -123,6 +124,7 @@ def load_given(
         max_prompt_tokens=longest,
         response_may_lack=config.warmup.feedback != "given",
         max_samples=config.data.max_samples,
+        seed=config.train.seed,
         **_reading(config, tokenizer, template),
     )
 
@@ -200,6 +202,7 @@ def load_benchmarks(
             group_key=None,
             max_prompt_tokens=config.data.max_len - config.rollout.max_new_tokens - room,
             max_samples=config.eval.max_samples,
+            seed=config.eval.seed,
             scale=config.real.score_scale,
             **_reading(config, tokenizer, template),
         )

@@ -23,6 +23,7 @@ from real_openrlhf.actors.sync.transfer import free_port
 from real_openrlhf.algo.sampling import Sampling
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.data.tokenizer import load_tokenizer
+from real_openrlhf.evals import command
 from real_openrlhf.evals.report import load_run
 from real_openrlhf.judge.judge import Judge
 from real_openrlhf.judge.resolve_settings import plain_settings
@@ -171,7 +172,7 @@ def test_an_evaluation_through_both_backends(stack: SimpleNamespace, tmp_path: P
     for name, more in (("local", []), ("remote", ["--feedback_of", str(tmp_path / "local")])):
         args = evaluate.parse_args([*flags, "--output_dir", str(tmp_path / name), *more])
         evaluate.check(args)
-        assert "| RAIL |" in evaluate.run(args, backend=getattr(stack, name).backend)
+        assert "| RAIL |" in command.run(args, backend=getattr(stack, name).backend)
         runs[name] = load_run(tmp_path / name)
     pairs = list(zip(runs["local"].predictions, runs["remote"].predictions, strict=True))
     assert len(pairs) == 40

@@ -102,12 +102,13 @@ def test_everything_is_written(run, tmp_path: Path, capsys: pytest.CaptureFixtur
     table = {(r["benchmark"], r["reading"], r["metric"]): r for r in csv.DictReader((out / "results.csv").open())}
     assert float(table["flask", "expected", "pearson"]["estimate"]) == pytest.approx(want)
     markdown = (out / "results.md").read_text()
-    assert "| Tiny | SFT | RAIL |" in markdown and "| FLASK r | ρ | τ | MT Bench r |" in markdown
+    assert "| Tiny | SFT | RAIL |" in markdown and "| FLASK r | ρ | τ | forced | MT Bench r |" in markdown
     assert f"| {100 * want:.1f} |" in markdown and "Average r" in markdown
     plots = {f"{b}_{kind}.png" for b in ("flask", "mt_bench") for kind in ("scatter", "reliability", "confusion")}
     assert {p.name for p in (out / "plots").iterdir()} == plots | {"error_by_benchmark.png"}
     shown = capsys.readouterr()
-    assert "| Tiny | SFT | Standard |" in shown.out and "12/12" in shown.err
+    assert "| Tiny | SFT | Standard |" in shown.out and "| forced |" in shown.out and "forced anchor" in shown.out
+    assert "12/12" in shown.err
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(run, tmp_path: Path) -> None:
@@ -168,7 +169,10 @@ def test_two_runs_are_compared_in_pairs(run, tmp_path: Path, capsys) -> None:
     folders = [str(tmp_path / name) for name in ("one", "three")]
     assert evaluate.main(["--compare", *folders, "--output_dir", str(tmp_path / "c"), "--n_resamples", "40"]) == 0
     text = capsys.readouterr().out
-    assert text.rstrip() == (tmp_path / "c" / "comparison.md").read_text().rstrip()
+    plot = tmp_path / "c" / "comparison.png"
+    assert plot.read_bytes().startswith(b"\x89PNG") and text.endswith(f"plot of the differences: {plot}\n")
+    written = (tmp_path / "c" / "comparison.md").read_text()
+    assert written.startswith(text[: text.index("\nplot of")]) and written.endswith("](comparison.png)\n")
     assert "## better less judge" in text and "| judge |  | RAIL |" in text
     content = json.loads((tmp_path / "c" / "comparison.json").read_text())
     found = content["comparisons"][0]["benchmarks"]["flask"]["expected/mae"]
@@ -207,7 +211,19 @@ def test_the_feedback_of_another_run_is_read_anew(run, tmp_path: Path, caplog, c
         assert (a["row"], a["group"], a["label"]) == (b["row"], b["group"], b["label"])
     assert run("--feedback_of", str(tmp_path / "one"), "--max_samples", "3", out="less") == 0
     assert run("--feedback_of", str(tmp_path / "less"), out="more") == 2
-    assert "row 3 of flask is missing there" in capsys.readouterr().err
+    kept = {r["row"] for r in lines(tmp_path / "less" / "predictions.jsonl")[1:4]}
+    missing = min(set(range(len(ROWS))) - kept)
+    assert f"row {missing} of flask is missing there" in capsys.readouterr().err
+
+
+def test_a_sample_is_that_of_the_seed(run, tmp_path: Path, capsys) -> None:
+    for out, seed in (("a", "5"), ("b", "5"), ("c", "6")):
+        assert run("--max_samples", "3", "--seed", seed, out=out) == 0
+    rows = {out: [(r["benchmark"], r["row"]) for r in lines(tmp_path / out / "predictions.jsonl")[1:]] for out in "abc"}
+    assert rows["a"] == rows["b"] != rows["c"] and len(rows["a"]) == 6
+    assert [row for name, row in rows["a"] if name == "flask"] == sorted({row for _, row in rows["a"]})
+    assert evaluate.main(["--compare", *[str(tmp_path / out) for out in "ac"]]) == 2
+    assert "--max_samples with one --seed" in capsys.readouterr().err
 
 
 def test_constant_labels_are_said_in_words(run, tmp_path: Path, capsys) -> None:

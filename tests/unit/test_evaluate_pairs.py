@@ -119,6 +119,18 @@ def test_pairs_beside_a_benchmark_and_by_subset(run, tmp_path: Path) -> None:
     assert {p.name for p in (tmp_path / "out/plots").iterdir() if p.name.startswith("two")} == set()
 
 
+def test_a_sample_of_pairs_is_that_of_the_seed(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "many.jsonl", PAIRS * 5)
+    for out, seed in (("a", "5"), ("b", "5"), ("c", "6")):
+        assert run("--max_samples", "4", "--seed", seed, out=out, file="many.jsonl") == 0
+    rows = {out: [r["row"] for r in lines(tmp_path / out / "predictions.jsonl")[1:]] for out in "abc"}
+    # Both rows of each pair, in the file's order, and not its first ones.
+    assert rows["a"] == rows["b"] == [row for first in sorted(rows["a"])[::2] for row in (first, first + 1)]
+    assert len(rows["a"]) == 8 and rows["a"] != rows["c"] and list(range(8)) not in rows.values()
+    assert evaluate.main(["--compare", str(tmp_path / "a"), str(tmp_path / "c")]) == 2
+    assert "--max_samples with one --seed" in capsys.readouterr().err
+
+
 def test_two_runs_on_pairs_are_compared(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--method", "one", out="one") == 0
     probs = dict(PROBS)
@@ -133,7 +145,12 @@ def test_two_runs_on_pairs_are_compared(run, tmp_path: Path, capsys: pytest.Capt
     found = content["pairs"]["two"]["expected/accuracy"]
     # Of the three with a preferred response the first run has two right, and the second, to which good is bad, two.
     assert content["benchmarks"] == {} and (found["estimate_a"], found["estimate_b"]) == pytest.approx((2 / 3, 2 / 3))
-    assert "| two | RAIL | three-way ↑ | 4 |" in (tmp_path / "c/comparison.md").read_text()
+    assert "| two | RAIL | three-way ↑ | 4 |" in (text := (tmp_path / "c/comparison.md").read_text())
+    # No benchmark of single responses, so neither the paper's table nor their plot.
+    plot = tmp_path / "c/comparison_pairs.png"
+    assert {p.name for p in (tmp_path / "c").iterdir()} == {"comparison.json", "comparison.md", plot.name}
+    assert plot.read_bytes().startswith(b"\x89PNG") and text.endswith("](comparison_pairs.png)\n")
+    assert "Correlations" not in text and f"plot of the differences: {plot}\n" in capsys.readouterr().out
     run.server.model = says_of_two
     assert run("--pair_mode", "one_prompt", name="r.txt", out="three") == 0
     capsys.readouterr()

@@ -84,9 +84,55 @@ def test_no_module_imports_itself_by_a_detour() -> None:
     TopologicalSorter(graph()).prepare()
 
 
-@pytest.mark.parametrize(("command", "light"), [("real_openrlhf.config.cli", ["torch", *HEAVY])])
-def test_flags_are_parsed_before_anything_heavy_is_imported(command: str, light: list[str]) -> None:
-    code = f"import json, sys, {command}\nprint(json.dumps([name for name in {light!r} if name in sys.modules]))"
+COMMANDS = {
+    "real_openrlhf.train_real": [["--help"], ["--actor.lr", "1"]],
+    "real_openrlhf.train_warmup": [["--help"], ["--actor.lr", "1"]],
+    "real_openrlhf.evaluate": [
+        ["--help"],
+        ["--no_such_flag"],
+        ["--n", "0"],
+        ["--model", "m"],
+        ["--tie_margin", "-1"],
+        ["--model", "m", "--pairs", "p", "--output_dir", "o", "--rubric", "nowhere.txt"],
+    ],
+    "real_openrlhf.judge.cli": [
+        ["--help"],
+        ["serve", "--help"],
+        ["calibration", "fit", "--help"],
+        ["calibrate"],
+        ["--model", "m", "--input", "i", "--n", "0"],
+        ["serve", "--model", "m", "--no_such_flag"],
+    ],
+}
+
+
+@pytest.mark.parametrize(("command", "words"), [(name, words) for name, all_ in COMMANDS.items() for words in all_])
+def test_help_and_mistakes_in_flags_need_nothing_heavy(command: str, words: list[str]) -> None:
+    code = (
+        f"import json, sys\nfrom {command} import main\n"
+        f"try: code = main({words!r})\nexcept SystemExit as end: code = end.code\n"
+        f"print()\nprint(json.dumps([code, [name for name in {['torch', *HEAVY]!r} if name in sys.modules]]))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout.splitlines()[-1]) == [0 if "--help" in words else 2, []]
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("real_openrlhf.config.cli", ["--actor.model_name_or_path", "m", "--data.prompt_dataset", "d"]),
+        ("real_openrlhf.evaluate", ["--model", "m", "--benchmark", "t=d", "--output_dir", "o"]),
+        ("real_openrlhf.evaluate", ["--model", "m", "--pairs", "t=d", "--output_dir", "o", "--rubric", "Is it?"]),
+        ("real_openrlhf.judge.cli_args", ["--model", "m", "--input", "d"]),
+        ("real_openrlhf.judge.cli_args", ["serve", "--model", "m"]),
+        ("real_openrlhf.judge.cli_args", ["calibration", "fit", "--model", "m", "--data", "d"]),
+    ],
+)
+def test_flags_are_parsed_before_anything_heavy_is_imported(module: str, words: list[str]) -> None:
+    code = (
+        f"import json, sys\nfrom {module} import parse_args\nassert parse_args({words!r})\n"
+        f"print(json.dumps([name for name in {['torch', *HEAVY]!r} if name in sys.modules]))"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(result.stdout) == []
 

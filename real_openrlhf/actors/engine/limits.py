@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from real_openrlhf.actors.engine.spec import EngineSpecError
+from real_openrlhf.common.errors import one_line
 
 # Where configurations keep the number of positions, as vLLM 0.29 looks for it (model_arch_config_convertor.py).
 _POSITION_KEYS = (
@@ -46,7 +47,7 @@ class ModelLimits:
         try:
             config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
         except Exception as error:  # transformers and huggingface_hub raise many kinds
-            raise EngineSpecError(f"{model} has no configuration that loads: {error}") from error
+            raise EngineSpecError(f"{model} has no configuration that loads: {one_line(error)}") from error
         return cls(
             positions=_positions(config),
             heads=getattr(config, "num_attention_heads", None),

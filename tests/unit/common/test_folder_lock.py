@@ -140,6 +140,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 def test_every_command_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = str(write_rows(tmp_path / "rows.jsonl", make_rows(4, seed=0)))
     make_tokenizer().save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text('{"model_type": "llama"}')
     out, model = str(tmp_path / "out"), str(tmp_path / "m")
     calls = (
         (data.main, ["generic", "--scale=1-5", "--map", "prompt=prompt", "--source", rows, "--output_dir", out]),

@@ -13,7 +13,7 @@ from real_openrlhf.common.paths import expand, looks_like_a_path, path_argument,
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.data import __main__ as data
 from real_openrlhf.judge import cli as judge
-from real_openrlhf.judge.cli_tools import fit_args, serve_args
+from real_openrlhf.judge.cli_args import fit_args, serve_args
 from real_openrlhf.judge.output import open_output
 from real_openrlhf.judge.rubrics import read_rubric
 from tests.helpers.tiny_judge import make_rows, write_rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from decimal import Decimal
 
 import pyarrow as pa
@@ -173,9 +174,46 @@ def test_csv(tmp_path):
     assert [p.label for p in load(str(path), skip_bad_rows=True).prompts] == [3.0]
 
 
-def test_max_samples_stops_reading(tmp_path):
-    source = write(tmp_path / "d.jsonl", [row(1), row(2), row("bad")])
-    assert [p.label for p in load(source, max_samples=2).prompts] == [1.0, 2.0]
+def drawn(source, n, seed, **change):
+    return [p.row for p in load(source, max_samples=n, seed=seed, **change).prompts]
+
+
+def test_max_samples_is_a_sample_by_the_seed_in_the_sources_order(tmp_path):
+    source = write(tmp_path / "d.jsonl", [row(1 + i / 10) for i in range(40)])
+    first = load(source, max_samples=10, seed=3)
+    assert drawn(source, 10, 3) == [p.row for p in first.prompts] == sorted(p.row for p in first.prompts)
+    # A prompt's row is where it stands in the file, and what belongs to it comes along.
+    assert [p.label for p in first.prompts] == [1 + p.row / 10 for p in first.prompts]
+    assert drawn(source, 10, 4) != drawn(source, 10, 3) != list(range(10))
+    assert set(drawn(source, 10, 3)) < set(drawn(source, 20, 3))
+    assert drawn(source, 40, 3) == drawn(source, 99, 3) == list(range(40))
+
+
+def test_every_row_is_drawn_as_often_as_any_other(tmp_path):
+    source = write(tmp_path / "d.jsonl", [row(1)] * 6)
+    counts = Counter(index for seed in range(600) for index in drawn(source, 2, seed))
+    # 200 expected each; chi-square with 5 degrees of freedom is below 20.5 in 999 of 1000.
+    assert sum(counts.values()) == 1200 and sum((counts[i] - 200) ** 2 / 200 for i in range(6)) < 20.5
+
+
+def test_a_sample_skips_bad_rows_and_fills_up(tmp_path):
+    source = write(tmp_path / "d.jsonl", [row(1) if i % 2 else row("bad") for i in range(20)])
+    data = load(source, max_samples=7, seed=0, skip_bad_rows=True)
+    rows = [p.row for p in data.prompts]
+    assert len(rows) == 7 and all(index % 2 for index in rows) and rows == sorted(rows)
+    places = [bad.place.index for bad in data.skipped]
+    assert places and places == sorted(places)
+    assert len(drawn(source, 15, 0, skip_bad_rows=True)) == 10
+
+
+def test_a_bad_row_that_is_not_drawn_is_not_looked_at(tmp_path):
+    rows = [row(1) for _ in range(10)]
+    good = drawn(write(tmp_path / "a.jsonl", rows), 4, 0)
+    rows[next(i for i in range(10) if i not in good)] = "{broken"
+    assert drawn(write(tmp_path / "b.jsonl", rows), 4, 0) == good
+    rows[good[1]] = row("bad")
+    with pytest.raises(DataError, match=rf"line {good[1] + 1}, column 'label'"):
+        drawn(write(tmp_path / "c.jsonl", rows), 4, 0)
 
 
 @pytest.mark.parametrize(

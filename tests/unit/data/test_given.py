@@ -10,6 +10,7 @@ import pytest
 from real_openrlhf.algo.bound_scale import bind_scale
 from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.data.dataset import JudgeDataset
 from real_openrlhf.data.given import GivenDataset, encode_response, given_group, with_responses
 from real_openrlhf.data.sources import DataError
 from real_openrlhf.data.template import PromptError, PromptTemplate
@@ -106,6 +107,29 @@ def test_rows_without_a_response_are_kept_where_a_model_will_write_it(tmp_path: 
 def test_the_hash_is_of_prompts_labels_and_responses(tmp_path: Path) -> None:
     rows = [GOOD, {**GOOD, "prompt": "rate"}, {**GOOD, "response": f"{ANCHOR}4"}, {**GOOD, "label": 3.5}]
     assert len({load(tmp_path, row).dataset.sha256 for row in rows}) == 4
+
+
+def test_max_samples_draws_the_rows_that_reinforcement_would_train_on(tmp_path: Path) -> None:
+    rows = [{**GOOD, "label": n % 2 + 4, "response": f"{ANCHOR}{n % 2 + 4}"} for n in range(12)]
+    rows[3] = {"prompt": "a"}
+    given = load(tmp_path, *rows, max_samples=5, seed=6, skip_bad_rows=True)
+    same = JudgeDataset.load(
+        str(tmp_path / "sft.jsonl"),
+        input_key="prompt",
+        label_key="label",
+        scale=reader().bound.scale,
+        tokenizer=TOKENIZER,
+        template=PromptTemplate(),
+        max_prompt_tokens=8,
+        max_samples=5,
+        seed=6,
+        skip_bad_rows=True,
+    )
+    drawn = [prompt.row for prompt in given.dataset.prompts]
+    assert drawn == [prompt.row for prompt in same.prompts] == sorted(given.responses) != [0, 1, 2, 4, 5]
+    assert [words(given.responses[row]).split()[-2] for row in drawn] == [str(row % 2 + 4) for row in drawn]
+    others = [load(tmp_path, *rows, max_samples=5, seed=seed, skip_bad_rows=True) for seed in range(7, 10)]
+    assert any([prompt.row for prompt in other.dataset.prompts] != drawn for other in others)
 
 
 def test_no_end_of_text_is_an_error(tmp_path: Path) -> None:

@@ -101,7 +101,9 @@ def test_groups(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     assert load(path, rows).groups == ("x", "x", "7")
     assert load(path, rows, group_key="id.q").groups == ("0", "1", "2")
-    assert load(path, rows, max_samples=2).groups == ("x", "x")
+    some = load(path, rows, max_samples=2, seed=1)
+    assert some.groups == tuple(str(rows[p.row]["group"]) for p in some.prompts)
+    assert {load(path, rows, max_samples=1, seed=seed).groups for seed in range(9)} == {("x",), ("7",)}
     bare = [{"prompt": "fine judge", "label": 3}] * 3
     assert load(path, bare).groups == ("0", "1", "2")
     # Rows that are left out do not shift the groups.

@@ -17,6 +17,8 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Flags with which nothing is wrong so far."""
     folder = tmp_path_factory.mktemp("early")
     (folder / "model").mkdir()
+    (folder / "model/config.json").write_text("{}")
+    (folder / "empty").mkdir()
     (folder / "train.jsonl").write_text('{"prompt": "p", "label": 3}\n')
     return {
         "actor.model_name_or_path": str(folder / "model"),
@@ -36,6 +38,7 @@ MISTAKES = {
     "contradiction on a device": ({"real.device": "cpu", "train.colocate_all": "true"}, "needs GPUs"),
     "form of assumed GPUs": ({"assume_gpus": "8 cards", "dry_run": "true"}, "write GPUSxMEMORY"),
     "no such model": ({"actor.model_name_or_path": "/nowhere/m"}, "'/nowhere/m': there is no such folder"),
+    "no model": ({"actor.model_name_or_path": "{folder}/empty"}, "empty': the folder is empty"),
     "no such prompts": (
         {"data.prompt_dataset": "{folder}/trian.jsonl"},
         "jsonl: there is no such file or folder (did you",

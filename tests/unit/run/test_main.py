@@ -211,6 +211,7 @@ def test_an_output_dir_that_holds_something(
 
 def test_a_model_without_a_tokenizer(flags: Flags, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text('{"model_type": "llama"}')
     flags["actor.model_name_or_path"] = str(tmp_path / "empty")
     assert main(argv(flags)) == 2
     assert "error: --actor.model_name_or_path" in (err := capsys.readouterr().err) and "no tokenizer that loads" in err
