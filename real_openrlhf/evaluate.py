@@ -2,6 +2,7 @@
 
     python -m real_openrlhf.evaluate --model JUDGE --benchmark flask=FILE mt_bench=FILE \\
         --output_dir runs/eval/judge
+    python -m real_openrlhf.evaluate --model JUDGE --pairs judgebench=FILE --output_dir runs/eval/pairs
     python -m real_openrlhf.evaluate --compare runs/eval/base runs/eval/judge
 
 Interrupted, the same command goes on where it stopped. What is written: `evals.report`; what the numbers mean:
@@ -23,6 +24,7 @@ from real_openrlhf.common.home import use_writable_caches
 from real_openrlhf.common.paths import path_argument
 from real_openrlhf.evals.benchmarks import Benchmark, load_benchmark, parse_benchmarks
 from real_openrlhf.evals.judging import earlier_predictions, identity_of, judge_all, largest_difference, name_of
+from real_openrlhf.evals.pairs import load_pairs
 from real_openrlhf.evals.predictions import EvaluationError
 from real_openrlhf.evals.report import (
     PREDICTIONS,
@@ -32,9 +34,10 @@ from real_openrlhf.evals.report import (
     write_comparison,
     write_report,
 )
-from real_openrlhf.evals.tables import NamedResults, paper_table
 from real_openrlhf.judge.cli_model import add_model, chosen_settings, read_key
 from real_openrlhf.judge.judge import Judge
+from real_openrlhf.judge.pairs import MODES, SCORES, check_tie_margin
+from real_openrlhf.judge.rubrics import read_rubric
 from real_openrlhf.judge.types import JudgeBackend
 
 logger = logging.getLogger(__name__)
@@ -59,6 +62,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_model(parser, required=False)
     add = parser.add_argument
     add("--benchmark", nargs="+", action="extend", metavar="NAME=PATH", help="files of judged prompts")
+    add("--pairs", nargs="+", action="extend", metavar="NAME=PATH", help="files of pairs of responses, one preferred")
     add("--output_dir", type=path_argument, help="folder of this evaluation; with --compare, of the comparison")
     add(
         "--compare",
@@ -75,6 +79,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--group_key", help="column of what rows share (question, pair); 'group' where there is one")
     data.add_argument("--max_samples", type=int, help="use the first so many rows of each benchmark")
     data.add_argument("--skip_bad_rows", action="store_true", help="count and list bad rows and go on without them")
+    pairs = parser.add_argument_group("pairs")
+    pairs.add_argument(
+        "--pair_mode", choices=MODES, default=SCORES, help="each response by itself, or both in one prompt"
+    )
+    pairs.add_argument("--tie_margin", type=float, default=0.0, help="scores that differ by no more are a tie")
+    pairs.add_argument("--by_subset", action="store_true", help="a benchmark per value of the column subset")
+    pairs.add_argument("--rubric", help="text, .json or .txt file, for pairs without one; a general one when not given")
+    pairs.add_argument("--template", help="name or file: how a pair becomes prompts; the export's, else paper")
+    pairs.add_argument("--other_template", action="store_true", help="one that the judge was not trained on")
     judging = parser.add_argument_group("judging")
     judging.add_argument("--n", type=int, default=1, help="generations per prompt, averaged")
     judging.add_argument("--temperature", type=float, help="0: greedy, as for --n 1 when not given")
@@ -105,15 +118,23 @@ def check(args: argparse.Namespace) -> None:
             raise EvaluationError(f"--{name} must be at least {least}, got {value}")
     if not 0 < args.confidence < 1:
         raise EvaluationError(f"--confidence must lie between 0 and 1, got {args.confidence}")
+    check_tie_margin(args.tie_margin)
     if args.compare is not None:
-        if args.benchmark or args.model:
-            raise EvaluationError("--compare reads evaluations that are done; drop --model and --benchmark")
+        if args.benchmark or args.pairs or args.model:
+            raise EvaluationError(
+                "--compare reads evaluations that are done; drop --model and --benchmark (or --pairs)"
+            )
         if len(args.compare) < 2:
             raise EvaluationError("--compare needs two output folders or more")
         return
-    for name in ("model", "benchmark", "output_dir"):
-        if not getattr(args, name):
-            raise EvaluationError(f"--{name} is required, unless finished evaluations are compared by --compare")
+    given = (("model", args.model, ""), ("benchmark", args.benchmark or args.pairs, " (or --pairs)"))
+    for name, value, other in (*given, ("output_dir", args.output_dir, "")):
+        if not value:
+            raise EvaluationError(f"--{name} is required{other}, unless finished evaluations are compared by --compare")
+    if not args.pairs:
+        for name in ("by_subset", "rubric", "template", "other_template"):
+            if getattr(args, name):
+                raise EvaluationError(f"--{name} is of pairs; give --pairs, or drop it")
 
 
 def make_judge(args: argparse.Namespace, backend: JudgeBackend | None = None) -> Judge:
@@ -131,6 +152,8 @@ def make_judge(args: argparse.Namespace, backend: JudgeBackend | None = None) ->
         server_options=options,
         backend=backend,
         settings=chosen_settings(args),
+        template=args.template,
+        other_template=args.other_template,
         n=args.n,
         temperature=args.temperature,
         top_p=args.top_p,
@@ -147,7 +170,8 @@ def load_benchmarks(args: argparse.Namespace, judge: Judge) -> list[Benchmark]:
     """All benchmarks, checked and tokenised for this judge."""
     limit = judge.max_prompt_tokens
     try:
-        return [
+        names = parse_benchmarks(args.benchmark or (), "--benchmark")
+        found = [
             load_benchmark(
                 name,
                 source,
@@ -161,13 +185,41 @@ def load_benchmarks(args: argparse.Namespace, judge: Judge) -> list[Benchmark]:
                 max_samples=args.max_samples,
                 skip_bad_rows=args.skip_bad_rows,
             )
-            for name, source in parse_benchmarks(args.benchmark, "--benchmark").items()
+            for name, source in names.items()
         ]
+        found += _load_pairs(args, judge)
+        _check_names(found)
+        return found
     except ValueError as error:
         message = str(error)
         for ours, here in _FLAG_NAMES.items():
             message = message.replace(ours, here)
         raise EvaluationError(message) from error
+
+
+def _load_pairs(args: argparse.Namespace, judge: Judge) -> list[Benchmark]:
+    return [
+        benchmark
+        for name, source in parse_benchmarks(args.pairs or (), "--pairs").items()
+        for benchmark in load_pairs(
+            name,
+            source,
+            judge,
+            mode=args.pair_mode,
+            rubric=None if args.rubric is None else read_rubric(args.rubric, "--rubric"),
+            group_key=args.group_key,
+            by_subset=args.by_subset,
+            max_samples=args.max_samples,
+            skip_bad_rows=args.skip_bad_rows,
+        )
+    ]
+
+
+def _check_names(benchmarks: Sequence[Benchmark]) -> None:
+    names = [benchmark.name for benchmark in benchmarks]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise EvaluationError(f"--pairs: two benchmarks are named {doubled[0]!r}; write NAME=PATH with different names")
 
 
 def run(args: argparse.Namespace, backend: JudgeBackend | None = None) -> str:
@@ -192,9 +244,14 @@ def _run(args: argparse.Namespace, backend: JudgeBackend | None) -> str:
         logger.info("%s", largest_difference(store, earlier))
     predictions = [store.done[b.name, prompt.row] for b in benchmarks for prompt in b.prompts]
     method = args.method or name_of(args.model)
-    settings = settings_of(identity, seed=args.seed, n_resamples=args.n_resamples, confidence=args.confidence)
-    results = write_report(args.output_dir, identity, predictions, settings, method=method, training=args.training)
-    return paper_table([NamedResults(method=method, training=args.training, results=results)])
+    settings = settings_of(
+        identity,
+        seed=args.seed,
+        n_resamples=args.n_resamples,
+        confidence=args.confidence,
+        tie_margin=args.tie_margin,
+    )
+    return write_report(args.output_dir, identity, predictions, settings, method=method, training=args.training)
 
 
 def compare(args: argparse.Namespace) -> str:
@@ -204,6 +261,7 @@ def compare(args: argparse.Namespace) -> str:
         seed=args.seed,
         n_resamples=args.n_resamples,
         confidence=args.confidence,
+        tie_margin=args.tie_margin,
     )
     if args.output_dir is not None:
         with FolderLock(args.output_dir, "--output_dir"):

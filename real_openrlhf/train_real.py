@@ -11,9 +11,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from real_openrlhf.common.home import HomeError, use_writable_caches
+from real_openrlhf.common.home import use_writable_caches
 from real_openrlhf.config.cli import parse_args
-from real_openrlhf.config.flags import ConfigError
+from real_openrlhf.run.early import check_early
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse_args(list(sys.argv[1:] if argv is None else argv))
         use_writable_caches()
-    except (ConfigError, HomeError) as error:
+        check_early(config)
+    except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     # Here: help and mistakes in flags answer before torch, transformers and Ray are imported.

@@ -43,7 +43,7 @@ def busy(n: int) -> Iterator[None]:
 def seconds(model: Path, data: Path, steps: int, spins: str) -> float:
     """Of so many optimizer steps, by the warm-up's own log; its first LOG_STEPS steps do not count."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "real_openrlhf.train_warmup", "--model_name_or_path", str(model)]
+        command = [sys.executable, "examples/quickstart/warmup.py", "--model_name_or_path", str(model)]
         command += ["--data", str(data), "--output_dir", folder, "--learning_rate", "3e-3", "--batch_size", "64"]
         command += ["--max_steps", str(steps + LOG_STEPS), "--max_len", "256", "--log_steps", str(LOG_STEPS)]
         command += ["--device", "cpu", "--seed", "0"]

@@ -31,13 +31,6 @@ WARMUP = (
     *("--learning_rate", "3e-3", "--warmup_steps", "50", "--lr_scheduler", "cosine"),
     *("--batch_size", "64", "--max_steps", "800", "--max_len", "256", "--log_steps", "20"),
 )
-REAL = (
-    *("--data.input_key", "prompt", "--data.label_key", "label", "--data.max_len", "128"),
-    *("--rollout.batch_size", "16", "--rollout.n_samples_per_prompt", "8", "--rollout.max_new_tokens", "32"),
-    *("--train.micro_batch_size", "32", "--actor.adam.lr", "2e-4"),
-    *("--real.anchor", "score ", "--real.keep_groups", "all", "--eval.steps", "25"),
-    *("--train.full_determinism_enable", "--ckpt.best_metric_key", "valid/expected/pearson"),
-)
 # Also measured here: the norms of both terms at the parameters. No watch may end a run that is to be measured.
 MEASURED = (
     *("--logger.term_grad_norm_at", "parameters", "--logger.term_grad_norm_steps", "5", "--guard.stop", "none"),
@@ -64,13 +57,16 @@ SPLITS = ("valid", "test")
 
 @dataclass(frozen=True)
 class Task:
-    """script: makes the data, in the folder's task.py; scale: of its labels."""
+    """script: makes the data. config: of the REAL run."""
 
     script: Path
-    scale: str
+    config: Path
 
 
-TASKS = {"rubric": Task(HERE / "task.py", "1-5"), "facts": Task(HERE.parent / "facts/task.py", "0-5")}
+TASKS = {
+    name: Task(folder / "task.py", folder / "config.yaml")
+    for name, folder in (("rubric", HERE), ("facts", HERE.parent / "facts"))
+}
 
 
 def run(log: Path, *words: str) -> None:
@@ -94,14 +90,14 @@ def warm_up(folder: Path, task: Task, seed: int, device: str) -> Path:
         )
         run(
             folder / "warmup.log",
-            *("-m", "real_openrlhf.train_warmup", "--model_name_or_path", str(folder / "init")),
+            *("examples/quickstart/warmup.py", "--model_name_or_path", str(folder / "init")),
             *("--data", str(folder / "data/sft.jsonl"), "--output_dir", str(folder / "warmup"), *WARMUP),
             *("--seed", str(seed), "--device", device),
         )
     return folder / "warmup"
 
 
-def measure(folder: Path, out: Path, *flags: str) -> dict[str, Any]:
+def measure(folder: Path, out: Path, config: Path, *flags: str) -> dict[str, Any]:
     """A REAL run from the seed's warm-up: its evaluations, the gradient norms of both terms, and its seconds."""
     start = time.monotonic()
     held_out = ",".join(f"{split}={folder}/data/{split}.jsonl" for split in SPLITS)
@@ -109,7 +105,7 @@ def measure(folder: Path, out: Path, *flags: str) -> dict[str, Any]:
         out.with_suffix(".log"),
         *("-m", "real_openrlhf.train_real", "--actor.model_name_or_path", str(folder / "warmup")),
         *("--data.prompt_dataset", str(folder / "data/train.jsonl"), "--eval.dataset", held_out),
-        *(*REAL, *MEASURED, "--ckpt.output_dir", str(out), *flags),
+        *("--config", str(config), *MEASURED, "--ckpt.output_dir", str(out), *flags),
     )
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
@@ -247,9 +243,9 @@ class Experiment:
             # Of this thread alone, and of the processes that it starts.
             os.sched_setaffinity(0, {core})
             out = self._folder(seed) / f"{cell}_{self.steps}_{repeat}"
-            flags = ("--train.seed", str(repeat), "--real.scale", self.task.scale, "--real.device", self.device)
+            flags = ("--train.seed", str(repeat), "--real.device", self.device)
             length = ("--train.max_steps", str(self.steps))
-            found = measure(self._folder(seed), out, *length, *flags, *CELLS[cell])
+            found = measure(self._folder(seed), out, self.task.config, *length, *flags, *CELLS[cell])
         except RuntimeError as error:
             print(f"{cell}, seed {seed}, repeat {repeat + 1} failed: {error}", file=sys.stderr, flush=True)
             return False

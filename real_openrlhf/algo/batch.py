@@ -31,7 +31,7 @@ class RealBatch:
     readable        [N] bool
     cot, score, squared_error, likelihood   [N] float32
     targets            the N labels
-    rollout_logprobs   [N, T] float32, 0 at padding
+    rollout_logprobs   [N, T] float32, 0 at padding; None where any response was given
     ref_logprobs       the same under the reference policy; None without a KL
 
     Example: a prompt of 3 tokens with rollouts of 2 and 1: L = 6, N = 2, T = 2. Token 2, the
@@ -56,7 +56,7 @@ class RealBatch:
     squared_error: Tensor
     likelihood: Tensor
     targets: Targets
-    rollout_logprobs: Tensor
+    rollout_logprobs: Tensor | None
     ref_logprobs: Tensor | None = None
 
     def __len__(self) -> int:
@@ -75,7 +75,7 @@ def denominators_of(rows: Sequence[Row], *, trains_score_token: bool) -> Denomin
     scored = sum(r.rollout.score_length for r in rows) if trains_score_token else 0
     return Denominators(
         rollouts=float(len(rows)),
-        action_tokens=float(sum(r.rollout.cot_length for r in rows) + scored),
+        action_tokens=float(sum(int(r.rollout.feedback_mask.sum()) for r in rows) + scored),
         response_tokens=float(sum(r.length for r in rows)),
     )
 
@@ -87,16 +87,19 @@ def collate(rows: Sequence[Row]) -> RealBatch:
     response_mask = torch.zeros(n, width, dtype=torch.bool)
     cot_mask = torch.zeros(n, width, dtype=torch.bool)
     score_mask = torch.zeros(n, width, dtype=torch.bool)
-    rollout_logprobs = torch.zeros(n, width)
+    given = any(r.rollout.logprobs is None for r in rows)
+    rollout_logprobs = None if given else torch.zeros(n, width)
     for i, row in enumerate(rows):
         rollout = row.rollout
         length, position = row.length, rollout.reading.position
         response_ids[i, :length] = rollout.token_ids
         response_mask[i, :length] = True
-        cot_mask[i, : rollout.cot_length] = True
+        cot_mask[i, :length] = rollout.feedback_mask
         if position is not None:
             score_mask[i, position : position + rollout.score_length] = True
-        rollout_logprobs[i, :length] = rollout.logprobs
+        if rollout_logprobs is not None:
+            assert rollout.logprobs is not None
+            rollout_logprobs[i, :length] = rollout.logprobs
 
     def per_row(name: str) -> Tensor:
         return torch.stack([getattr(r.group.coefficients, name)[r.index] for r in rows]).float()

@@ -58,13 +58,13 @@ class ScoreReading:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One sampled response, exactly as the engine produced it (token in, token out).
+    """One response: sampled, exactly as the engine produced it (token in, token out), or given by a data set.
 
     token_ids       [T] int64, the sampled ids, a final end-of-text token included if it was sampled
-    logprobs        [T] float32, log-prob of each sampled id under the engine's weights
+    logprobs        [T] float32, log-prob of each sampled id under the engine's weights; None: the response was given
     reading         where the score stands
     score_rows      R = 0 rows for an unreadable rollout, one row per inner node of the label trie else
-    score_logprobs  [R, C] float32, log-probs of the candidate tokens at each score row
+    score_logprobs  [R, C] float32, log-probs of the candidate tokens at each score row; NaN where it was given
     finish_reason   "stop" or "length"
     text            the decoded response, for logs only
 
@@ -73,7 +73,7 @@ class Rollout:
     """
 
     token_ids: Tensor
-    logprobs: Tensor
+    logprobs: Tensor | None
     reading: ScoreReading
     score_rows: ScoreRows
     score_logprobs: Tensor
@@ -88,6 +88,17 @@ class Rollout:
         invalid, so all of it carries Term 1.
         """
         return int(self.token_ids.numel()) if self.reading.position is None else self.reading.position
+
+    @property
+    def feedback_mask(self) -> Tensor:
+        """[T] bool: the tokens that are learned as feedback. Of a sampled response those of `cot_length`: what follows
+        the score did not lead to it. Of a given one all but the score's, its end included.
+        """
+        n = self.token_ids.numel()
+        mask = torch.arange(n) < self.cot_length
+        if self.logprobs is None and self.reading.position is not None:
+            mask[self.reading.position + self.score_length :] = True
+        return mask
 
     @property
     def score_length(self) -> int:

@@ -27,6 +27,12 @@ def text_argument(text: str) -> str:
     return expand(text)
 
 
+def check_model_folder(path: str, name: str) -> None:
+    """ValueError for a model that is named by its path, where there is no such folder. name: of the setting."""
+    if looks_like_a_path(path) and not Path(path).is_dir():
+        raise ValueError(f"{name} {path!r}: there is no such folder")
+
+
 def looks_like_a_path(text: str) -> bool:
     """Whether a name that is not there was meant as a path, not as a hub id ("name" or "owner/name")."""
     return text.startswith(("/", ".", "~")) or text.count("/") > 1 or "\\" in text or text.endswith("/")

@@ -63,8 +63,9 @@ def batch_plan(config: Config, n_prompts: int) -> BatchPlan:
     # The prompt stream runs on from one episode into the next; the last, short batch is left out.
     by_data = n_prompts * episodes // prompts
     if by_data == 0:
+        name = "train" if config.supervised else "rollout"
         raise ConfigError(
-            f"{n_prompts} prompts x --train.num_episodes {episodes} do not fill one step of --rollout.batch_size "
+            f"{n_prompts} prompts x --train.num_episodes {episodes} do not fill one step of --{name}.batch_size "
             f"{prompts}; lower the batch size or raise the number of episodes"
         )
     total = by_data if config.train.max_steps is None else min(by_data, config.train.max_steps)

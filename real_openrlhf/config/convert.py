@@ -65,7 +65,7 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 def config_from_dict(nested: Mapping[str, Any]) -> Config:
     """The inverse of `config_to_dict`, but for secrets, which are lost. No preset is applied.
 
-    Raises ConfigError for unknown keys and wrong values.
+    Raises ConfigError for unknown keys and wrong values, all of them.
     """
     nested = dict(nested)
     overridden = nested.pop("overridden", ())
@@ -73,29 +73,38 @@ def config_from_dict(nested: Mapping[str, Any]) -> Config:
 
 
 def values_of_mapping(nested: Mapping[str, Any], *, source: str) -> dict[str, Any]:
-    """Flag name -> value, from nested or dotted keys. source: what messages call it."""
+    """Flag name -> value, from nested or dotted keys. source: what messages call it.
+
+    Raises ConfigError for unknown keys and wrong values, all of them.
+    """
     known = flags_by_name()
     sections = {name.rsplit(".", i)[0] for name in known for i in range(1, name.count(".") + 1)}
     values: dict[str, Any] = {}
+    wrong: list[str] = []
 
     def walk(node: Mapping[str, Any], prefix: str) -> None:
         for key, value in node.items():
             name = f"{prefix}{key}"
-            if name in known:
-                if name in values:
-                    raise ConfigError(f"{source} gives {name} twice")
-                values[name] = coerce(known[name], value, source=source)
+            if name in values:
+                wrong.append(f"{source} gives {name} twice")
+            elif name in known:
+                try:
+                    values[name] = coerce(known[name], value, source=source)
+                except ConfigError as error:
+                    wrong.append(str(error))
             elif name in sections and isinstance(value, Mapping):
                 walk(value, name + ".")
             elif name in sections:
-                raise ConfigError(f"{source}: {name} is a section, it needs keys below it, got {value!r}")
+                wrong.append(f"{source}: {name} is a section, it needs keys below it, got {value!r}")
             else:
                 reason = why_unsupported(name)
                 found = other_name(name) or (reason and f"this flag of OpenRLHF is not used here: {reason}")
                 hint = f": {found}" if found else nearest(name, [*known, *sections])
-                raise ConfigError(f"{source} has the unknown key {name!r}{hint}")
+                wrong.append(f"{source} has the unknown key {name!r}{hint}")
 
     walk(nested, "")
+    if wrong:
+        raise ConfigError("\n".join(wrong))
     return values
 
 
@@ -149,10 +158,10 @@ def _whole(number: float) -> int:
     return int(number)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], *, start: str = "") -> str:
     """ "; did you mean ...?" with up to three names that look like `name`, or nothing.
 
-    Flat names ("n_samples_per_prompt") are compared with the last parts as well.
+    Flat names ("n_samples_per_prompt") are compared with the last parts as well. start: what is written before a name.
     """
     known = list(known)
     tail = name.rpartition(".")[2]
@@ -160,7 +169,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     found += [k for k in known if k.rpartition(".")[2] == tail and "." in k]
     found += [k for k in known if k.replace(".", "_") == name]
     found += difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    by_tail = {k.rpartition(".")[2]: k for k in known}
-    found += [by_tail[t] for t in difflib.get_close_matches(tail, by_tail, n=1, cutoff=0.8)]
-    names = list(dict.fromkeys(found))[:3]
+    if not found:
+        by_tail = {k.rpartition(".")[2]: k for k in known}
+        found = [by_tail[t] for t in difflib.get_close_matches(tail, by_tail, n=1, cutoff=0.8)]
+    names = [start + name for name in dict.fromkeys(found)][:3]
     return f"; did you mean {' or '.join(names)}?" if names else ""

@@ -8,6 +8,9 @@ A preset lies between the defaults and everything that a user gives, and the run
 it used and what was overridden. Beta and the aggregation of Term 1 belong together: under a token
 sum, beta = 0.01 makes Term 2 weaker by about the length of the chain of thought than under a mean.
 
+`warmup` is that of train_warmup, and of it alone: given responses are learned, with the learning rate and the passes of
+the paper's authors.
+
 Not expressed here: the authors cut prompts of more than 2,048 tokens on the left; here a prompt
 that does not fit into `--data.max_len` less the response is a bad row.
 """
@@ -71,3 +74,31 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 PRESETS["exact"] = {**PRESETS["paper"], "real.beta": 1.0}
+
+WARMUP = "warmup"
+_WARMUP: dict[str, Any] = {
+    "real.aggregation": "token_mean",
+    "real.lam": 1.0,
+    "real.renormalise": False,
+    "real.keep_groups": "all",
+    "real.refill": False,
+    "rollout.n_samples_per_prompt": 1,
+    "rollout.max_new_tokens": 1024,
+    "data.max_len": 2048 + 1024,
+    "train.batch_size": 64,
+    "train.num_episodes": 3,
+    "actor.adam.lr": 1e-5,
+    "actor.adam.weight_decay": 0.0,
+    "actor.lr_scheduler": "cosine",
+    "actor.lr_warmup_ratio": 0.03,
+    "actor.max_norm": 1.0,
+    "eval.steps": 100,
+    "eval.temperature": 1.0,
+    "eval.top_p": 1.0,
+    "eval.n_samples_per_prompt": 1,
+}
+
+
+def preset_values(name: str) -> dict[str, Any]:
+    """The flags that a preset sets. KeyError for an unknown one."""
+    return _WARMUP if name == WARMUP else PRESETS[name]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from real_openrlhf.algo.choices import Aggregation, AnswerReward, KLEstimator
-from real_openrlhf.algo.objectives import OBJECTIVES
+from real_openrlhf.algo.objectives import OBJECTIVES, SUPERVISED
 from real_openrlhf.algo.score_scale import DEFAULT_ANCHOR, ScaleError, ScoreScale
 from real_openrlhf.config.flags import ConfigError, Section, flag
 from real_openrlhf.config.guard_flags import GuardConfig
@@ -20,7 +20,7 @@ from real_openrlhf.config.presets import DEFAULT_PRESET
 
 __all__ = ["Config", "ConfigError"]
 
-PresetName = Literal["exact", "paper", "reference"]
+PresetName = Literal["exact", "paper", "reference", "warmup"]
 # Schedulers of transformers that need no further arguments.
 SCHEDULERS = (
     "constant",
@@ -166,6 +166,7 @@ class DataConfig(Section):
     )
     input_key: str = flag("prompt", "column of the prompt: text, or chat messages")
     label_key: str = flag("label", "column of the human score")
+    response_key: str = flag("response", "train_warmup: column of the response that is learned")
     apply_chat_template: bool = flag(False, "wrap prompts in the tokenizer's chat template")
     input_template: str | None = flag(None, "text around the prompt, with one {} for it")
     enable_thinking: bool | None = flag(None, "passed to the chat template (Qwen3); none: not passed")
@@ -314,6 +315,18 @@ class RealConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WarmupConfig(Section):
+    prefix: ClassVar[str] = "warmup"
+    method: Literal["sft", "raft", "tract"] = flag(
+        "raft", "train_warmup: cross-entropy; with the squared error of E[score]; or RAFT twice, on feedback of its own"
+    )
+    feedback: Literal["given", "missing", "sampled"] = flag(
+        "given",
+        "train_warmup: learn the feedback of the data; have the model write it where there is none; or everywhere",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class WandbConfig(Section):
     prefix: ClassVar[str] = "logger.wandb"
     project: str = flag("real_openrlhf", "W&B project")
@@ -380,6 +393,7 @@ class Config(Section):
     ckpt: CkptConfig = field(default_factory=CkptConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     real: RealConfig = field(default_factory=RealConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
@@ -389,6 +403,16 @@ class Config(Section):
     )
     dry_run: bool = flag(False, "check everything, print the plan and stop")
     overridden: tuple[str, ...] = ()
+
+    @property
+    def supervised(self) -> bool:
+        """A warm-up: given responses are learned, and nothing is sampled in training."""
+        return self.real.objective in SUPERVISED
+
+    @property
+    def uses_engines(self) -> bool:
+        """Something is sampled: rollouts, or held-out judgements."""
+        return not self.supervised or self.eval.dataset is not None
 
     @property
     def ranks(self) -> int:
@@ -432,5 +456,9 @@ class Config(Section):
 
     @property
     def rollouts_per_pass(self) -> int:
-        """Rollouts per forward pass and rank: --train.micro_batch_size, or the K rollouts of one prompt."""
-        return self.train.micro_batch_size or self.rollout.n_samples_per_prompt
+        """Rollouts per forward pass and rank: --train.micro_batch_size, or the K rollouts of one prompt.
+
+        A warm-up takes as many as --train.max_tokens_per_gpu allows.
+        """
+        whole = self.samples_per_update if self.supervised else self.rollout.n_samples_per_prompt
+        return self.train.micro_batch_size or whole

@@ -10,8 +10,9 @@ from real_openrlhf.algo.objectives import objective_class
 from real_openrlhf.config.batch_plan import resolve_ratio
 from real_openrlhf.config.convert import flags_by_name, get_value
 from real_openrlhf.config.flags import ConfigError
-from real_openrlhf.config.presets import PRESETS
+from real_openrlhf.config.presets import WARMUP, preset_values
 from real_openrlhf.config.schema import Config, LoraConfig
+from real_openrlhf.config.supervised import is_read
 
 __all__ = ["ConfigError", "validate"]
 
@@ -33,9 +34,9 @@ def validate(config: Config, *, device: Literal["cpu", "cuda"] | None = None) ->
         device = config.real.device
     warnings: list[str] = []
     for check in (
+        _command,
         _batch,
         _sampling,
-        _objective,
         _groups,
         _off_policy,
         _one_ahead,
@@ -47,6 +48,7 @@ def validate(config: Config, *, device: Literal["cpu", "cuda"] | None = None) ->
         _lengths,
         _engines,
         _evaluation,
+        _objective,  # the last: it may import torch, which takes seconds
     ):
         warnings += check(config)
     if device is not None:
@@ -54,13 +56,30 @@ def validate(config: Config, *, device: Literal["cpu", "cuda"] | None = None) ->
     return warnings
 
 
+def _command(config: Config) -> list[str]:
+    """Flags of train_warmup in train_real, and the other way round."""
+    preset, known = preset_values(config.real.preset), flags_by_name()
+    if config.supervised != (config.real.preset == WARMUP):
+        method = f" --warmup.method {config.real.objective}" if config.supervised else ""
+        what = f"--real.objective {config.real.objective}" if config.supervised else f"--real.preset {WARMUP}"
+        raise ConfigError(f"{what} learns given responses; use python -m real_openrlhf.train_warmup{method}")
+    derived = {"real.preset", "real.objective", "rollout.batch_size"} if config.supervised else set()
+    for name, item in known.items():
+        given = get_value(config, name) != preset.get(name, item.default)
+        if given and name not in derived and not is_read(name, config.supervised):
+            command, other = ("train_warmup", "train_real") if config.supervised else ("train_real", "train_warmup")
+            raise ConfigError(f"--{name}: {command} does not read it, it is a flag of {other}; leave it out")
+    return []
+
+
 def _batch(config: Config) -> list[str]:
     samples, ranks = config.samples_per_step, config.ranks
     prompts, k, update = config.rollout.batch_size, config.rollout.n_samples_per_prompt, config.train.batch_size
     what = f"{prompts} prompts x {k} rollouts = {samples} rollouts per step"
     if prompts % ranks:
+        name = "train" if config.supervised else "rollout"
         raise ConfigError(
-            f"--rollout.batch_size {prompts} must be a multiple of the {ranks} policy ranks "
+            f"--{name}.batch_size {prompts} must be a multiple of the {ranks} policy ranks "
             f"(--actor.num_nodes {config.actor.num_nodes} x --actor.num_gpus_per_node {config.actor.num_gpus_per_node})"
         )
     if update is None and samples % config.real.mini_batches:
@@ -76,7 +95,7 @@ def _batch(config: Config) -> list[str]:
 
 
 def _sampling(config: Config) -> list[str]:
-    if config.rollout.n_samples_per_prompt < 2:
+    if config.rollout.n_samples_per_prompt < 2 and not config.supervised:
         raise ConfigError(
             "--rollout.n_samples_per_prompt must be at least 2: advantages compare rollouts of one prompt"
         )
@@ -111,11 +130,20 @@ OBJECTIVE_FLAGS = {
 
 
 def _objective(config: Config) -> list[str]:
+    preset, known = preset_values(config.real.preset), flags_by_name()
+    changed = {
+        setting: name
+        for setting, name in OBJECTIVE_FLAGS.items()
+        if get_value(config, name) != preset.get(name, known[name].default)
+    }
+    if not changed:
+        return []
     read = {field.name for field in fields(objective_class(config.real.objective))}
-    preset, known = PRESETS[config.real.preset], flags_by_name()
-    for setting, name in OBJECTIVE_FLAGS.items():
-        if setting not in read and get_value(config, name) != preset.get(name, known[name].default):
-            flags = ", ".join(f"--{flag}" for one, flag in OBJECTIVE_FLAGS.items() if one in read)
+    for setting, name in changed.items():
+        if setting not in read:
+            flags = (
+                ", ".join(f"--{flag}" for one, flag in OBJECTIVE_FLAGS.items() if one in read) or "no flag of this kind"
+            )
             raise ConfigError(
                 f"--{name}: the objective {config.real.objective} does not read it; leave it out. It reads {flags}"
             )

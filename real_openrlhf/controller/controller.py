@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 from real_openrlhf.algo.objectives.base import Objective
 from real_openrlhf.algo.sampling import Sampling
@@ -24,11 +24,12 @@ from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import Group, TrainGroup, group_scores
 from real_openrlhf.common.errors import RunError
 from real_openrlhf.controller.batches import Batch, BatchSource, PromptStore
-from real_openrlhf.controller.dynamic_sampling import CannotFill, Collected, collect
+from real_openrlhf.controller.dynamic_sampling import Collected, collect
 from real_openrlhf.controller.first_look import check_first_rollouts
-from real_openrlhf.controller.guards import Alarm, Guards, WentWrong
+from real_openrlhf.controller.guards import Guards
 from real_openrlhf.controller.judge_export import JudgeExport
-from real_openrlhf.controller.progress import PhaseTimer, process_seconds
+from real_openrlhf.controller.loop import TrainingLoop
+from real_openrlhf.controller.progress import process_seconds
 from real_openrlhf.controller.protocols import (
     Evaluator,
     PolicyGroup,
@@ -36,30 +37,20 @@ from real_openrlhf.controller.protocols import (
     RolloutGroup,
     WeightSync,
 )
-from real_openrlhf.controller.records import Log, Progress, Saver
+from real_openrlhf.controller.records import Log, Progress
 from real_openrlhf.controller.rollout_stats import judgement_samples, rollout_metrics
 from real_openrlhf.controller.settings import ControllerSettings
 from real_openrlhf.controller.step_metrics import sampled_reward, sampling_metrics, speed_metrics
 from real_openrlhf.data.prompt import Prompt
-from real_openrlhf.data.stream import StreamExhausted
 
 logger = logging.getLogger(__name__)
-
-
-class Stopped(Exception):
-    """A signal asked the run to stop; its state is saved. saved: the save succeeded."""
-
-    def __init__(self, step: int, signal: str, saved: bool) -> None:
-        super().__init__(f"{signal}: stopped after step {step}")
-        self.step = step
-        self.saved = saved
 
 
 class NothingLearned(RunError):
     """Too many steps in a row without a single non-zero advantage."""
 
 
-class Controller:
+class Controller(TrainingLoop):
     def __init__(
         self,
         settings: ControllerSettings,
@@ -80,35 +71,32 @@ class Controller:
         stop_requested: Callable[[], str | None] = lambda: None,
         since_command: Callable[[], float] = process_seconds,
     ) -> None:
+        super().__init__(
+            total_steps=settings.total_steps,
+            eval_steps=settings.eval_steps,
+            eval_beside=settings.eval_beside,
+            policy=policy,
+            weight_sync=weight_sync,
+            evaluator=evaluator,
+            guards=guards,
+            export=export,
+            log=log,
+            progress=progress,
+            stop_requested=stop_requested,
+        )
         self.settings = settings
         self.scale = scale
         self.objective = objective
         self.prompts = prompts
         self.batches = BatchSource(prompts, self._collect)
         self.rollouts = rollouts
-        self.policy = policy
-        self.weight_sync = weight_sync
-        self.evaluator = evaluator
+        self.watches: Guards = guards
         self.reference = reference
-        self.guards = guards
-        self.export = export
-        self.log = log
-        self.progress = progress
         self.decode = decode
-        self.stop_requested = stop_requested
         self.since_command = since_command
         # What is logged once, with the first step of this process that is logged.
         self._once: dict[str, float] | None = None
-        self._saver: Saver | None = None
-        self.timer = PhaseTimer()
-        self.step_number = 0
         self.dead_steps = 0
-        self.last_eval: dict[str, float | None] = {}
-        self._evaluated_at = -1
-        # Step of an evaluation that is under way.
-        self._evaluating: int | None = None
-        self._resumed = False
-        self._wrong: Alarm | None = None
 
     def checkpointed_parts(self) -> dict[str, Any]:
         """What a checkpoint holds beside the policy's shards: objects with state_dict and load_state_dict, by name."""
@@ -116,35 +104,6 @@ class Controller:
         if self.evaluator is not None:
             parts["evaluator"] = self.evaluator
         return parts
-
-    def fit(self, saver: Saver | None = None) -> dict[str, float | None]:
-        """The whole run; returns the metrics of the last evaluation. saver: None writes no checkpoints.
-
-        The end of the prompts ends training, unless it comes before a single step: CannotFill.
-        """
-        self._saver = saver
-        synced = self._sync()
-        if not self._resumed:
-            # An unbroken run has neither of them at a later step.
-            self.log.log(self.step_number, "sync", {**synced, **self.timer.pop()})
-            self._evaluate()
-        self.timer.pop()
-        while self.step_number < self.settings.total_steps:
-            try:
-                self.step()
-            except StreamExhausted as error:
-                if self.step_number == 0:
-                    raise CannotFill(
-                        f"dynamic sampling used up all prompts before the first batch was full: {error}. Train on "
-                        "more groups (--real.keep_groups), do without refill (--no-real.refill), or lower "
-                        "--rollout.batch_size."
-                    ) from error
-                logger.info("the prompts of all episodes are used up after %d steps", self.step_number)
-                break
-        self._evaluate()
-        self._finish_evaluation()
-        self.export.finish(self.step_number, self.last_eval)
-        return self.last_eval
 
     def step(self) -> None:
         """One step, from prompts to a new version of the weights."""
@@ -183,39 +142,9 @@ class Controller:
         metrics.update(speed_metrics(self.timer.pop(), batch))
         self._log_step(metrics, collected, groups)
         self._guard_against_nothing(groups)
-        self._heed(self.guards.step(metrics))
-        # 7. Evaluation.
-        every = self.settings.eval_steps
-        if every > 0 and self.step_number % every == 0:
-            self._evaluate()
-        # 8. Checkpoint, and the end of the run if a signal or a watch asked for it.
-        self._save()
-        if self._wrong is not None:
-            self._stop(self._wrong)
-
-    def _save(self) -> None:
-        signal, saver, step = self.stop_requested(), self._saver, self.step_number
-        if signal is not None or (saver is not None and (saver.uses_evaluations or saver.is_due(step, None))):
-            # It may decide the best, and no checkpoint holds an evaluation that is under way.
-            self._finish_evaluation()
-        evaluation = self.last_eval if self._evaluated_at == step and self._evaluating is None else None
-        saved = False
-        if saver is not None and (signal is not None or saver.is_due(step, evaluation)):
-            saved = saver.save(step, evaluation)
-        if signal is not None:
-            raise Stopped(self.step_number, signal, saved)
-
-    def _heed(self, alarms: Sequence[Alarm]) -> None:
-        for alarm in alarms:
-            self.log.warn(self.step_number, alarm.watch, alarm.message)
-            if alarm.stops:
-                self._wrong = self._wrong or alarm
-
-    def _stop(self, alarm: Alarm) -> NoReturn:
-        raise WentWrong(
-            f"stopped after step {self.step_number}: {alarm.message} The best judge so far is kept where evaluations "
-            "chose one, and checkpoints stay. --guard.stop says which watches may stop a run, and none goes on."
-        )
+        self._heed(self.watches.step(metrics))
+        # 7. Evaluation and checkpoint.
+        self._end_step()
 
     def _age(self, batch: Batch) -> float:
         """Versions of the weights between the rollouts and the policy that trains on them: 0, or 1 one step ahead."""
@@ -278,53 +207,6 @@ class Controller:
         )
         logger.info("%s", report)
 
-    def _sync(self) -> dict[str, float]:
-        # Weights must not change under an evaluation.
-        self._finish_evaluation()
-        with self.timer.phase("sync"):
-            report = self.weight_sync.sync(self.step_number)
-        return {
-            "sync/logprob_mean": report.mean_difference,
-            "sync/logprob_max": report.max_difference,
-            "sync/transfer_seconds": report.seconds,
-            "sync/check_seconds": report.check_seconds,
-        }
-
-    def _evaluate(self) -> None:
-        if self.evaluator is None or self._evaluated_at == self.step_number:
-            return
-        with self.timer.phase("evaluate"):
-            self.evaluator.start(self.step_number)
-        self._evaluated_at = self._evaluating = self.step_number
-        if not self.settings.eval_beside:
-            self._finish_evaluation()
-            # Not part of the next step.
-            self.timer.pop()
-
-    def _finish_evaluation(self) -> None:
-        """Wait for the evaluation that is under way, if any, and log it at the step that it began at."""
-        if self.evaluator is None or self._evaluating is None:
-            return
-        with self.timer.phase("evaluate"):
-            step = self._evaluating
-            report = self.evaluator.result(lambda done, total: self.progress.judged(step, done, total))
-        self._evaluating = None
-        self.last_eval = report.metrics
-        metrics: dict[str, Any] = {f"eval/{name}": value for name, value in report.metrics.items()}
-        for name, change in report.changes.items():
-            metrics |= {
-                f"eval/change/{name}": change.difference,
-                f"eval/change/{name}_low": change.low,
-                f"eval/change/{name}_high": change.high,
-            }
-        metrics["weight_version"] = report.version
-        metrics["seconds/evaluate"] = report.seconds
-        self.log.log(step, "eval", metrics)
-        self.log.log_evaluation(step, report.samples, report.plots)
-        self.progress.evaluated(step, report.metrics)
-        self.export.evaluated(step, report.metrics)
-        self._heed(self.guards.evaluation(report.metrics, report.changes))
-
     def _log_step(self, metrics: dict[str, Any], collected: Collected, groups: Sequence[TrainGroup]) -> None:
         if self.step_number % self.settings.logging_steps == 0:
             self.log.log(self.step_number, "train", {**metrics, **(self._once or {})})
@@ -351,22 +233,8 @@ class Controller:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "step_number": self.step_number,
-            "dead_steps": self.dead_steps,
-            "last_eval": dict(self.last_eval),
-            "evaluated_at": self._evaluated_at,
-            "guards": self.guards.state_dict(),
-            "export": self.export.state_dict(),
-        }
+        return {**super().state_dict(), "dead_steps": self.dead_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step_number = state["step_number"]
+        super().load_state_dict(state)
         self.dead_steps = state["dead_steps"]
-        self.last_eval = dict(state["last_eval"])
-        self._evaluated_at = state["evaluated_at"]
-        # Not in checkpoints of earlier versions.
-        for name, part in (("guards", self.guards), ("export", self.export)):
-            if name in state:
-                part.load_state_dict(state[name])
-        self._resumed = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TextIO
@@ -24,6 +24,13 @@ SHOWN = (
     ("grad", "policy/grad_norm", ".2e"),
     ("tok/s", "speed/generated_tokens_per_second", ".0f"),
 )
+WARMUP_SHOWN = (
+    ("cross-entropy", "loss/cross_entropy", ".4f"),
+    ("|E-y|", "policy/abs_error", ".3f"),
+    ("mass", "policy/mass", ".2f"),
+    ("grad", "policy/grad_norm", ".2e"),
+    ("tok/s", "speed/trained_tokens_per_second", ".0f"),
+)
 EVAL_METRIC = "expected/pearson"
 # Between two log lines about an evaluation that is under way.
 JUDGED_EVERY_S = 30.0
@@ -41,12 +48,14 @@ class Progress:
         *,
         initial: int = 0,
         enabled: bool = True,
+        shown: Sequence[tuple[str, str, str]] = SHOWN,
         eval_metric: str = EVAL_METRIC,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.total = total
         self.enabled = enabled
+        self.shown = shown
         self.eval_metric = eval_metric
         self._step = initial
         self._eval: float | None = None
@@ -107,7 +116,7 @@ class Progress:
         self.close()
 
     def _text(self, metrics: Mapping[str, float | None]) -> str:
-        parts = [f"{label} {_format(metrics[name], spec)}" for label, name, spec in SHOWN if name in metrics]
+        parts = [f"{label} {_format(metrics[name], spec)}" for label, name, spec in self.shown if name in metrics]
         if self._has_eval:
             parts.append(f"eval {self.eval_metric.rsplit('/', 1)[-1]} {_format(self._eval, '.3f')}")
         return "  ".join(parts)

@@ -48,7 +48,7 @@ def rollout_metrics(
 
 def _entropy(groups: Sequence[Group]) -> float | None:
     """Mean of -log p over the sampled tokens, nats: an unbiased estimate of the entropy per token at top_p 1."""
-    logprobs = torch.cat([r.logprobs.double() for group in groups for r in group.rollouts])
+    logprobs = torch.cat([r.logprobs.double() for group in groups for r in group.rollouts if r.logprobs is not None])
     # Tokens that were given, not sampled, have NaN.
     return _mean(-logprobs[~logprobs.isnan()])
 

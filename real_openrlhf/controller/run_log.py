@@ -36,6 +36,11 @@ logger = logging.getLogger(__name__)
 Phase = Literal["train", "eval", "sync"]
 
 METRICS_FILE = "metrics.jsonl"
+# Of a warm-up: feedback that a model wrote, and TRACT's first stage.
+FEEDBACK_FILE = "feedback.jsonl"
+STAGE_1 = "stage_1"
+# What may lie in an output folder before its records begin.
+BEFORE_RECORDS = frozenset({LOCK_FILE, FEEDBACK_FILE, STAGE_1})
 SAMPLES_FILE = "samples.jsonl"
 WARNINGS_FILE = "warnings.jsonl"
 # Not config.json: the trained model may be saved into the same folder.
@@ -87,7 +92,7 @@ def check_output_dir(output_dir: str | Path, *, append: bool = False, overwrite:
     _make_writable(path, "--ckpt.output_dir")
     if append and not (path / METRICS_FILE).is_file():
         logger.warning("%s holds no %s: the records start here", path, METRICS_FILE)
-    names = sorted(p.name for p in path.iterdir() if p.name != LOCK_FILE)
+    names = sorted(p.name for p in path.iterdir() if p.name not in BEFORE_RECORDS)
     if not append and not overwrite and names:
         found = ", ".join(names[:5])
         raise RunLogError(

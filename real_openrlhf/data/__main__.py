@@ -14,23 +14,32 @@ from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.common.arguments import take_negative_values
 from real_openrlhf.common.home import use_writable_caches
 from real_openrlhf.common.paths import path_argument
+from real_openrlhf.data.agreement import agreement_lines
+from real_openrlhf.data.aspects import choose_aspects
 from real_openrlhf.data.build import SFT, Settings, write
-from real_openrlhf.data.builders import BUILDERS, get_builder
+from real_openrlhf.data.builders import BUILDERS, PAIR_BUILDERS, get_builder
 from real_openrlhf.data.judge_prompt import JudgeTemplate, template_names
+from real_openrlhf.data.pairs import pairs_summary, write_pairs
 from real_openrlhf.data.rounding import ROUNDINGS
 from real_openrlhf.data.sources import DataError
 from real_openrlhf.data.splits import parse_fractions
 from real_openrlhf.data.table import MESSAGES, TEXT
 
 PROGRAM = "python -m real_openrlhf.data"
+# Pairs have neither scores nor prompts of their own.
+_NOT_FOR_PAIRS = ("scale", "label_key", "map", "aspect", "template", "suffix", "prompt_form", "split", "shuffle", "sft")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    builders = "\n".join(f"  {name:20} {builder.about}" for name, builder in BUILDERS.items())
+    builders, pairs = (
+        "\n".join(f"  {name:20} {builder.about}" for name, builder in known.items())
+        for known in (BUILDERS, PAIR_BUILDERS)
+    )
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Build a data set for REAL: a parquet file per split and a manifest.",
-        epilog=f"builders:\n{builders}\n\ntemplates: {', '.join(template_names())}, or a file",
+        epilog=f"builders:\n{builders}\n\nbuilders of pairs, for evaluate --pairs:\n{pairs}\n\n"
+        f"templates: {', '.join(template_names())}, or a file",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -42,6 +51,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--scale", help="of the labels, such as 1-5; the data set's own unless given")
     add("--label_key", help="column of the score; the data set's own unless given")
     add("--map", nargs="+", default=[], metavar="FIELD=COLUMN", help="generic only: where the fields are")
+    add(
+        "--aspect",
+        nargs="+",
+        metavar="ASPECT",
+        help="of data sets that rate several; all that the scale fits, unless given",
+    )
     add("--template", help="of the prompts: a name or a file; 'source' keeps the source's prompts")
     add("--suffix", help="a template that follows the prompt, such as base_suffix for base models")
     add("--prompt_form", choices=(TEXT, MESSAGES), help="text where prompts are one user message, unless given")
@@ -58,7 +73,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """Raises DataError when a flag is missing or contradicts another."""
     builder = get_builder(args.builder)
     sources = args.source or list(builder.sources)
-    scale, template = args.scale or builder.scale, args.template or builder.template
+    aspects, scale = choose_aspects(builder, args.aspect, args.scale)
+    template = args.template or builder.template
     for name, value, hint in (
         ("source", sources, "a file, folder or hub id"),
         ("scale", scale, "the scores that its labels lie on, such as 1-5"),
@@ -89,6 +105,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         seed=args.seed,
         label_key=args.label_key,
         columns=columns,
+        aspects=aspects,
     )
 
 
@@ -113,6 +130,7 @@ def summary(manifest: Mapping[str, Any], folder: Path) -> str:
             f"  {split}: {counts['rows']} rows, {counts['groups']} groups, {counts['fractional_labels']} fractional "
             f"labels, {counts['with_feedback']} with feedback"
         )
+    lines += agreement_lines(manifest["raters"])
     lines += [f"  dropped, {reason}: {count}" for reason, count in manifest["dropped"].items()]
     lines += [f"  feedback left out, {reason}: {count}" for reason, count in manifest["feedback_left_out"].items()]
     lines += [f"  feedback cut, {reason}: {count} (read some of sft.parquet)" for reason, count in cut.items()]
@@ -142,11 +160,13 @@ def _flags(manifest: Mapping[str, Any], folder: Path) -> list[str]:
     held_out = next((split for split in ("test", "dev", "val", "validation", "valid", "eval") if split in splits), None)
     words += [f"--eval.dataset {shlex.quote(str(folder / held_out))}.parquet"] if held_out else []
     anchors = " ".join(shlex.quote(anchor) for anchor in manifest["template"]["anchors"])
-    words += [f"--real.scale {shlex.quote(manifest['scale'])}", f"--real.anchor {anchors}"]
-    lines = [" ".join(words)]
+    scale = [f"--real.scale {shlex.quote(manifest['scale'])}", f"--real.anchor {anchors}"]
+    lines = [" ".join([*words, *scale])]
     if SFT in manifest["splits"]:
-        warmup = f"train_warmup: --data {shlex.quote(str(folder / 'sft.parquet'))}"
-        lines.append(" ".join([warmup, *(["--apply_chat_template"] if chat else [])]))
+        counts = manifest["splits"][SFT]
+        lacks = ["--warmup.feedback missing"] if counts["with_feedback"] < counts["rows"] else []
+        warmup = f"train_warmup: --data.prompt_dataset {shlex.quote(str(folder / 'sft.parquet'))}"
+        lines.append(" ".join([warmup, *chat, *lacks, *scale]))
     if not chat:
         lines.append(
             "For a chat model add --data.apply_chat_template (Qwen3: and --data.enable_thinking true or false)."
@@ -160,15 +180,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = shlex.join([*PROGRAM.split(), *(sys.argv[1:] if argv is None else argv)])
     try:
         use_writable_caches()
-        settings = settings_of(args)
-        manifest = write(
-            get_builder(args.builder), settings, args.output_dir, command=command, overwrite=args.overwrite
-        )
+        told = _build_pairs(args, command) if args.builder in PAIR_BUILDERS else _build(args, command)
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    print(summary(manifest, args.output_dir))
+    print(told)
     return 0
+
+
+def _build(args: argparse.Namespace, command: str) -> str:
+    settings = settings_of(args)
+    manifest = write(get_builder(args.builder), settings, args.output_dir, command=command, overwrite=args.overwrite)
+    return summary(manifest, args.output_dir)
+
+
+def _build_pairs(args: argparse.Namespace, command: str) -> str:
+    builder = PAIR_BUILDERS[args.builder]
+    for name in _NOT_FOR_PAIRS:
+        if getattr(args, name):
+            raise DataError(f"--{name}: {builder.name} has pairs, which are judged as they are; drop the flag")
+    sources = args.source or list(builder.sources)
+    if not sources:
+        raise DataError(f"{builder.name} needs --source: a file, folder or hub id")
+    manifest = write_pairs(
+        builder,
+        sources,
+        args.output_dir,
+        command=command,
+        skip_bad_rows=args.skip_bad_rows,
+        overwrite=args.overwrite,
+    )
+    return pairs_summary(manifest, args.output_dir)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,21 +12,20 @@ from typing import Any
 
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.common.folder_lock import FolderLock
-from real_openrlhf.common.paths import expand
+from real_openrlhf.data.agreement import agreement, spread
 from real_openrlhf.data.builders.base import Builder, FieldError, Item, Options, Parts
 from real_openrlhf.data.judge_prompt import JudgeTemplate, Rubric
 from real_openrlhf.data.rounding import written_label
-from real_openrlhf.data.sources import BadRow, DataError, Place, Row, read_rows
+from real_openrlhf.data.source_rows import LISTED, no_rows, read_sources, shown
+from real_openrlhf.data.sources import BadRow, DataError, Place, Row
 from real_openrlhf.data.splits import PRECEDENCE, check_split, keep_one_split, split_of
 from real_openrlhf.data.table import MESSAGES, SCHEMA_VERSION, TEXT, prepare_folder, write_manifest, write_table
 from real_openrlhf.data.template import PromptError
 from real_openrlhf.data.verdict import cut, without_label
 
-LISTED = 20
 # Characters from which on a feedback that stands in a prompt is no mere sentence that a rubric has as well.
 _LONG = 60
 SFT = "sft"
-_NAMED = re.compile(r"([A-Za-z]+)=(.+)", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +38,7 @@ class Settings:
     shuffle        the order of rows, by seed
     sft            also write sft.parquet, the rows of the training split that have feedback of their own
     rounding       of fractional labels in sft.parquet: "stochastic" or "nearest"
+    aspects        those to build, of a data set that has several
     prompt_form    "text", "messages", or None: text where each prompt is one user message
     """
 
@@ -56,13 +54,15 @@ class Settings:
     seed: int = 0
     label_key: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    aspects: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
     """records: split to rows in the form of `table.schema`, prompts as chat messages; "sft" beside the splits.
     dropped: reason to rows left out. feedback_left_out: reason to rows that stay without feedback; feedback_cut: why
-    more than a known form of verdict was taken off it, and how often."""
+    more than a known form of verdict was taken off it, and how often; raters: split to aspect ("" without one) to
+    `agreement`, of the splits whose rows have several raters."""
 
     records: dict[str, list[dict[str, Any]]]
     skipped: list[BadRow]
@@ -70,6 +70,7 @@ class Built:
     feedback_left_out: Counter[str]
     feedback_cut: Counter[str]
     sources: list[dict[str, Any]]
+    raters: dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,38 +85,29 @@ class _Read:
 
 def build(builder: Builder, settings: Settings) -> Built:
     """Read everything. Raises DataError at the first bad row (file, row, column, reason), unless they are skipped."""
-    options = Options(scale=settings.scale, seed=settings.seed, label_key=settings.label_key, columns=settings.columns)
+    options = Options(
+        scale=settings.scale,
+        seed=settings.seed,
+        label_key=settings.label_key,
+        columns=settings.columns,
+        aspects=settings.aspects,
+    )
     if builder.check is not None:
         builder.check(options)
-    named = [_NAMED.fullmatch(source) if not Path(expand(source)).exists() else None for source in settings.sources]
-    if any(named) and not all(named):
-        raise DataError("--source: either every source names its split (train=...), or none does")
     left_out: Counter[str] = Counter()
     closing: Counter[str] = Counter()
-    skipped: list[BadRow] = []
     rows: list[_Read] = []
-    sources = []
-    for source, match in zip(settings.sources, named):
-        split = None if match is None else check_split(match[1])
-        name = source if match is None else match[2]
-        digest, count = hashlib.sha256(), 0
-        for row in read_rows(name):
-            count += 1
-            if isinstance(row, Row):
-                digest.update(json.dumps(row.values, sort_keys=True, default=str).encode())
-                found = _read(builder, settings, options, row, split, len(rows), left_out, closing)
-            else:
-                found = row
-            if isinstance(found, _Read):
-                rows.append(found)
-            elif settings.skip_bad_rows:
-                skipped.append(found)
-            else:
-                raise DataError(f"{found}. Repair the row, or pass --skip_bad_rows to leave such rows out.")
-        sources.append({"source": _shown(name), "split": split, "rows": count, "rows_sha256": digest.hexdigest()})
+
+    def use(row: Row, split: str | None) -> BadRow | None:
+        found = _read(builder, settings, options, row, split, len(rows), left_out, closing)
+        if isinstance(found, BadRow):
+            return found
+        rows.extend(found)
+        return None
+
+    skipped, sources = read_sources(settings.sources, builder.rows, use, skip_bad_rows=settings.skip_bad_rows)
     if not rows:
-        bad = "\n".join(f"  {row}" for row in skipped[:LISTED])
-        raise DataError(f"{', '.join(settings.sources)}: no usable row is left; all {len(skipped)} are bad:\n{bad}")
+        raise no_rows(settings.sources, skipped)
     kept, dropped = _split(builder, rows)
     records = {split: [_record(row) for row in kept[split]] for split in PRECEDENCE[::-1] if kept.get(split)}
     if settings.shuffle:
@@ -132,6 +124,7 @@ def build(builder: Builder, settings: Settings) -> Built:
         feedback_left_out=left_out,
         feedback_cut=closing,
         sources=sources,
+        raters=_agreements(kept),
     )
 
 
@@ -169,25 +162,32 @@ def _read(
     number: int,
     left_out: Counter[str],
     closing: Counter[str],
-) -> _Read | BadRow:
+) -> list[_Read] | BadRow:
     column = None
+    found = []
     try:
-        item = builder.read(row.values, options)
-        column = "prompt"
-        messages = _messages(item, settings.template)
-        column = "split"
-        home = split or (check_split(item.split) if item.split else None)
-        home = home or split_of(item.group, settings.fractions, settings.seed)
+        items = builder.read(row.values, options)
+        for item in items if isinstance(items, list) else [items]:
+            column = "prompt"
+            messages = _messages(item, settings.template)
+            column = "split"
+            home = split or (check_split(item.split) if item.split else None)
+            home = home or split_of(item.group, settings.fractions, settings.seed)
+            found.append((item, messages, home))
     except FieldError as error:
         return BadRow(place=row.place, column=error.column, reason=str(error))
     except (PromptError, DataError) as error:
         return BadRow(place=row.place, column=column, reason=str(error))
-    feedback, reason = _feedback(item, settings.scale, closing)
-    if reason is not None:
-        left_out[reason] += 1
-    if feedback is not None and _gives_away(item, feedback, messages):
-        return BadRow(place=row.place, column="feedback", reason="the prompt holds the feedback, and its label with it")
-    return _Read(item=item, place=row.place, messages=messages, split=home, feedback=feedback, number=number)
+    read = []
+    for place, (item, messages, home) in enumerate(found, start=number):
+        feedback, reason = _feedback(item, settings.scale, closing)
+        if reason is not None:
+            left_out[reason] += 1
+        if feedback is not None and _gives_away(item, feedback, messages):
+            told = "the prompt holds the feedback, and its label with it"
+            return BadRow(place=row.place, column="feedback", reason=told)
+        read.append(_Read(item=item, place=row.place, messages=messages, split=home, feedback=feedback, number=place))
+    return read
 
 
 def _messages(item: Item, template: JudgeTemplate) -> list[dict[str, str]]:
@@ -265,21 +265,37 @@ def _split(builder: Builder, rows: Sequence[_Read]) -> tuple[dict[str, list[_Rea
     return kept, dropped
 
 
+def _agreements(kept: Mapping[str, Sequence[_Read]]) -> dict[str, dict[str, Any]]:
+    """By aspect: pooled over several, raters would seem to agree because some aspects get better scores than others."""
+    table: dict[str, dict[str, Any]] = {}
+    for split, rows in kept.items():
+        for aspect in dict.fromkeys(row.item.aspect for row in rows):
+            found = agreement([row.item.ratings for row in rows if row.item.aspect == aspect])
+            if found is not None:
+                table.setdefault(split, {})[aspect or ""] = found
+    return table
+
+
 def _record(row: _Read) -> dict[str, Any]:
     item = row.item
+    meta = dict(item.meta)
+    if item.aspect is not None:
+        meta["aspect"] = item.aspect
+    if item.ratings:
+        meta |= {"ratings": dict(item.ratings), "spread": spread(item.ratings)}
     return {
         "id": f"{row.number}" if item.id is None else f"{row.number}:{item.id}",
         "prompt": row.messages,
         "label": item.label,
         "group": item.group,
         "split": row.split,
-        "source": _shown(row.place.file),
+        "source": shown(row.place.file),
         "source_row": row.place.index,
         "n": item.n,
         "feedback": row.feedback,
         "response": None,
         "judged": None if item.parts is None else _judged(item.parts),
-        "meta": json.dumps(dict(item.meta), sort_keys=True, ensure_ascii=False, default=str),
+        "meta": json.dumps(meta, sort_keys=True, ensure_ascii=False, default=str),
     }
 
 
@@ -305,6 +321,9 @@ def _warmup(builder: Builder, settings: Settings, kept: Mapping[str, Sequence[_R
             rng = row.item.rng or random.Random(f"{settings.seed}|{row.item.group}|{row.place.index}")
             written = written_label(row.item.label, settings.scale, settings.rounding, rng)
             records.append({**_record(row), "response": f"{row.feedback} {settings.template.anchors[0]}{written}"})
+        elif builder.labels_alone:
+            # train_warmup has a model write its feedback.
+            records.append(_record(row))
     if not records:
         raise DataError("--sft: no row of the split train has feedback; see the manifest of a build without --sft")
     return records
@@ -316,12 +335,6 @@ def _prompt_form(built: Built, settings: Settings) -> str:
     if settings.prompt_form == TEXT and not single:
         raise DataError("--prompt_form text: some prompts are more than one user message; leave the flag out")
     return settings.prompt_form or (TEXT if single else MESSAGES)
-
-
-def _shown(source: str) -> str:
-    """A local path by its name alone: where a file lies on one machine says nothing on another."""
-    path = Path(expand(source))
-    return path.name if path.exists() else source
 
 
 def _manifest(
@@ -349,6 +362,7 @@ def _manifest(
         "splits": splits,
         "dropped": dict(built.dropped),
         "bad_rows": {"count": len(built.skipped), "first": [str(row) for row in built.skipped[:LISTED]]},
+        "raters": built.raters,
         "feedback_left_out": dict(built.feedback_left_out),
         "feedback_cut": dict(built.feedback_cut),
         "scale": str(settings.scale),

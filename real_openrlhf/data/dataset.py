@@ -67,7 +67,7 @@ class JudgeDataset:
         skipped: list[BadRow] = []
         for index, row in enumerate(read_rows(source)):
             if isinstance(row, Row):
-                item = _prompt(row, index, input_key, label_key, scale, tokenizer, template, max_prompt_tokens)
+                item = read_prompt(row, index, input_key, label_key, scale, tokenizer, template, max_prompt_tokens)
             else:
                 item = row
             if isinstance(item, Prompt):
@@ -78,7 +78,7 @@ class JudgeDataset:
                 skipped.append(item)
             else:
                 raise DataError(f"{item}. Repair the row, or pass --data.skip_bad_rows to leave such rows out.")
-        _report(source, len(prompts), skipped)
+        report_skipped(source, len(prompts), skipped)
         return cls(source=source, prompts=tuple(prompts), skipped=tuple(skipped), sha256=content_hash(prompts))
 
 
@@ -112,7 +112,7 @@ def read_label(value: object, scale: ScoreScale) -> float:
         raise ValueError(f"{error}; {on}") from error
 
 
-def _prompt(
+def read_prompt(
     row: Row,
     index: int,
     input_key: str,
@@ -122,6 +122,7 @@ def _prompt(
     template: PromptTemplate,
     max_prompt_tokens: int,
 ) -> Prompt | BadRow:
+    """The prompt of a row, or what is wrong with it. DataError for a template that cannot be used at all."""
     column = input_key
     try:
         raw = lookup(row.values, input_key)
@@ -146,7 +147,8 @@ def _prompt(
     return Prompt(token_ids=token_ids, label=label, row=index, text=text)
 
 
-def _report(source: str, kept: int, skipped: list[BadRow]) -> None:
+def report_skipped(source: str, kept: int, skipped: list[BadRow]) -> None:
+    """Log the rows that were left out; DataError when none was kept."""
     if not skipped:
         return
     shown = "\n".join(f"  {bad}" for bad in skipped[:LISTED])

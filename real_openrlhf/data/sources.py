@@ -113,6 +113,20 @@ def read_rows(source: str) -> Iterator[Row | BadRow]:
 
     Rows that cannot be read come out as BadRow; a file that cannot be read raises DataError.
     """
+    path, split = locate(source)
+    if path.is_file():
+        yield from _read_file(path)
+    elif path.is_dir():
+        yield from _read_folder(path, split)
+    else:
+        yield from _read_hub(str(path), split)
+
+
+def locate(source: str) -> tuple[Path, str | None]:
+    """The file, the folder, or the hub id as a path, and the split that is asked for.
+
+    DataError where it is none of them; whether a hub id or the split exists is not asked.
+    """
     if not source.strip():
         raise DataError("no data set is given; pass a file, a folder or a hub id")
     path, split = Path(expand(source)), None
@@ -120,17 +134,13 @@ def read_rows(source: str) -> Iterator[Row | BadRow]:
         head, _, split = source.rpartition("@")
         path = Path(expand(head))
     name = str(path)
-    if path.is_file():
-        if split is not None:
-            raise DataError(f"{name} is a file and has no splits; drop '@{split}'")
-        yield from _read_file(path)
-    elif path.is_dir():
-        yield from _read_folder(path, split)
-    elif HUB_ID.fullmatch(name) and _suffix(path) is None and path.suffix != ".gz":
-        yield from _read_hub(name, split)
-    else:
+    if path.is_file() and split is not None:
+        raise DataError(f"{name} is a file and has no splits; drop '@{split}'")
+    hub_id = HUB_ID.fullmatch(name) and _suffix(path) is None and path.suffix != ".gz"
+    if not (path.is_file() or path.is_dir() or hub_id):
         found = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError(f"{name}: there is no such file or folder{nearest(path.name, found)}")
+    return path, split
 
 
 def _suffix(path: Path) -> str | None:

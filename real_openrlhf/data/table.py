@@ -10,7 +10,7 @@
 | `source`, `source_row` | text, int64 | file or hub id, and the row as it counts (lines from 1, rows from 0) |
 | `n` | int32 | judgements averaged into the label |
 | `feedback` | text or null | the critique behind the label, cut before its own first verdict |
-| `response` | text or null | feedback, anchor and rounded label: what a warm-up learns to write (in `sft.parquet`) |
+| `response` | text or null | feedback, anchor and rounded label, for a warm-up; null: still to be written |
 | `judged` | struct or null | instruction, response, reference, context, rubric, criteria, descriptions |
 | `meta` | text | JSON: the rest of the source's ids and categories |
 """
@@ -86,9 +86,14 @@ def prepare_folder(folder: Path, *, overwrite: bool) -> None:
 
 
 def write_table(path: Path, records: Sequence[Mapping[str, Any]], prompt_form: str) -> dict[str, Any]:
-    """Write a parquet file; returns its line in the manifest: rows and sha256."""
+    """Write a parquet file of the schema above; returns its line in the manifest: rows and sha256."""
+    return write_parquet(path, records, schema(prompt_form))
+
+
+def write_parquet(path: Path, records: Sequence[Mapping[str, Any]], columns: pa.Schema) -> dict[str, Any]:
+    """The same for any schema."""
     try:
-        table = pa.Table.from_pylist(list(records), schema=schema(prompt_form))
+        table = pa.Table.from_pylist(list(records), schema=columns)
     except UnicodeEncodeError as error:
         raise DataError(f"{path}: a text is not valid Unicode: {error}") from error
     with atomic_file(path) as partial, partial.open("wb") as file:  # pyarrow would take some paths for addresses

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from real_openrlhf.common.paths import looks_like_a_path
+from real_openrlhf.common.paths import check_model_folder
 
 # Words without marks, so that a tokenizer may put spaces around those. The line break must part words too.
 _PROBE = "Rate this answer from 1 to 5\nand end with the score 4"
@@ -19,8 +19,7 @@ def load_tokenizer(
 
     A tokenizer that does not give its text back is a ValueError too: prompts would lose words without a word.
     """
-    if looks_like_a_path(path) and not Path(path).is_dir():
-        raise ValueError(f"{name} {path!r}: there is no such folder")
+    check_model_folder(path, name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

@@ -179,6 +179,17 @@ def closing_number(text: str) -> float | None:
     return None if match is None else _number(match)
 
 
+def until_last_sentence(text: str) -> str:
+    """The text up to the end of its last whole sentence; all of it where no sentence ends.
+
+    >>> until_last_sentence("Clear and correct. But it does n")
+    'Clear and correct.'
+    """
+    text = text.strip()
+    whole = text[: max((match.end() for match in _SENTENCE_END.finditer(text + " ")), default=0)].strip()
+    return whole or text
+
+
 def without_last_sentence(text: str) -> str:
     """The text before its last sentence; empty for a single one."""
     text = text.rstrip()

@@ -27,13 +27,15 @@ _COMMA = re.compile(r",(?=[^\W_][\w.-]*=)")
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
     """prompts in the file's order; groups: per prompt, what rows share that are not independent. sha256: of the
-    prompts' ids and labels."""
+    prompts' ids and labels. pair_mode: how pairs of responses are judged (`judge.pairs.MODES`), whose prompts come two
+    by two (`evals.pairs`); None: no pairs."""
 
     name: str
     source: str
     prompts: tuple[Prompt, ...]
     groups: tuple[str, ...]
     sha256: str
+    pair_mode: str | None = None
 
 
 def parse_benchmarks(texts: Sequence[str], flag: str) -> dict[str, str]:

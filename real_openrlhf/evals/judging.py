@@ -48,7 +48,14 @@ def identity_of(
             "seed": sampling.seed,
         },
         "feedback_sha256": None if feedback_of is None else _sha256(feedback_of / PREDICTIONS),
-        "benchmarks": {b.name: {"rows": len(b.prompts), "sha256": b.sha256} for b in benchmarks},
+        "benchmarks": {
+            b.name: {
+                "rows": len(b.prompts),
+                "sha256": b.sha256,
+                **({} if b.pair_mode is None else {"pair_mode": b.pair_mode}),
+            }
+            for b in benchmarks
+        },
     }
 
 

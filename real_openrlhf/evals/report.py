@@ -18,6 +18,14 @@ from typing import Any
 
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.common.atomic_file import write_text
+from real_openrlhf.evals.pair_results import (
+    PairResult,
+    compare_pairs,
+    evaluate_pairs,
+    pairs_from_json,
+    pairs_to_json,
+)
+from real_openrlhf.evals.pair_tables import pair_comparison_table, pair_csv_lines, pair_table
 from real_openrlhf.evals.plots import write_plots
 from real_openrlhf.evals.predictions import EvaluationError, Prediction, read_predictions
 from real_openrlhf.evals.results import Results, Settings, compare, evaluate
@@ -46,6 +54,7 @@ class Run:
     identity: Mapping[str, Any]
     predictions: tuple[Prediction, ...]
     results: Results
+    pairs: tuple[PairResult, ...] = ()
 
 
 def write_report(
@@ -56,26 +65,32 @@ def write_report(
     *,
     method: str,
     training: str,
-) -> Results:
-    """Everything but the predictions, which are there already."""
-    results = evaluate(predictions, settings)
+) -> str:
+    """Everything but the predictions, which are there already. Returns the tables."""
+    single, paired = _apart(predictions, settings)
+    results = evaluate(single, settings) if single else Results(benchmarks=(), average=None)
+    pairs = evaluate_pairs(paired, settings)
     content = {
         "method": method,
         "training": training,
         "identity": dict(identity),
         "interval": _interval_settings(settings),
         **to_json(results),
+        **({"pairs": pairs_to_json(pairs), "tie_margin": settings.tie_margin} if pairs else {}),
     }
     write_text(folder / RESULTS, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    write_text(folder / "results.csv", csv_text(results))
-    table = paper_table([NamedResults(method=method, training=training, results=results)])
-    write_text(
-        folder / "results.md",
-        f"# {method}\n\nCorrelations ×100 (r Pearson, ρ Spearman, τ Kendall's tau-b).\n\n{table}\n\n"
-        f"{_about(settings)}\n\n{details_table(results)}\n",
-    )
-    write_plots(folder / "plots", predictions, results, settings)
-    return results
+    write_text(folder / "results.csv", csv_text(results) + pair_csv_lines(pairs))
+    parts, tables = [f"# {method}"], []
+    if single:
+        tables.append(paper_table([NamedResults(method=method, training=training, results=results)]))
+        parts += [f"Correlations ×100 (r Pearson, ρ Spearman, τ Kendall's tau-b).\n\n{tables[0]}", _about(settings)]
+        parts.append(details_table(results))
+        write_plots(folder / "plots", single, results, settings)
+    if pairs:
+        tables.append(pair_table(pairs, tie_margin=settings.tie_margin))
+        parts += ["## Pairs", tables[-1]] + ([] if single else [_about(settings)])
+    write_text(folder / "results.md", "\n\n".join(parts) + "\n")
+    return "\n\n".join(tables)
 
 
 def load_run(folder: str | Path) -> Run:
@@ -98,16 +113,21 @@ def load_run(folder: str | Path) -> Run:
         identity=identity,
         predictions=tuple(predictions),
         results=from_json(content),
+        pairs=tuple(pairs_from_json(content.get("pairs", {}))),
     )
 
 
-def compare_runs(runs: Sequence[Run], *, seed: int, n_resamples: int, confidence: float) -> tuple[str, dict[str, Any]]:
+def compare_runs(
+    runs: Sequence[Run], *, seed: int, n_resamples: int, confidence: float, tie_margin: float = 0.0
+) -> tuple[str, dict[str, Any]]:
     """All runs against the first, paired: Markdown, and the same for json.dumps.
 
     Raises EvaluationError for runs of other rows, labels, scale or reading of the distribution.
     """
     first = runs[0]
-    settings = settings_of(first.identity, seed=seed, n_resamples=n_resamples, confidence=confidence)
+    settings = settings_of(
+        first.identity, seed=seed, n_resamples=n_resamples, confidence=confidence, tie_margin=tie_margin
+    )
     lines = Counter((run.method, run.training) for run in runs)
     table = paper_table(
         [
@@ -119,7 +139,7 @@ def compare_runs(runs: Sequence[Run], *, seed: int, n_resamples: int, confidence
             for run in runs
         ]
     )
-    parts = [f"# Comparison\n\nCorrelations ×100.\n\n{table}"]
+    parts = [f"# Comparison\n\nCorrelations ×100.\n\n{table}"] if first.results.benchmarks else ["# Comparison"]
     content: dict[str, Any] = {"interval": _interval_settings(settings), "comparisons": []}
     for run in runs[1:]:
         for name in ("scale", "renormalise"):
@@ -128,23 +148,49 @@ def compare_runs(runs: Sequence[Run], *, seed: int, n_resamples: int, confidence
                     f"{first.folder} and {run.folder} cannot be compared: {name} is {first.identity.get(name)} in the "
                     f"first and {run.identity.get(name)} in the second"
                 )
-        compared = compare(first.predictions, run.predictions, settings)
+        modes = pair_modes_of(run.identity)
+        if modes != dict(settings.pair_modes):
+            raise EvaluationError(
+                f"{first.folder} and {run.folder} cannot be compared: pairs are judged as {dict(settings.pair_modes)} "
+                f"in the first and as {modes} in the second"
+            )
+        (single, paired), (other_single, other_paired) = (_apart(one.predictions, settings) for one in (first, run))
+        compared = compare(single, other_single, settings) if single or other_single else {}
+        pairs = compare_pairs(paired, other_paired, settings)
         a, b = (first.method, run.method) if first.method != run.method else (str(first.folder), str(run.folder))
         parts.append(
-            f"## {b} less {a}\n\nPaired on the rows that both have read. {_about(settings)}\n\n"
-            f"{comparison_table(compared, a, b)}"
+            "\n\n".join(
+                [
+                    f"## {b} less {a}\n\nPaired on the rows that both have read. {_about(settings)}",
+                    *([comparison_table(compared, a, b)] if compared else []),
+                    *([pair_comparison_table(pairs, a, b)] if pairs else []),
+                ]
+            )
         )
         content["comparisons"].append(
             {
                 "a": str(first.folder),
                 "b": str(run.folder),
-                "benchmarks": {
-                    name: {"/".join(filter(None, key)): asdict(interval) for key, interval in table.items()}
-                    for name, table in compared.items()
-                },
+                "benchmarks": _named(compared),
+                **({"pairs": _named(pairs)} if pairs else {}),
             }
         )
     return "\n\n".join(parts) + "\n", content
+
+
+def _named(compared: Mapping[str, Mapping[tuple[str, str], Any]]) -> dict[str, Any]:
+    return {
+        name: {"/".join(filter(None, key)): asdict(interval) for key, interval in table.items()}
+        for name, table in compared.items()
+    }
+
+
+def _apart(predictions: Sequence[Prediction], settings: Settings) -> tuple[list[Prediction], list[Prediction]]:
+    """(those of single responses, those of pairs)."""
+    return (
+        [p for p in predictions if p.benchmark not in settings.pair_modes],
+        [p for p in predictions if p.benchmark in settings.pair_modes],
+    )
 
 
 def write_comparison(folder: Path, text: str, content: Mapping[str, Any]) -> None:
@@ -154,7 +200,14 @@ def write_comparison(folder: Path, text: str, content: Mapping[str, Any]) -> Non
     write_text(folder / f"{COMPARISON}.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def settings_of(identity: Mapping[str, Any], *, seed: int, n_resamples: int, confidence: float) -> Settings:
+def pair_modes_of(identity: Mapping[str, Any]) -> dict[str, str]:
+    """Benchmark -> how its pairs were judged, of those that are pairs."""
+    return {name: item["pair_mode"] for name, item in identity["benchmarks"].items() if "pair_mode" in item}
+
+
+def settings_of(
+    identity: Mapping[str, Any], *, seed: int, n_resamples: int, confidence: float, tie_margin: float = 0.0
+) -> Settings:
     """How to compute metrics of predictions with this header."""
     return Settings(
         scale=ScoreScale.parse(identity["scale"]),
@@ -162,6 +215,8 @@ def settings_of(identity: Mapping[str, Any], *, seed: int, n_resamples: int, con
         seed=seed,
         n_resamples=n_resamples,
         confidence=confidence,
+        pair_modes=pair_modes_of(identity),
+        tie_margin=tie_margin,
     )
 
 

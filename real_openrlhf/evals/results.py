@@ -16,8 +16,8 @@ Intervals are percentile bootstrap intervals; what is drawn are groups of rows (
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -47,13 +47,16 @@ Column = tuple[list["float | None"], list[float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How predictions become numbers. renormalise: as it was for E[score]; confidence: of the intervals."""
+    """How predictions become numbers. renormalise: as it was for E[score]; confidence: of the intervals.
+    pair_modes: of the benchmarks that are pairs, how they were judged; tie_margin: see `pair_results`."""
 
     scale: ScoreScale
     renormalise: bool = False
     seed: int = 0
     n_resamples: int = 2000
     confidence: float = 0.95
+    pair_modes: Mapping[str, str] = field(default_factory=dict)
+    tie_margin: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +96,16 @@ def evaluate(predictions: Sequence[Prediction], settings: Settings) -> Results:
     benchmarks = []
     for name, rows in grouped.items():
         estimates = {
-            key: _estimate(single_interval([part], confidence=settings.confidence), why_undefined(rows, key, settings))
+            key: to_estimate(
+                single_interval([part], confidence=settings.confidence), why_undefined(rows, key, settings)
+            )
             for key, part in parts[name].items()
         }
         benchmarks.append(_result(name, rows, estimates))
     if len(benchmarks) == 1:
         return Results(benchmarks=tuple(benchmarks), average=None)
     averaged = {
-        key: _estimate(
+        key: to_estimate(
             single_interval([part[key] for part in parts.values()], confidence=settings.confidence),
             _undefined_on(benchmarks, key),
         )
@@ -293,7 +298,8 @@ def _result(name: str, rows: Sequence[Prediction], estimates: dict[tuple[str, st
     )
 
 
-def _estimate(interval: SingleInterval, why: str | None) -> Estimate:
+def to_estimate(interval: SingleInterval, why: str | None) -> Estimate:
+    """why: the reason, should it have no value."""
     note = None
     if interval.estimate is None:
         note = f"undefined: {why or 'no value'}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -54,7 +54,7 @@ def paper_table(runs: Sequence[NamedResults]) -> str:
     for name in shown:
         title = "Average" if name == AVERAGE else PAPER_NAMES.get(name, name)
         head += [f"{title} {SYMBOLS['pearson']}", SYMBOLS["spearman"], SYMBOLS["kendall"]]
-    lines, notes = [], _Notes()
+    lines, notes = [], Notes()
     for run in runs:
         found = _by_name(run.results)
         for reading, inference in READINGS.items():
@@ -68,12 +68,12 @@ def paper_table(runs: Sequence[NamedResults]) -> str:
 
 def details_table(results: Results) -> str:
     """Every metric with its interval, a line per benchmark and reading; then the rates."""
-    notes = _Notes()
+    notes = Notes()
     everything = [*results.benchmarks, *([results.average] if results.average else [])]
     head = ["Benchmark", "Inference", "n", *(SYMBOLS[m] for m in SCORE_METRICS)]
     lines = [
         [
-            _title(result.name),
+            title(result.name),
             inference,
             str(result.scores[reading]["mae"].n),
             *(notes.cell(result.scores[reading][metric], "interval") for metric in SCORE_METRICS),
@@ -83,7 +83,7 @@ def details_table(results: Results) -> str:
     ]
     rates = [
         [
-            _title(result.name),
+            title(result.name),
             str(result.n),
             str(result.n_groups),
             *(notes.cell(result.rates[rate], "interval") for rate in RATES),
@@ -99,8 +99,10 @@ def details_table(results: Results) -> str:
     )
 
 
-def comparison_table(compared: dict[str, dict[tuple[str, str], Interval]], a: str, b: str) -> str:
-    """A line per benchmark, reading and metric: both estimates, b less a and its interval."""
+def comparison_table(
+    compared: dict[str, dict[tuple[str, str], Interval]], a: str, b: str, symbols: Mapping[str, str] = SYMBOLS
+) -> str:
+    """A line per benchmark, reading and metric: both estimates, b less a and its interval. symbols: metric -> name."""
     lines = []
     for name, table in compared.items():
         for (reading, metric), interval in table.items():
@@ -110,7 +112,7 @@ def comparison_table(compared: dict[str, dict[tuple[str, str], Interval]], a: st
                 "undefined" if value is None else f"{value:.3f}" for value in (interval.estimate_a, interval.estimate_b)
             ]
             lines.append(
-                [_title(name), READINGS.get(reading, ""), SYMBOLS[metric], str(interval.n), *both, difference, bounds]
+                [title(name), READINGS.get(reading, ""), symbols[metric], str(interval.n), *both, difference, bounds]
             )
     head = ["Benchmark", "Inference", "Metric", "n", a, b, "difference", "interval"]
     return markdown(head, lines, n_text=3)
@@ -156,7 +158,7 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]], *, n_text: int
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-class _Notes:
+class Notes:
     """Footnotes in words for cells without a number or without an interval."""
 
     def __init__(self) -> None:
@@ -192,7 +194,7 @@ def _by_name(results: Results) -> dict[str, BenchmarkResult]:
     return found if results.average is None else {**found, AVERAGE: results.average}
 
 
-def _title(name: str) -> str:
+def title(name: str) -> str:
     return "**average**" if name == AVERAGE else name
 
 

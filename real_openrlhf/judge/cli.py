@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from real_openrlhf.common.errors import RunError
 from real_openrlhf.common.home import use_writable_caches
-from real_openrlhf.common.paths import expand
 from real_openrlhf.common.plain import NotPlainError, plain
 from real_openrlhf.common.progress_bar import BAR_FORMAT
 from real_openrlhf.data.sources import BadRow, DataError, Row, lookup, read_json_lines, read_rows
@@ -29,6 +28,7 @@ from real_openrlhf.judge.cli_model import add_model, chosen_settings, make_parse
 from real_openrlhf.judge.cli_tools import fit_args, serve_args
 from real_openrlhf.judge.judge import Judge, Prepared
 from real_openrlhf.judge.output import STANDARD, open_output
+from real_openrlhf.judge.rubrics import read_rubric
 from real_openrlhf.judge.types import RESULT, JudgeError, Score
 
 logger = logging.getLogger(__name__)
@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 # What people call a subcommand that there is not.
 _MEANT = {
-    "compare": "two responses are compared by Judge.compare in Python, two evaluations by "
-    "python -m real_openrlhf.evaluate --compare RUN RUN",
+    "compare": "two responses are compared by Judge.compare in Python, a file of pairs by python -m "
+    "real_openrlhf.evaluate --pairs NAME=FILE, two evaluations by python -m real_openrlhf.evaluate --compare RUN RUN",
     "calibrate": "it is called calibration fit",
     "calibration": "it is called calibration fit",
     "evaluate": "it is a command of its own: python -m real_openrlhf.evaluate",
@@ -116,7 +116,8 @@ def _score_args(words: Sequence[str]) -> argparse.Namespace:
 def _score(args: argparse.Namespace) -> None:
     if args.batch_size < 1:
         raise JudgeError(f"--batch_size must be at least 1, got {args.batch_size}")
-    rubric, weights = _rubric(args.rubric), _weights(args.weights)
+    rubric = None if args.rubric is None else read_rubric(args.rubric, "--rubric")
+    weights = _weights(args.weights)
     rows = _rows(args.input)
     options: dict[str, Any] = {}
     if args.server is not None:
@@ -271,19 +272,6 @@ def as_json(score: Score) -> dict[str, Any]:
         fields = ("expected", "decoded", "mass", "forced", "reason", "feedback")
         content["samples"] = [{name: getattr(sample, name) for name in fields} for sample in score.samples]
     return content
-
-
-def _rubric(text: str | None) -> Any:
-    if text is None:
-        return None
-    path = Path(expand(text))
-    if path.suffix not in (".json", ".txt"):
-        return text
-    try:
-        content = path.read_text(encoding="utf-8")
-        return json.loads(content) if path.suffix == ".json" else content
-    except (OSError, ValueError) as error:
-        raise JudgeError(f"--rubric {text}: {error}") from error
 
 
 def _weights(text: str | None) -> dict[str, float] | None:

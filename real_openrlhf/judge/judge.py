@@ -21,6 +21,7 @@ from real_openrlhf.data.template import PromptError
 from real_openrlhf.data.tokenizer import load_tokenizer
 from real_openrlhf.export.settings import JudgeSettings
 from real_openrlhf.judge.calibration import Calibration
+from real_openrlhf.judge.pairs import ONE_PROMPT, SCORES, check_mode, check_tie_margin, one_prompt, verdict
 from real_openrlhf.judge.resolve_settings import find_settings, make_reader
 from real_openrlhf.judge.rubrics import SINGLE, AnyRubric, as_dimensions, check_weights, combine
 from real_openrlhf.judge.scoring import average, room_for_forcing, score_prompts
@@ -35,16 +36,20 @@ MAX_PROMPT_TOKENS = 3072
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two responses by their scores.
+    """Two responses, by the score of each or by both in one prompt.
 
-    winner      "a", "b" or "tie"; None when one of them has no score
-    difference  score of a minus score of b (calibrated ones where the judge calibrates); None likewise
+    winner      "a", "b" or "tie"; None when a score is missing
+    difference  score of a minus score of b (calibrated ones where the judge calibrates); in one prompt half the
+                difference of the two orders' scores, above 0 where a is better; None likewise
+    a, b        the scores of a and b; in one prompt those of the prompt in which a, and b, comes first
+    consistent  in one prompt: whether both orders have the same winner; None else
     """
 
     winner: str | None
     difference: float | None
     a: Score
     b: Score
+    consistent: bool | None = None
 
 
 class Judge:
@@ -212,25 +217,45 @@ class Judge:
         a: str,
         b: str,
         *,
+        mode: str = SCORES,
         tie_margin: float = 0.0,
         rubric: AnyRubric = None,
         reference: str | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> Comparison:
-        """Which response is better, from a score of each by itself: no order of presentation can sway it.
+        """Which response is better.
 
-        tie_margin: scores that differ by no more are a tie.
+        mode: "scores", from a score of each by itself, so that no order of presentation can sway it; or "one_prompt",
+        both in one prompt, asked in both orders (see `judge.pairs`). tie_margin: what differs by no more is a tie.
         """
-        if not tie_margin >= 0:
-            raise JudgeError(f"the tie margin must not be negative, got {tie_margin}")
-        common = {"instruction": instruction, "rubric": rubric, "reference": reference}
-        first, second = self.score_batch([{**common, "response": text} for text in (a, b)], weights=weights)
-        values = [s.score if s.calibrated is None else s.calibrated for s in (first, second)]
-        if values[0] is None or values[1] is None:
+        check_tie_margin(tie_margin)
+        item = {"instruction": instruction, "rubric": rubric, "reference": reference}
+        first, second = self.score_prepared(self.prepare_pair(item, a, b, mode=mode, weights=weights), weights=weights)
+        values = [s.score if s.calibrated is None or mode == ONE_PROMPT else s.calibrated for s in (first, second)]
+        found = verdict(values[0], values[1], mode=mode, scale=self.scale, tie_margin=tie_margin)
+        if found is None:
             return Comparison(winner=None, difference=None, a=first, b=second)
-        difference = values[0] - values[1]
-        winner = "tie" if abs(difference) <= tie_margin else "a" if difference > 0 else "b"
-        return Comparison(winner=winner, difference=difference, a=first, b=second)
+        return Comparison(
+            winner=found.winner, difference=found.difference, a=first, b=second, consistent=found.consistent
+        )
+
+    def prepare_pair(
+        self,
+        item: Mapping[str, Any],
+        a: str,
+        b: str,
+        *,
+        mode: str = SCORES,
+        weights: Mapping[str, float] | None = None,
+    ) -> tuple[Prepared, Prepared]:
+        """The two prompts of `compare`, checked and tokenised; item: what goes with both responses. In mode "scores"
+        that of a and that of b, in mode "one_prompt" that with a first and that with b first."""
+        if check_mode(mode) == SCORES:
+            items = [{**item, "response": response} for response in (a, b)]
+        else:
+            items = [one_prompt(item, *order, self.scale) for order in ((a, b), (b, a))]
+        first, second = (self.prepare(one, weights) for one in items)
+        return first, second
 
     # -- the backend ---------------------------------------------------------------------------------
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+from real_openrlhf.common.paths import expand
 from real_openrlhf.data.judge_prompt import Rubric
 from real_openrlhf.judge.types import JudgeError, Score
 
@@ -67,6 +71,18 @@ def _from_fields(rubric: Mapping[str, object]) -> Rubric:
                 f"a rubric has no field {key!r}; it has criteria, and descriptions or score1_description ..."
             )
     return Rubric(criteria=rubric.get("criteria", rubric.get("orig_criteria")), descriptions=descriptions)  # type: ignore[arg-type]
+
+
+def read_rubric(text: str, flag: str) -> Any:
+    """From a flag: text, or a .json or .txt file; JSON may hold several dimensions."""
+    path = Path(expand(text))
+    if path.suffix not in (".json", ".txt"):
+        return text
+    try:
+        content = path.read_text(encoding="utf-8")
+        return json.loads(content) if path.suffix == ".json" else content
+    except (OSError, ValueError) as error:
+        raise JudgeError(f"{flag} {text}: {error}") from error
 
 
 def check_weights(weights: Mapping[str, float] | None, names: set[str]) -> None:

@@ -24,7 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 class Actors:
-    """All actors of a run, started side by side."""
+    """All actors of a run, started side by side.
+
+    rollouts, weight_sync: None in a warm-up without evaluation, where nothing is sampled.
+    """
 
     def __init__(self, plan: RunPlan) -> None:
         config, device = plan.config, plan.device
@@ -33,12 +36,15 @@ class Actors:
         colocated = config.train.colocate_all
         place: dict[str, Any] = dict(device=device, env=env)
         shared: dict[str, Any] = dict(place, share=COLOCATED_SHARE if colocated else 1.0)
-        self.rollouts = RayRolloutGroup(
-            plan.engine, n_engines=config.vllm.num_engines, group=groups["rollout"], **shared
-        )
+        engines: list[RayRolloutGroup] = []
+        if config.uses_engines:
+            engines.append(
+                RayRolloutGroup(plan.engine, n_engines=config.vllm.num_engines, group=groups["rollout"], **shared)
+            )
         # An engine sizes itself by the GPU's free memory: it comes first, then makes room.
-        shared["after"] = [*self.rollouts.ready(), *self.rollouts.fall_asleep()] if colocated else []
-        engines = [self.rollouts]
+        makes_room = engines[0] if colocated and engines else None
+        shared["after"] = [] if makes_room is None else [*makes_room.ready(), *makes_room.fall_asleep()]
+        self.rollouts = engines[0] if engines else None
         if plan.evaluator_engine is not None:
             engines.append(RayRolloutGroup(plan.evaluator_engine, n_engines=1, group=groups["evaluator"], **place))
         self.policy = RayPolicyGroup(plan.policy, n_ranks=config.ranks, group=groups["policy"], **shared)
@@ -64,6 +70,9 @@ class Actors:
         self.facts = {name: value for name, value in built[0].items() if isinstance(value, int | float)}
         logger.info("policy: %s; engines: %d", built[0], sum(len(group.engines) for group in engines))
         self._engines = engines
+        self.weight_sync: RayWeightSync | None = None
+        if not engines:
+            return
         backend = device.sync_backend(
             config.sync.backend, colocated=colocated, one_host=on_one_host(self.policy, engines)
         )

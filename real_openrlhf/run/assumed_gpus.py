@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from real_openrlhf.common.cards import Card
 from real_openrlhf.config.flags import ConfigError
-from real_openrlhf.run.placement import PlacementError, Request, check_fits
+
+if TYPE_CHECKING:
+    from real_openrlhf.run.placement import Request
 
 _FORM = re.compile(r"(?:(\d+)x)?(\d+)x(\d+(?:\.\d+)?)\s*(gi?b)", re.IGNORECASE)
 # CPU cores are not what a plan for GPUs is about.
@@ -45,6 +48,9 @@ class AssumedGpus:
 
     def check_places(self, requests: Sequence[Request]) -> None:
         """ConfigError where Ray could not place the actors on these nodes."""
+        # Here: it imports Ray, and the form of the flag is checked before that.
+        from real_openrlhf.run.placement import PlacementError, check_fits
+
         nodes = [{"GPU": float(self.gpus_per_node), "CPU": _CORES}] * self.nodes
         try:
             check_fits(requests, nodes)

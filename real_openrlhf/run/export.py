@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from real_openrlhf.algo.objectives import objective_class
+from real_openrlhf.config.schema import Config
 from real_openrlhf.controller.judge_export import Chosen
 from real_openrlhf.export.check import check_export
 from real_openrlhf.export.model_card import CardInfo, write_model_card
@@ -47,17 +49,14 @@ def complete_export(plan: RunPlan, folder: Path, chosen: Chosen) -> None:
         objective=config.real.objective,
         objective_settings={
             **{name: getattr(plan.objective, name) for name in read},
-            "aggregation of Term 1": config.real.aggregation,
+            f"aggregation of {'the cross-entropy' if config.supervised else 'Term 1'}": config.real.aggregation,
         },
         steps=chosen.step,
         chosen=chosen.why,
         training={
             "learning rate": config.actor.adam.lr,
-            "rollouts per prompt": config.rollout.n_samples_per_prompt,
-            "prompts per step": config.rollout.batch_size,
-            "groups kept": config.real.keep_groups,
+            **(_given(config) if config.supervised else _sampled(config)),
             "LoRA adapters": str(config.ds.lora),
-            "weight of the KL to the start": config.algo.kl.init_coef,
             "differs from the preset in": ", ".join(config.overridden) or "nothing",
         },
         evaluation=split_metrics(dict(chosen.evaluation)) if chosen.evaluation else None,
@@ -65,6 +64,23 @@ def complete_export(plan: RunPlan, folder: Path, chosen: Chosen) -> None:
     )
     write_model_card(folder, info=info)
     check_export(folder)
+
+
+def _sampled(config: Config) -> dict[str, Any]:
+    return {
+        "rollouts per prompt": config.rollout.n_samples_per_prompt,
+        "prompts per step": config.rollout.batch_size,
+        "groups kept": config.real.keep_groups,
+        "weight of the KL to the start": config.algo.kl.init_coef,
+    }
+
+
+def _given(config: Config) -> dict[str, Any]:
+    return {
+        "method": config.warmup.method,
+        "feedback": config.warmup.feedback,
+        "rows per update": config.rollout.batch_size,
+    }
 
 
 def split_metrics(metrics: dict[str, float | None]) -> dict[str, dict[str, float | None]]:

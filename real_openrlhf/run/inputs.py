@@ -10,25 +10,24 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from real_openrlhf.actors.engine.limits import ModelLimits
-from real_openrlhf.actors.engine.spec import EngineSpecError, check_read_tokens, check_sampling, logprobs_mode_for
+from real_openrlhf.actors.engine.spec import EngineSpecError, check_read_tokens
 from real_openrlhf.algo.bound_scale import BoundScale, bind_scale
 from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.common.device import Device
 from real_openrlhf.config.batch_plan import batch_plan
 from real_openrlhf.config.flags import ConfigError
-from real_openrlhf.config.sampling import evaluation_sampling, rollout_sampling
 from real_openrlhf.config.schema import Config
 from real_openrlhf.config.validate import validate
 from real_openrlhf.data.dataset import JudgeDataset
+from real_openrlhf.data.given import GivenDataset
 from real_openrlhf.data.judge_prompt import JudgeTemplate
-from real_openrlhf.data.sources import nearest
 from real_openrlhf.data.table import template_of_built
 from real_openrlhf.data.template import PromptTemplate
 from real_openrlhf.data.tokenizer import end_token_ids, load_tokenizer
-from real_openrlhf.evals.benchmarks import Benchmark, load_benchmark, parse_benchmarks
-from real_openrlhf.evals.results import metric_names
+from real_openrlhf.evals.benchmarks import Benchmark, load_benchmark
 from real_openrlhf.judge.scoring import room_for_forcing
 from real_openrlhf.run.assumed_gpus import AssumedGpus
+from real_openrlhf.run.early import benchmark_sources, check_samplings
 from real_openrlhf.run.ray_session import cluster_to_join
 
 
@@ -39,6 +38,7 @@ class Inputs:
     device          None where only the cluster that is to be joined can say
     assumed_gpus    those that are not here, of a dry run
     judge_template  of the training prompts, where `real_openrlhf.data` built them of their parts
+    given           of a warm-up: the responses to the prompts of train_set; None in train_real
     """
 
     config: Config
@@ -52,6 +52,7 @@ class Inputs:
     train_set: JudgeDataset
     benchmarks: tuple[Benchmark, ...]
     warnings: tuple[str, ...]
+    given: GivenDataset | None = None
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -77,15 +78,22 @@ def load_inputs(config: Config) -> Inputs:
             f"{config.actor.model_name_or_path} has a chat template, but prompts are given without it; an Instruct "
             "model wants --data.apply_chat_template"
         )
-    train_set = JudgeDataset.load(
-        config.data.prompt_dataset,
-        max_prompt_tokens=config.data.max_len - config.rollout.max_new_tokens - bound.extra_tokens,
-        max_samples=config.data.max_samples,
-        **_reading(config, tokenizer, template),
-    )
+    end_ids = end_token_ids(config.actor.model_name_or_path, tokenizer)
+    given = None
+    longest = config.data.max_len - config.rollout.max_new_tokens - bound.extra_tokens
+    if config.supervised:
+        given = load_given(config, tokenizer, template, ScoreReader.build(bound, tokenizer, end_ids), longest)
+        train_set = given.dataset
+    else:
+        train_set = JudgeDataset.load(
+            config.data.prompt_dataset,
+            max_prompt_tokens=longest,
+            max_samples=config.data.max_samples,
+            scale=config.real.score_scale,
+            **_reading(config, tokenizer, template),
+        )
     batch_plan(config, len(train_set))  # raises when the prompts do not fill a step
     benchmarks = load_benchmarks(config, tokenizer, bound, template)
-    end_ids = end_token_ids(config.actor.model_name_or_path, tokenizer)
     check_tokens(config, limits, train_set, benchmarks, (*bound.read_token_ids, *end_ids))
     return Inputs(
         config=config,
@@ -99,25 +107,24 @@ def load_inputs(config: Config) -> Inputs:
         train_set=train_set,
         benchmarks=benchmarks,
         warnings=tuple(warnings),
+        given=given,
     )
 
 
-def check_samplings(config: Config) -> None:
-    """ConfigError for rollouts or evaluation that draw from another distribution than the engines give log-probs of."""
-    try:
-        mode = logprobs_mode_for(config.rollout.temperature, config.rollout.top_p)
-        check_sampling(rollout_sampling(config), mode)
-    except EngineSpecError as error:
-        raise ConfigError(f"--rollout.temperature, --rollout.top_p: {error}") from error
-    if config.eval.dataset is None:
-        return
-    try:
-        check_sampling(evaluation_sampling(config), mode)
-    except EngineSpecError as error:
-        raise ConfigError(
-            f"--eval.temperature {config.eval.temperature:g} with --eval.top_p {config.eval.top_p:g} does not go "
-            f"together with --rollout.temperature {config.rollout.temperature:g}: {error}"
-        ) from error
+def load_given(
+    config: Config, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, reader: ScoreReader, longest: int
+) -> GivenDataset:
+    """The judgements of a warm-up. longest: of a prompt in tokens, where its feedback is still to be written."""
+    return GivenDataset.load(
+        config.data.prompt_dataset,
+        response_key=config.data.response_key,
+        reader=reader,
+        max_len=config.data.max_len - reader.bound.extra_tokens,
+        max_prompt_tokens=longest,
+        response_may_lack=config.warmup.feedback != "given",
+        max_samples=config.data.max_samples,
+        **_reading(config, tokenizer, template),
+    )
 
 
 def check_engine(config: Config, bound: BoundScale) -> ModelLimits:
@@ -179,20 +186,13 @@ def check_lora(config: Config) -> None:
 def load_benchmarks(
     config: Config, tokenizer: PreTrainedTokenizerBase, bound: BoundScale, template: PromptTemplate
 ) -> tuple[Benchmark, ...]:
-    """The held-out benchmarks of --eval.dataset; none without it. Checks that the best checkpoint's metric exists."""
+    """The held-out benchmarks of --eval.dataset; none without it."""
     if config.eval.dataset is None:
         return ()
     room = bound.extra_tokens
     if config.eval.force_anchor:
         reader = ScoreReader.build(bound, tokenizer, end_token_ids(config.actor.model_name_or_path, tokenizer))
         room = room_for_forcing(reader)
-    sources = parse_benchmarks([config.eval.dataset], "--eval.dataset")
-    metric, names = config.ckpt.best_metric, metric_names(list(sources))
-    if metric is not None and metric not in names:
-        raise ConfigError(
-            f"--ckpt.best_metric_key: there is no evaluation metric {metric!r}{nearest(metric, names)}; the benchmarks "
-            f"are {', '.join(sources)}, their metrics stand in README"
-        )
     return tuple(
         load_benchmark(
             name,
@@ -200,9 +200,10 @@ def load_benchmarks(
             group_key=None,
             max_prompt_tokens=config.data.max_len - config.rollout.max_new_tokens - room,
             max_samples=config.eval.max_samples,
+            scale=config.real.score_scale,
             **_reading(config, tokenizer, template),
         )
-        for name, source in sources.items()
+        for name, source in benchmark_sources(config).items()
     )
 
 
@@ -211,7 +212,6 @@ def _reading(config: Config, tokenizer: PreTrainedTokenizerBase, template: Promp
     return dict(
         input_key=config.data.input_key,
         label_key=config.data.label_key,
-        scale=config.real.score_scale,
         tokenizer=tokenizer,
         template=template,
         skip_bad_rows=config.data.skip_bad_rows,

@@ -13,9 +13,10 @@ from real_openrlhf.common.errors import FolderError, RunError
 from real_openrlhf.common.folder_lock import FolderLock
 from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.config.schema import Config
-from real_openrlhf.controller.controller import Stopped
-from real_openrlhf.controller.run_log import RunLogError
+from real_openrlhf.controller.loop import Stopped
+from real_openrlhf.controller.run_log import RunLogError, check_output_dir
 from real_openrlhf.run.ending import ending
+from real_openrlhf.run.feedback import rows_without_feedback, with_feedback
 from real_openrlhf.run.inputs import load_inputs
 from real_openrlhf.run.plan import make_plan
 from real_openrlhf.run.plan_text import render
@@ -26,8 +27,11 @@ from real_openrlhf.run.start import launch
 logger = logging.getLogger(__name__)
 
 
-def run(config: Config) -> int:
-    """Exit codes: 0 done, 2 the input is wrong, 1 the run failed, 85 stopped by a signal: run me again to resume."""
+def run(config: Config, *, feedback_model: str | None = None) -> int:
+    """Exit codes: 0 done, 2 the input is wrong, 1 the run failed, 85 stopped by a signal: run me again to resume.
+
+    feedback_model: writes the feedback that a warm-up asks for; None: the start.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
     for noisy in ("httpx", "filelock", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -39,10 +43,10 @@ def run(config: Config) -> int:
         except FolderError as error:
             sys.stderr.write(f"error: {error}\n")
             return 2
-        return _run(config, held)
+        return _run(config, held, feedback_model)
 
 
-def _run(config: Config, held: ExitStack) -> int:
+def _run(config: Config, held: ExitStack, feedback_model: str | None) -> int:
     """held: of locks, which another is added to."""
     try:
         plan = make_plan(load_inputs(config))
@@ -51,6 +55,11 @@ def _run(config: Config, held: ExitStack) -> int:
             return 0
         for warning in plan.warnings:
             logger.warning("%s", warning)
+        if rows_without_feedback(plan):
+            if config.ckpt.load == "none":
+                # Again later, with the records; here, so that hours of sampling do not come first.
+                check_output_dir(config.ckpt.output_dir)
+            plan = with_feedback(plan, feedback_model)
         checkpoint = checkpoint_to_load(plan)
         check_folders(plan, checkpoint)
         # Only now: before, it may not exist, and would make the output folder look used.
@@ -60,6 +69,9 @@ def _run(config: Config, held: ExitStack) -> int:
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except RunError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
     try:
         launch(plan, checkpoint)
     except Stopped as stopped:

@@ -34,14 +34,15 @@ def memory_problem(config: Config, parameters: int, weight_bytes: int, card_byte
     policy, engine = policy_bytes(config, parameters, weight_bytes), parameters * weight_bytes
     engine //= vllm.tensor_parallel_size
     of = f"of {parameters / 1e9:.1f} billion parameters"
-    if engine > share * card_bytes:
+    samples = config.uses_engines or config.warmup.feedback != "given"
+    if samples and engine > share * card_bytes:
         return (
             f"an engine has {_gb(engine)} of weights {of} on each of its {vllm.tensor_parallel_size} GPU(s), and may "
             f"take {_gb(share * card_bytes)} (--vllm.gpu_memory_utilization {share:g} of {_gb(card_bytes)}); raise "
             "--vllm.tensor_parallel_size"
         )
     turns = vllm.enable_sleep and config.ds.enable_sleep
-    beside = share * card_bytes if config.train.colocate_all and not turns else 0.0
+    beside = share * card_bytes if config.uses_engines and config.train.colocate_all and not turns else 0.0
     if policy + beside <= card_bytes:
         return None
     also = f", beside the engines' {_gb(beside)}" if beside else ""

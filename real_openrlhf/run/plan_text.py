@@ -8,7 +8,7 @@ from real_openrlhf.algo.bound_scale import BoundScale, decode
 from real_openrlhf.common.device import Device
 from real_openrlhf.config.batch_plan import BatchPlan, resolve_ratio
 from real_openrlhf.config.convert import get_value
-from real_openrlhf.config.presets import PRESETS
+from real_openrlhf.config.presets import preset_values
 from real_openrlhf.config.schema import Config
 from real_openrlhf.run.inputs import Inputs
 from real_openrlhf.run.plan import RunPlan
@@ -56,6 +56,8 @@ def _assumed_lines(inputs: Inputs) -> list[str]:
 
 
 def _batch_lines(config: Config, plan: BatchPlan, bound: BoundScale, tolerance: float) -> list[str]:
+    if config.supervised:
+        return _warmup_lines(config, plan)
     k = config.rollout.n_samples_per_prompt
     prompt_tokens = config.data.max_len - config.rollout.max_new_tokens - bound.extra_tokens
     lines = [
@@ -73,20 +75,47 @@ def _batch_lines(config: Config, plan: BatchPlan, bound: BoundScale, tolerance: 
     return lines
 
 
+def _warmup_lines(config: Config, plan: BatchPlan) -> list[str]:
+    first = {"missing": "rows without a response", "sampled": "every row"}.get(config.warmup.feedback)
+    objective = {"sft": "cross-entropy", "raft": "squared error of E[score], and lambda times the cross-entropy"}
+    return [
+        f"{config.warmup.method}: {objective[config.real.objective]}, on given responses",
+        f"{plan.prompts_per_step} rows per update, {plan.samples_per_rank} on each of {plan.ranks} rank(s); up to "
+        f"{config.rollouts_per_pass} rows and {config.train.max_tokens_per_gpu} tokens per forward pass",
+        f"up to {config.data.max_len} tokens of prompt and response together",
+        *([f"before that, the model writes feedback for {first}"] if first else []),
+    ]
+
+
 def _prompt_lines(inputs: Inputs) -> list[str]:
-    """The first training prompt as the model gets it, its beginning and end, and the human score."""
+    """The first training prompt as the model gets it, its beginning and end, and the human score.
+
+    Of a warm-up the response as well, which is what is learned.
+    """
     prompt = inputs.train_set.prompts[0]
-    text = decode(inputs.tokenizer, prompt.token_ids)
-    shown = text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]} [...] {text[-_SHOWN:]}"
     how = "through the chat template" if inputs.template.apply_chat_template else "without a chat template"
-    return [f"{len(prompt.token_ids)} tokens, {how}, human score {prompt.label:g}:", *shown.splitlines()]
+    lines = [f"{len(prompt.token_ids)} tokens, {how}, human score {prompt.label:g}:"]
+    lines += _shown(decode(inputs.tokenizer, prompt.token_ids))
+    if inputs.given is not None:
+        response = inputs.given.responses.get(prompt.row)
+        if response is None:
+            lines.append("its response is still to be written: feedback by the model, then the human score")
+        else:
+            lines.append(f"its response, {len(response)} tokens, which are learned:")
+            lines += _shown(decode(inputs.tokenizer, response))
+    return lines
+
+
+def _shown(text: str) -> list[str]:
+    return (text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]} [...] {text[-_SHOWN:]}").splitlines()
 
 
 def _step_lines(config: Config, plan: BatchPlan) -> list[str]:
     bound = "at most " if plan.at_most else ""
     every = "" if config.eval.steps < 0 else f", every {config.eval.steps} steps"
     return [
-        f"{plan.n_prompts} prompts x {config.train.num_episodes} episode(s): {bound}{plan.total_steps} steps, "
+        f"{plan.n_prompts} {'rows' if config.supervised else 'prompts'} x {config.train.num_episodes} episode(s): "
+        f"{bound}{plan.total_steps} steps, "
         f"{bound}{plan.total_updates} updates",
         "no evaluation" if config.eval.dataset is None else f"evaluation before training{every}, and at the end",
     ]
@@ -109,7 +138,7 @@ def _score_lines(bound: BoundScale, read: Callable[[int], str]) -> list[str]:
 
 
 def _preset_lines(config: Config) -> list[str]:
-    preset = PRESETS[config.real.preset]
+    preset = preset_values(config.real.preset)
     lines = [f"{config.real.preset}, nothing overridden" if not config.overridden else config.real.preset]
     for name in config.overridden:
         lines.append(f"--{name} {get_value(config, name)} (preset: {preset[name]})")

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from real_openrlhf.checkpoint.manifest import Checkpoint
-from real_openrlhf.common.folder_lock import LOCK_FILE
 from real_openrlhf.config.schema import CkptConfig
 from real_openrlhf.controller.checkpointing import find_checkpoint, make_store
-from real_openrlhf.controller.run_log import CONFIG_FILE, check_output_dir
+from real_openrlhf.controller.run_log import BEFORE_RECORDS, CONFIG_FILE, check_output_dir
 from real_openrlhf.run.plan import RunPlan
 
 
@@ -35,5 +34,6 @@ def starts_anew(ckpt: CkptConfig, checkpoint: Checkpoint | None) -> bool:
     output = Path(ckpt.output_dir)
     if ckpt.load != "auto" or checkpoint is not None or not output.is_dir():
         return False
-    ours = (output / CONFIG_FILE).is_file() or {path.name for path in output.iterdir()} <= {"checkpoints", LOCK_FILE}
+    names = {path.name for path in output.iterdir()}
+    ours = CONFIG_FILE in names or names <= {"checkpoints", *BEFORE_RECORDS}
     return ours and not any(Path(ckpt.folder).glob("step_*")) and not (output / "model").exists()

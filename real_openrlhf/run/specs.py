@@ -17,6 +17,7 @@ from real_openrlhf.config.openrlhf_args import to_openrlhf_args
 from real_openrlhf.config.sampling import evaluation_sampling, rollout_sampling
 from real_openrlhf.config.schema import Config, LoraConfig
 from real_openrlhf.controller.settings import ControllerSettings
+from real_openrlhf.controller.warmup import WarmupSettings
 from real_openrlhf.evals.evaluator import EvaluatorSpec
 from real_openrlhf.evals.objective import RewardSettings
 from real_openrlhf.run.inputs import Inputs
@@ -77,6 +78,16 @@ def controller_settings(config: Config, plan: BatchPlan) -> ControllerSettings:
     )
 
 
+def warmup_settings(config: Config, plan: BatchPlan) -> WarmupSettings:
+    return WarmupSettings(
+        total_steps=plan.total_steps,
+        batch_size=config.rollout.batch_size,
+        eval_steps=config.eval.steps,
+        eval_beside=not config.train.colocate_all,
+        logging_steps=config.logger.logging_steps,
+    )
+
+
 def placement_requests(config: Config, device: Device) -> list[Request]:
     """One placement group for the policy, one for the engines, one each for a reference and the evaluator's engine.
 
@@ -86,8 +97,10 @@ def placement_requests(config: Config, device: Device) -> list[Request]:
     bundle = device.bundle()
     width = config.vllm.tensor_parallel_size
     on_one_node = width if width > 1 else None
-    workers = Request(name="rollout", bundles=(bundle,) * (config.vllm.num_engines * width), width=on_one_node)
-    if config.train.colocate_all:
+    workers = engine_places(config, device)
+    if not config.uses_engines:
+        requests = [Request(name="policy", bundles=(bundle,) * config.ranks)]
+    elif config.train.colocate_all:
         requests = [replace(workers, name="policy+rollout")]
     else:
         requests = [Request(name="policy", bundles=(bundle,) * config.ranks), workers]
@@ -96,6 +109,16 @@ def placement_requests(config: Config, device: Device) -> list[Request]:
     if config.eval.dataset and config.eval.engine == "own":
         requests.append(Request(name="evaluator", bundles=(bundle,) * width, width=on_one_node))
     return requests
+
+
+def engine_places(config: Config, device: Device) -> Request:
+    """Bundles of the rollout engines, apart from any policy."""
+    width = config.vllm.tensor_parallel_size
+    return Request(
+        name="rollout",
+        bundles=(device.bundle(),) * (config.vllm.num_engines * width),
+        width=width if width > 1 else None,
+    )
 
 
 def engine_spec(inputs: Inputs, device: Device) -> EngineSpec:
@@ -190,4 +213,6 @@ def probe_sequences(inputs: Inputs) -> tuple[tuple[int, ...], ...]:
 
 def engine_workers(config: Config) -> int:
     own = 1 if config.eval.dataset and config.eval.engine == "own" else 0
+    if not config.uses_engines:
+        return 0
     return (config.vllm.num_engines + own) * config.vllm.tensor_parallel_size

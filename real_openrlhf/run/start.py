@@ -6,15 +6,22 @@ import logging
 import math
 from typing import Any
 
+from real_openrlhf.algo.score_position import ScoreReader
+from real_openrlhf.algo.types import TrainGroup, group_scores
 from real_openrlhf.checkpoint.manifest import Checkpoint
 from real_openrlhf.config.cli import config_to_dict
 from real_openrlhf.controller.checkpointing import Checkpointer, make_store
 from real_openrlhf.controller.controller import Controller
 from real_openrlhf.controller.guards import Guards
 from real_openrlhf.controller.judge_export import JudgeExport
-from real_openrlhf.controller.progress import PhaseTimer, Progress
+from real_openrlhf.controller.loop import TrainingLoop
+from real_openrlhf.controller.progress import SHOWN, WARMUP_SHOWN, PhaseTimer, Progress
 from real_openrlhf.controller.run_log import RunLog
+from real_openrlhf.controller.warmup import WarmupController
+from real_openrlhf.data.given import given_group
+from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.data.stream import PromptStream
+from real_openrlhf.run import specs
 from real_openrlhf.run.actors import Actors
 from real_openrlhf.run.export import complete_export, exported_step
 from real_openrlhf.run.plan import RunPlan, make_plan
@@ -58,7 +65,8 @@ def launch(plan: RunPlan, checkpoint: Checkpoint | None = None) -> dict[str, Any
         if checkpoint is None:
             log.log(0, "sync", {"seconds/start": timer.seconds("start"), **actors.facts})
         initial = 0 if checkpoint is None else checkpoint.step
-        with Progress(plan.batch.total_steps, initial=initial, enabled=config.logger.progress) as progress:
+        shown = WARMUP_SHOWN if config.supervised else SHOWN
+        with Progress(plan.batch.total_steps, initial=initial, enabled=config.logger.progress, shown=shown) as progress:
             controller = make_controller(plan, actors, log, progress, stop)
             saver = Checkpointer(
                 store=store,
@@ -86,29 +94,70 @@ def on_cluster(plan: RunPlan, session: Session) -> RunPlan:
     return known
 
 
-def make_controller(plan: RunPlan, actors: Actors, log: RunLog, progress: Progress, stop: StopRequest) -> Controller:
+def make_controller(plan: RunPlan, actors: Actors, log: RunLog, progress: Progress, stop: StopRequest) -> TrainingLoop:
     config, inputs = plan.config, plan.inputs
+    if inputs.given is not None:
+        return warmup_controller(plan, actors, log, progress, stop)
+    assert actors.rollouts is not None and actors.weight_sync is not None
     values = config.real.score_scale.values
     return Controller(
         plan.controller,
         scale=config.real.score_scale,
         objective=plan.objective,
-        prompts=PromptStream(inputs.train_set.prompts, seed=config.train.seed, num_episodes=config.train.num_episodes),
+        prompts=prompt_stream(plan),
         rollouts=actors.rollouts,
         policy=actors.policy,
         weight_sync=actors.weight_sync,
         evaluator=actors.evaluator,
         reference=actors.reference,
         guards=Guards(config.guard, scale_range=max(values) - min(values)),
-        export=JudgeExport(
-            actors.policy,
-            plan.model_folder,
-            metric=config.ckpt.best_metric if inputs.benchmarks else None,
-            describe=lambda folder, chosen: complete_export(plan, folder, chosen),
-            step_of=exported_step,
-        ),
+        export=judge_export(plan, actors),
         log=log,
         progress=progress,
         decode=inputs.tokenizer.decode,
         stop_requested=lambda: stop.requested,
+    )
+
+
+def warmup_controller(
+    plan: RunPlan, actors: Actors, log: RunLog, progress: Progress, stop: StopRequest
+) -> WarmupController:
+    inputs, scale = plan.inputs, plan.config.real.score_scale
+    given = inputs.given
+    assert given is not None
+    reader = ScoreReader.build(inputs.bound, inputs.tokenizer, inputs.end_ids)
+
+    def group_of(prompt: Prompt) -> TrainGroup:
+        group = given_group(prompt, given.responses[prompt.row], reader)
+        target = scale.target(prompt.label)
+        coefficients = plan.objective(group_scores(group, scale.tensor(), target))
+        return TrainGroup(group=group, target=target, coefficients=coefficients)
+
+    return WarmupController(
+        specs.warmup_settings(plan.config, plan.batch),
+        prompts=prompt_stream(plan),
+        group_of=group_of,
+        policy=actors.policy,
+        engines=actors.rollouts,
+        weight_sync=actors.weight_sync,
+        evaluator=actors.evaluator,
+        export=judge_export(plan, actors),
+        log=log,
+        progress=progress,
+        stop_requested=lambda: stop.requested,
+    )
+
+
+def prompt_stream(plan: RunPlan) -> PromptStream:
+    train = plan.config.train
+    return PromptStream(plan.inputs.train_set.prompts, seed=train.seed, num_episodes=train.num_episodes)
+
+
+def judge_export(plan: RunPlan, actors: Actors) -> JudgeExport:
+    return JudgeExport(
+        actors.policy,
+        plan.model_folder,
+        metric=plan.config.ckpt.best_metric if plan.inputs.benchmarks else None,
+        describe=lambda folder, chosen: complete_export(plan, folder, chosen),
+        step_of=exported_step,
     )

@@ -84,11 +84,12 @@ def check(report: Report) -> None:
     out = Path(os.environ.get("WORK") or "runs/gpu/smollm2")
     shutil.rmtree(out, ignore_errors=True)
     call("examples/stsb/prepare.py", "--output_dir", str(out / "data"), "--data_dir", data)
-    common = ["--apply_chat_template", "--max_len", "320"]
     seconds = call(
-        *("-m", "real_openrlhf.train_warmup", "--model_name_or_path", model, "--data", str(out / "data/sft.jsonl")),
-        *("--output_dir", str(out / "warmup"), *common, "--device", DEVICE, "--learning_rate", "2e-4"),
-        *("--lr_scheduler", "cosine", "--warmup_steps", "10", "--batch_size", str(rows), "--max_steps", str(warmup)),
+        *("-m", "real_openrlhf.train_warmup", "--actor.model_name_or_path", model),
+        *("--data.prompt_dataset", str(out / "data/sft.jsonl"), "--ckpt.output_dir", str(out / "warmup")),
+        *("--data.apply_chat_template", "--data.max_len", "320", "--rollout.max_new_tokens", "64"),
+        *("--real.scale", "0-5", "--real.device", DEVICE, "--actor.adam.lr", "2e-4"),
+        *("--train.batch_size", str(rows), "--train.max_steps", str(warmup), "--train.num_episodes", "100"),
     )
     report.figure(f"warm-up, {warmup} steps of {rows} rows: s", seconds)
     shared = [
@@ -99,7 +100,7 @@ def check(report: Report) -> None:
         "0.4",
     ]
     seconds = call(
-        *("-m", "real_openrlhf.train_real", "--actor.model_name_or_path", str(out / "warmup")),
+        *("-m", "real_openrlhf.train_real", "--actor.model_name_or_path", str(out / "warmup/model")),
         *(
             "--data.prompt_dataset",
             str(out / "data/train.jsonl"),

@@ -206,10 +206,12 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
 
             state.update({name: buffer.cpu() for name, buffer in _persistent_buffers(network).items()})
             Path(path).mkdir(parents=True, exist_ok=True)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
             network.config.use_cache = True
+            end_at(network.generation_config, tokenizer.eos_token_id)
             network.save_pretrained(path, state_dict=state)
             network.config.use_cache = False
-            AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(path)
+            tokenizer.save_pretrained(path)
             if adapter:
                 save_adapter(Path(path) / _ADAPTER_FOLDER, network, adapter, self.spec.path)
             durable.fsync_tree(Path(path))  # only the node that wrote can force it out
@@ -284,6 +286,14 @@ def padded_logprobs(
             logprobs = values[: n - 1].float().log_softmax(-1)
             found.append(logprobs.gather(-1, row[1:n, None])[:, 0].cpu())
     return found
+
+
+def end_at(generation: Any, end: int | None) -> None:
+    """Have a generation config know the tokenizer's end of text, which responses are learned to end with."""
+    known = generation.eos_token_id
+    ends = [] if known is None else [known] if isinstance(known, int) else list(known)
+    if end is not None and end not in ends:
+        generation.eos_token_id = [end, *ends] if ends else end
 
 
 def _full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:

@@ -5,8 +5,9 @@ the row's `PromptLayout` arrives as the keyword argument "layout", which the lay
 when gradient checkpointing computes them again). No mask over the whole row is ever made: per group
 there is causal attention within the prompt, and the rollouts attend to the prompt and to themselves.
 
-Three ways compute the same: `varlen_attention` on GPUs in bf16, two parts of torch's flash kernel on CPUs, and
-everywhere else (fp32 on a GPU, dropout, "eager", windows on a CPU) one call of sdpa per part.
+Several ways compute the same: `varlen_attention` on GPUs in bf16; on CPUs one call for all groups where each prompt has
+a single rollout, and two parts of torch's flash kernel where it has several; and everywhere else (fp32 on a GPU,
+dropout, "eager", windows on a CPU) one call of sdpa per part.
 """
 
 from __future__ import annotations
@@ -61,7 +62,10 @@ def prompt_attention(
     if kernels is not None:
         window = sliding_window if bites else None
         return varlen_attention(query, key, value, layout, scale=scale, window=window, ops=kernels), None
-    if query.device.type == "cpu" and not (exact or dropout or bites):
+    plain = query.device.type == "cpu" and not (exact or dropout or bites)
+    if plain and len(layout.groups) > 1 and all(len(group.responses) == 1 for group in layout.groups):
+        return _single_rollouts(query, key, value, layout, scale), None
+    if plain:
         return _TwoParts.apply(query, key, value, layout, scale), None
     with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
         parts = [_group(query, key, value, g, scale, dropout, sliding_window) for g in layout.groups]
@@ -69,6 +73,31 @@ def prompt_attention(
 
 
 AttentionInterface.register(PROMPT_ATTENTION, prompt_attention)
+
+
+# -- CPU, one rollout per prompt: plain causal rows -----------------------------------------------------------
+
+
+def _single_rollouts(query: Tensor, key: Tensor, value: Tensor, layout: PromptLayout, scale: float) -> Tensor:
+    """[1, L, H, D]: each prompt with its only rollout is one causal sequence; they are padded to the longest.
+
+    Calls per group would cost more than their arithmetic where sequences are short, as in a warm-up.
+    """
+    lengths = torch.tensor([group.end - group.start for group in layout.groups])
+    starts = torch.tensor([group.start for group in layout.groups])
+    column = torch.arange(int(lengths.max()))
+    # Padding repeats the last token; under a causal mask no real token sees it.
+    pads = (starts[:, None] + torch.minimum(column, lengths[:, None] - 1)).flatten()
+    places = (column < lengths[:, None]).flatten().nonzero()[:, 0]
+    heads = query.shape[1] // key.shape[1]
+
+    def rows(x: Tensor) -> Tensor:  # [1, H, L, D] -> [groups, H, width, D]
+        return x.index_select(2, pads).unflatten(2, (len(lengths), -1))[0].transpose(0, 1)
+
+    out = scaled_dot_product_attention(
+        rows(query), _repeat(rows(key), heads), _repeat(rows(value), heads), is_causal=True, scale=scale
+    )
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, places)[None]
 
 
 # -- any device: one call of sdpa per part --------------------------------------------------------------------

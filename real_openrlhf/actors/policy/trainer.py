@@ -96,7 +96,7 @@ class RealTrainer(ActorPPOTrainer):
     def _update(self, rows: list[Row], *, with_norms: bool) -> Update:
         denominators = self._global(denominators_of(rows, trains_score_token=self.trains_score_token))
         sums: dict[str, float] = {}
-        largest = 0.0
+        largest: float | None = None
         norms = ParameterNorms(self.actor.parameters()) if with_norms and self.norms_at_parameters else None
         parts = equal_micro_batches(rows, self.strategy)
         for number, part in enumerate(parts, start=1):
@@ -106,7 +106,8 @@ class RealTrainer(ActorPPOTrainer):
                 with self.actor.without_deepspeed():
                     norms.add(self._terms(batch, denominators))
             got = self.training_step(batch, denominators, with_norms=with_norms)
-            largest = max(largest, got.pop("logprob_difference_max", 0.0))
+            if "logprob_difference_max" in got:
+                largest = max(largest or 0.0, got.pop("logprob_difference_max"))
             for name, value in got.items():
                 sums[name] = sums.get(name, 0.0) + value
         # Before the step: the schedule moves on with it.
@@ -121,7 +122,8 @@ class RealTrainer(ActorPPOTrainer):
                 values[f"logit_grad_norm/{name.removeprefix('square/')}"] = math.sqrt(max(value, 0.0))
         if norms is not None:
             values |= norms.norms(self.strategy)
-        values["rollout_gap/logprob_max"] = self.strategy.max_over_ranks(largest)
+        if largest is not None:
+            values["rollout_gap/logprob_max"] = self.strategy.max_over_ranks(largest)
         values["policy/grad_norm"] = self.strategy.get_grad_norm(self.actor)
         values["policy/lr"] = lr
         return Update(sums=sums, denominators=denominators, values=values)
@@ -212,10 +214,11 @@ def _metrics(updates: Sequence[Update], *, kl: bool) -> dict[str, float]:
         metrics["policy/entropy"] = total["entropy"] / tokens
     if kl:
         metrics["policy/kl"] = total["kl"] / tokens
-    first_tokens = max(first.denominators.response_tokens, 1.0)
-    metrics["rollout_gap/logprob_mean"] = first.sums["logprob_difference"] / first_tokens
-    metrics["rollout_gap/kl"] = first.sums["rollout_kl"] / first_tokens
-    metrics["rollout_gap/logprob_max"] = first.values["rollout_gap/logprob_max"]
+    if "logprob_difference" in first.sums:  # not of given responses
+        first_tokens = max(first.denominators.response_tokens, 1.0)
+        metrics["rollout_gap/logprob_mean"] = first.sums["logprob_difference"] / first_tokens
+        metrics["rollout_gap/kl"] = first.sums["rollout_kl"] / first_tokens
+        metrics["rollout_gap/logprob_max"] = first.values["rollout_gap/logprob_max"]
     metrics["policy/lr"] = updates[-1].values["policy/lr"]
     metrics["policy/updates"] = float(len(updates))
     return metrics

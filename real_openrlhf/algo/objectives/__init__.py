@@ -18,7 +18,11 @@ OBJECTIVES = {
     "jepo": "real_openrlhf.algo.objectives.jepo:JepoObjective",
     "term1_only": "real_openrlhf.algo.objectives.term1_only:Term1OnlyObjective",
     "term2_only": "real_openrlhf.algo.objectives.term2_only:Term2OnlyObjective",
+    "sft": "real_openrlhf.algo.objectives.supervised:SftObjective",
+    "raft": "real_openrlhf.algo.objectives.supervised:RaftObjective",
 }
+# Those that learn given responses (train_warmup); the others learn what the policy samples (train_real).
+SUPERVISED = ("sft", "raft")
 
 
 def objective_class(name: str) -> type[Any]:

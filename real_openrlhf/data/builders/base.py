@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.data.dataset import read_label
 from real_openrlhf.data.judge_prompt import Rubric
-from real_openrlhf.data.sources import lookup, shorten
+from real_openrlhf.data.sources import BadRow, Row, lookup, read_rows, shorten
 
 
 class FieldError(ValueError):
@@ -47,6 +48,8 @@ class Item:
     critique   text of the judgement behind the label, its verdict and all; None: none, or none that fits the label
     n          judgements averaged into the label; feedback is trained on only where it is 1
     meta       the rest of the source's ids and categories
+    aspect     what was rated, where the data set has several ratings of one response
+    ratings    rater -> score, where the label is the mean of several people's scores
     rng        random numbers of this row alone, so that it does not depend on its place
     """
 
@@ -59,18 +62,21 @@ class Item:
     critique: str | None = None
     n: int = 1
     meta: Mapping[str, Any] = field(default_factory=dict)
+    aspect: str | None = None
+    ratings: Mapping[str, float] = field(default_factory=dict)
     rng: random.Random | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What the command line tells a builder. label_key: column of the score; None: the data set's own. columns: the
-    field map of the generic builder."""
+    field map of the generic builder. aspects: those to build, of a data set that has several."""
 
     scale: ScoreScale
     seed: int = 0
     label_key: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    aspects: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +84,9 @@ class Builder:
     """A data set.
 
     about       one line for --help
-    read        one row to an item; raises FieldError, or KeyError from `lookup`
+    read        one row to an item, or to several where it holds several judged responses or ratings; raises
+                FieldError, or KeyError from `lookup`
+    rows        the rows of a source; `read_rows` unless the data set has a form of its own
     scale       of its labels; None: has to be given
     template    of its prompts unless another is asked for; None: has to be given
     sources     where it is read from unless told otherwise: SOURCE or SPLIT=SOURCE
@@ -86,12 +94,14 @@ class Builder:
     shuffle     rows stand in an order that means something, so that the first N would not stand for all
     unique      one row per group; the others repeat it
     critiques   rows come with feedback that a warm-up can be made of
+    labels_alone   rows without feedback go into a warm-up too: a model writes it there
+    aspects     what is rated to the scale of its ratings, where there are several ratings of one response
     check       looks at the options before any row is read; raises ValueError
     """
 
     name: str
     about: str
-    read: Callable[[Mapping[str, Any], Options], Item]
+    read: Callable[[Mapping[str, Any], Options], Item | list[Item]]
     scale: str | None
     template: str | None
     sources: Sequence[str] = ()
@@ -99,6 +109,9 @@ class Builder:
     shuffle: bool = False
     unique: bool = False
     critiques: bool = False
+    labels_alone: bool = False
+    aspects: Mapping[str, str] = field(default_factory=dict)
+    rows: Callable[[str], Iterator[Row | BadRow]] = read_rows
     check: Callable[[Options], None] | None = None
 
 
@@ -147,6 +160,37 @@ def mean_label(values: Mapping[str, Any], column: str, scale: ScoreScale) -> tup
     except ValueError as error:
         raise FieldError(column, str(error)) from error
     return sum(numbers) / len(numbers), len(numbers)
+
+
+def ratings(scores: Mapping[str, object], column: str, scale: ScoreScale) -> dict[str, float]:
+    """Rater -> score, each on the scale. The label is their mean: `mean`."""
+    if not scores:
+        raise FieldError(column, "there is no rating")
+    found = {}
+    for rater, score in scores.items():
+        try:
+            found[rater] = read_label(score, scale)
+        except ValueError as error:
+            raise FieldError(column, f"{rater}: {error}") from error
+    return found
+
+
+def listed_ratings(
+    values: Mapping[str, Any], column: str, scale: ScoreScale, raters: Sequence[str] | None = None
+) -> dict[str, float]:
+    """The same from a list of scores. raters: in its order; None: they have no names but their places."""
+    value = get(values, column)
+    if not isinstance(value, (list, tuple)):
+        raise FieldError(column, f"expected a list of scores, one per rater, got {shorten(value)}")
+    names = [f"rater {number}" for number in range(1, len(value) + 1)] if raters is None else raters
+    if len(names) != len(value):
+        raise FieldError(column, f"{len(value)} scores, but there are {len(names)} raters: {', '.join(names)}")
+    return ratings(dict(zip(names, value)), column, scale)
+
+
+def mean(found: Mapping[str, float]) -> float:
+    """Of ratings: the label."""
+    return fmean(found.values())
 
 
 def group_of(*texts: str) -> str:

@@ -100,5 +100,6 @@ BUILDER = Builder(
     template=None,
     fractions={"train": 1.0},
     critiques=True,
+    labels_alone=True,
     check=check,
 )

@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from real_openrlhf import evaluate, train_warmup
+from real_openrlhf import evaluate
 from real_openrlhf.common.arguments import take_negative_values
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.flags import ConfigError
@@ -40,7 +40,5 @@ def test_flags_are_flags_and_negative_numbers_are_refused_by_their_flag() -> Non
     assert parsed.a == ["-1-1", "-2", "x"] and parsed.b
     with pytest.raises(ConfigError, match=r"--actor.adam.lr must be a number >= 0, got -1.0"):
         parse_args(["--actor.adam.lr", "-1"])
-    warmup = ["--model_name_or_path", "m", "--data", "d", "--output_dir", "o", "--learning_rate", "-1e-5"]
-    assert train_warmup.parse_args(warmup).learning_rate == -1e-5
     with pytest.raises(ConfigError, match="unknown flag -x"):
         parse_args(["-x"])

@@ -143,16 +143,15 @@ def test_every_command_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture[st
     out, model = str(tmp_path / "out"), str(tmp_path / "m")
     calls = (
         (data.main, ["generic", "--scale=1-5", "--map", "prompt=prompt", "--source", rows, "--output_dir", out]),
-        (
-            train_warmup.main,
-            ["--model_name_or_path", model, "--data", rows, "--output_dir", out, "--max_steps", "1"],
-        ),
         (evaluate.main, ["--model", model, "--benchmark", rows, "--output_dir", out, "--scale=1-5"]),
     )
     with FolderLock(out, "other"):
         for main, words in calls:
             assert main(words) == 2
             assert f"error: --output_dir {out} is in use: this very process" in capsys.readouterr().err
+        warmup = ["--actor.model_name_or_path", model, "--data.prompt_dataset", rows, "--ckpt.output_dir", out]
+        assert train_warmup.main(warmup) == 2
+        assert f"error: --ckpt.output_dir {out} is in use: this very process" in capsys.readouterr().err
         assert [path.name for path in Path(out).iterdir()] == [LOCK_FILE]
     target = tmp_path / "scores.jsonl"
     with open_output(str(target), overwrite=False, resume=False, identity={}) as first:

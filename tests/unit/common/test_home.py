@@ -106,7 +106,7 @@ def test_nowhere_to_write(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     monkeypatch.setattr(tempfile, "tempdir", "/proc/notmp")
     with pytest.raises(HomeError, match=r"HOME /proc/nohome cannot be written, nor can .*; set HOME or TMPDIR"):
         use_writable_caches()
-    warmup = ["--model_name_or_path", "m", "--data", "d", "--output_dir", "o", "--max_steps", "1"]
+    warmup = ["--actor.model_name_or_path", "m", "--data.prompt_dataset", "d", "--ckpt.output_dir", "o"]
     calls = (
         (train_real.main, ["--actor.model_name_or_path", "m", "--data.prompt_dataset", "d"]),
         (train_warmup.main, warmup),

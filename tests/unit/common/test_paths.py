@@ -10,10 +10,12 @@ import pytest
 
 from real_openrlhf import evaluate, train_warmup
 from real_openrlhf.common.paths import expand, looks_like_a_path, path_argument, text_argument
+from real_openrlhf.config.cli import parse_args
 from real_openrlhf.data import __main__ as data
 from real_openrlhf.judge import cli as judge
 from real_openrlhf.judge.cli_tools import fit_args, serve_args
 from real_openrlhf.judge.output import open_output
+from real_openrlhf.judge.rubrics import read_rubric
 from tests.helpers.tiny_judge import make_rows, write_rows
 
 
@@ -45,8 +47,9 @@ def test_what_is_meant_as_a_path() -> None:
 
 def test_every_path_of_every_command(home: Path) -> None:
     assert data.parse_args(["generic", "--output_dir=~/x"]).output_dir == home / "x"
-    warmup = train_warmup.parse_args(["--model_name_or_path=~/m", "--data=~/d", "--output_dir=~/x"])
-    assert warmup.model_name_or_path == f"{home}/m" and warmup.output_dir == home / "x"
+    folders = ["--actor.model_name_or_path=~/m", "--data.prompt_dataset=~/d", "--ckpt.output_dir=~/x"]
+    warmup = parse_args(folders, warmup=True)
+    assert warmup.actor.model_name_or_path == f"{home}/m" and warmup.ckpt.output_dir == f"{home}/x"
     found = evaluate.parse_args(["--model=~/m", "--output_dir=~/x", "--feedback_of=~/y", "--compare", "~/a", "~/b"])
     assert found.model == f"{home}/m" and found.output_dir == home / "x" and found.feedback_of == home / "y"
     assert found.compare == [home / "a", home / "b"]
@@ -69,7 +72,10 @@ def test_a_data_set_is_built_in_the_home_folder(home: Path) -> None:
 def test_a_model_that_is_not_there_is_a_missing_folder(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_rows(home / "rows.jsonl", make_rows(4, seed=0))
     calls = (
-        (train_warmup.main, ["--model_name_or_path=~/m", "--data=~/rows.jsonl", "--output_dir=~/x", "--max_steps=1"]),
+        (
+            train_warmup.main,
+            ["--actor.model_name_or_path=~/m", "--data.prompt_dataset=~/rows.jsonl", "--ckpt.output_dir=~/x"],
+        ),
         (judge.main, ["--model=~/m", "--input=~/rows.jsonl", "--scale=1-5"]),
         (evaluate.main, ["--model=~/m", "--benchmark=~/rows.jsonl", "--output_dir=~/x", "--scale=1-5"]),
     )
@@ -84,4 +90,6 @@ def test_the_judges_files(home: Path) -> None:
     assert json.loads((home / "out é/x y.jsonl").read_text()) == {"a": 1} and list(Path.cwd().iterdir()) == []
     (home / "r.txt").write_text("Is it right?")
     (home / "r.json").write_text(json.dumps({"tone": "Is it polite?"}))
-    assert judge._rubric("~/r.txt") == "Is it right?" and judge._rubric("~/r.json") == {"tone": "Is it polite?"}
+    assert read_rubric("~/r.txt", "--rubric") == "Is it right?" and read_rubric("~/r.json", "--rubric") == {
+        "tone": "Is it polite?"
+    }

@@ -10,6 +10,7 @@ import pytest
 from real_openrlhf.config.cli import build_parser, config_from_dict, config_to_dict, parse_args, resolve
 from real_openrlhf.config.convert import flags_by_name, get_value
 from real_openrlhf.config.flags import ConfigError, Flag
+from real_openrlhf.config.supervised import is_read
 from real_openrlhf.config.unsupported import UNSUPPORTED, why_unsupported
 
 # Values that differ from the default where a generic choice would be refused.
@@ -169,21 +170,28 @@ def test_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--real.bta", "1"], "unknown flag --real.bta; did you mean real.beta"),
-        (["--real.bta=-1"], "unknown flag --real.bta; did you mean real.beta"),
+        (["--real.bta", "1"], "unknown flag --real.bta; did you mean --real.beta"),
+        (["--real.bta=-1"], "unknown flag --real.bta; did you mean --real.beta"),
         (["--n_samples_per_prompt", "4"], "here this is --rollout.n_samples_per_prompt"),
-        (["--rollout_n_samples", "4"], "did you mean rollout.n_samples_per_prompt"),
-        (["--no-real.refil"], "unknown flag --no-real.refil; did you mean real.refill"),
-        (["--dryrun"], "did you mean dry_run"),
+        (["--rollout_n_samples", "4"], "did you mean --rollout.n_samples_per_prompt"),
+        (["--no-real.refil"], "unknown flag --no-real.refil; did you mean --real.refill"),
+        (["--dryrun"], "did you mean --dry_run"),
         (["--quux"], "--help lists all flags"),
         (["--critic.adam.lr", "1"], "--critic.adam.lr is a flag of OpenRLHF that is not used here: REAL has no critic"),
         (["--algo.advantage.estimator", "gae"], "leave-one-out"),
         (["--algo.advantage.is_correction_threshold", "0.5", "5.0"], "unexpected 5.0 after --algo.advantage.is_corr"),
         (["stray"], "unexpected stray"),
-        (["--rollout.top", "0.9"], "unknown flag --rollout.top; did you mean rollout.top_p"),  # no abbreviations
+        (["--rollout.top", "0.9"], r"unknown flag --rollout.top; did you mean --rollout.top_p\?$"),  # no abbreviations
         (["--rollout.batch_size", "many"], "--rollout.batch_size must be a whole number >= 1, got 'many'"),
         (["--rollout.batch_size", "1e3"], "--rollout.batch_size must be a whole number"),
-        (["--rollout.batch_size"], "rollout.batch_size"),
+        (["--rollout.batch_size"], "^--rollout.batch_size has no value; it must be a whole number >= 1$"),
+        (
+            ["--real.anchor", "--dry_run"],
+            "^--real.anchor has no value; it must be one or more values, each text; one that",
+        ),
+        (["--data.input_template", "-x"], r"has no value; it must be text, or none; .* --data.input_template=-x$"),
+        (["--real.device"], "has no value; it must be one of auto, cpu, cuda$"),
+        (["--config"], "^--config has no value; it must be the path of a JSON or YAML file$"),
     ],
 )
 def test_wrong_command_lines(argv: list[str], message: str) -> None:
@@ -194,6 +202,36 @@ def test_wrong_command_lines(argv: list[str], message: str) -> None:
 def test_all_unknown_flags_are_named_at_once() -> None:
     with pytest.raises(ConfigError, match=r"--real.bta[\s\S]*--critic.optim"):
         parse_args(["--real.bta", "-1", "--critic.optim", "adam"])
+
+
+def test_all_wrong_values_are_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_args(["--rollout.top_p", "7", "--real.refill=maybe", "--real.bta", "1", "--train.seed", "4"])
+    assert str(caught.value).splitlines() == [
+        "unknown flag --real.bta; did you mean --real.beta or --real.lam?",
+        "--rollout.top_p must be a number > 0 and <= 1, got 7.0",
+        "--real.refill must be true or false, got 'maybe'",
+    ]
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"rollout": {"top_p": 7, "batch_size": 8}, "real": 3, "lr": 1, "train.seed": "x"}))
+    with pytest.raises(ConfigError) as caught:
+        parse_args(["--config", str(file)])
+    assert str(caught.value).splitlines() == [
+        f"--config {file}: --rollout.top_p must be a number > 0 and <= 1, got 7.0",
+        f"--config {file}: real is a section, it needs keys below it, got 3",
+        f"--config {file} has the unknown key 'lr': here this is --actor.adam.lr",
+        f"--config {file}: --train.seed must be a whole number >= 0 and <= 2147483647, got 'x'",
+    ]
+
+
+def test_of_several_files_the_later_ones_count(tmp_path: Path) -> None:
+    """None of them is dropped, and flags have precedence wherever they stand."""
+    base, more = tmp_path / "base.json", tmp_path / "more.json"
+    base.write_text(json.dumps({"actor": {"adam": {"lr": 1e-4}}, "train.seed": 1, "rollout.batch_size": 8}))
+    more.write_text(json.dumps({"train": {"seed": 2}, "rollout.batch_size": 16}))
+    config = parse_args(["--config", str(base), "--rollout.batch_size", "32", "--config", str(more)])
+    assert (config.actor.adam.lr, config.train.seed, config.rollout.batch_size) == (1e-4, 2, 32)
+    assert parse_args(["--config", str(more), "--config", str(base)]).train.seed == 1
 
 
 def openrlhf_flags() -> set[str]:
@@ -227,7 +265,7 @@ def test_every_flag_of_openrlhf_is_taken_or_explained() -> None:
 
 def test_help_names_every_flag() -> None:
     text = build_parser("train").format_help()
-    assert all(f"--{name}" in text for name in flags_by_name())
+    assert all(f"--{name}" in text for name in flags_by_name() if is_read(name, warmup=False))
 
 
 def test_resolve_without_anything_is_the_default_preset() -> None:

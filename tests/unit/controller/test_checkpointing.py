@@ -16,7 +16,8 @@ import pytest
 from real_openrlhf.algo.types import TrainGroup
 from real_openrlhf.checkpoint.errors import CheckpointError, IncompatibleCheckpointError, NoCheckpointError
 from real_openrlhf.controller.checkpointing import Checkpointer, find_checkpoint, make_store
-from real_openrlhf.controller.controller import Controller, Stopped
+from real_openrlhf.controller.controller import Controller
+from real_openrlhf.controller.loop import Stopped
 from real_openrlhf.data.stream import PromptStream
 from tests.unit.checkpoint.helpers import identity
 from tests.unit.controller.test_controller import World, controller, prompts

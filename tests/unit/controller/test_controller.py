@@ -20,11 +20,12 @@ from real_openrlhf.algo.sampling import Sampling
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import Group, TrainGroup
 from real_openrlhf.config.guard_flags import GuardConfig
-from real_openrlhf.controller.controller import Controller, NothingLearned, Stopped
+from real_openrlhf.controller.controller import Controller, NothingLearned
 from real_openrlhf.controller.dynamic_sampling import CannotFill
 from real_openrlhf.controller.first_look import ScoresNotThere
 from real_openrlhf.controller.guards import Guards, WentWrong
 from real_openrlhf.controller.judge_export import JudgeExport
+from real_openrlhf.controller.loop import Stopped
 from real_openrlhf.controller.protocols import SyncReport
 from real_openrlhf.controller.settings import ControllerSettings
 from real_openrlhf.data.prompt import Prompt

@@ -131,7 +131,18 @@ def test_feedback_without_a_label_of_its_own_is_left_out(tmp_path: Path, rows: l
         "several judgements were averaged": 1,
     }
     assert [row["feedback"] for row in read(tmp_path / "out", "train")] == [None, None, None, "Fine 0."]
-    assert len(read(tmp_path / "out", "sft")) == 1
+    # The rows stay: train_warmup has a model write what they lack.
+    responses = [row["response"] for row in read(tmp_path / "out", "sft")]
+    assert [text is None for text in responses] == [True, True, True, False]
+
+
+def test_labels_alone_are_a_start_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"q": f"Q{i}", "a": "A", "y": 1 + i} for i in range(6)]
+    words = ["--source", str(write(tmp_path / "a.jsonl", rows)), "--map", *MAP[1:4], "--scale", "1-10"]
+    words += ["--template", "single_answer", "--output_dir", str(tmp_path / "o"), "--sft"]
+    assert main(["generic", *words]) == 0
+    assert [(row["label"], row["response"]) for row in read(tmp_path / "o", "sft")] == [(r["y"], None) for r in rows]
+    assert "sft.parquet --warmup.feedback missing --real.scale" in capsys.readouterr().out
 
 
 def test_a_prompt_that_holds_its_feedback_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,7 +252,6 @@ def test_bad_rows_stop_or_are_counted(
         (["generic", "--source", "{}", "--map", "prompt=q", "label=y"], "generic needs --scale"),
         (["generic", "--source", "{}", "--scale", "1-10", "--map", "instruction=q"], "generic needs --template"),
         (["generic", "--source", "{}", "--scale", "1-10", "--map", "prompt"], "write FIELD=COLUMN"),
-        (["generic", "--source", "{}", "--scale", "1-10", "--map", "prompt=q", "label=y", "--sft"], "--sft: no row"),
     ],
 )
 def test_bad_commands(

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from real_openrlhf.algo.bound_scale import bind_scale
+from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.data.__main__ import main
 from real_openrlhf.data.dataset import JudgeDataset
+from real_openrlhf.data.given import GivenDataset
 from real_openrlhf.data.template import PromptTemplate
-from real_openrlhf.train_warmup import load_examples
 from tests.helpers.tokenizers import CHAT_TEMPLATE, word_tokenizer
 
 
@@ -41,9 +43,20 @@ def test_training_and_warmup_read_what_is_written(tmp_path: Path) -> None:
         for row in pq.read_table(out / "sft.parquet").to_pylist()
         for word in row["response"].replace(".", " . ").split()
     ]
-    known = word_tokenizer(extra_words=words)
-    examples = load_examples(str(out / "sft.parquet"), tokenizer=known, template=PromptTemplate(), max_len=1000)
-    assert len(examples) == 3
+    known = word_tokenizer(extra_words=[*words, "10"])
+    bound = bind_scale(ScoreScale.parse("1-10"), known)
+    given = GivenDataset.load(
+        str(out / "sft.parquet"),
+        input_key="prompt",
+        label_key="label",
+        response_key="response",
+        tokenizer=known,
+        template=PromptTemplate(),
+        reader=ScoreReader.build(bound, known, {known.eos_token_id}),
+        max_len=1000,
+        max_prompt_tokens=500,
+    )
+    assert len(given.responses) == 3
     written = [row["response"] for row in pq.read_table(out / "sft.parquet").to_pylist()]
     assert written[:2] == ["Fine 0. So the overall score is 1", "Fine 1. So the overall score is 7"]
     assert written[2] in ("Fine 2. So the overall score is 8", "Fine 2. So the overall score is 9")

@@ -144,7 +144,7 @@ def command(name: str, model: Path, rows: Path) -> tuple[Any, list[str]]:
         ),
         "train_warmup": (
             train_warmup.main,
-            ["--model_name_or_path", model, "--data", rows, "--output_dir", out, "--max_steps", "1"],
+            ["--dry_run", "--actor.model_name_or_path", model, "--data.prompt_dataset", rows, "--real.device", "cpu"],
         ),
         "evaluate": (evaluate, ["--model", model, "--benchmark", f"t={rows}", "--output_dir", out, *scale]),
         "judge": (judge, ["--model", model, "--input", rows, "--prompt_key", "prompt", *scale]),

@@ -17,7 +17,7 @@ from real_openrlhf.common.folder_lock import LOCK_FILE, FolderInUseError, Folder
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.schema import Config
 from real_openrlhf.controller.checkpointing import make_store
-from real_openrlhf.controller.controller import Stopped
+from real_openrlhf.controller.loop import Stopped
 from real_openrlhf.controller.run_log import RunLogError
 from real_openrlhf.data.tokenizer import end_token_ids, load_tokenizer
 from real_openrlhf.run import main as module
@@ -137,7 +137,7 @@ def test_paths_begin_at_home_and_have_blanks_and_letters_of_any_script(
 
 def test_an_unknown_flag(flags: Flags, capsys: pytest.CaptureFixture[str], started: list[RunPlan]) -> None:
     line = refused(capsys, argv(flags, "--rollout.batchsize", "3"))
-    assert "unknown flag --rollout.batchsize; did you mean rollout.batch_size" in line
+    assert "unknown flag --rollout.batchsize; did you mean --rollout.batch_size" in line
     assert started == []
 
 

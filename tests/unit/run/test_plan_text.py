@@ -40,6 +40,7 @@ def rendered(
             assumed_gpus=None,
             bound=bound,
             tokenizer=tokenizer,
+            given=None,
             train_set=SimpleNamespace(prompts=[Prompt(token_ids=(13, 12), label=2.5, row=0, text="")]),
             template=PromptTemplate(),
         ),

@@ -19,7 +19,7 @@ from real_openrlhf.config.batch_plan import batch_plan
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.config.schema import Config, LoraConfig
-from real_openrlhf.run.inputs import check_samplings
+from real_openrlhf.run.early import check_samplings
 from real_openrlhf.run.placement import Request
 from real_openrlhf.run.specs import (
     controller_settings,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from real_openrlhf.actors.policy.policy_actor import padded_logprobs
+from real_openrlhf.actors.policy.policy_actor import end_at, padded_logprobs
 from tests.unit.actors.policy.test_model import MODELS, VOCABULARY, make_model
 
 CPU = torch.device("cpu")
@@ -54,3 +56,12 @@ def test_logits_in_bf16_are_normalised_in_fp32() -> None:
     for values in padded_logprobs(model, random_sequences(), CPU):
         assert values.dtype == torch.float32
         assert not values.equal(values.bfloat16().float())  # a softmax in bf16 would have rounded them
+
+
+@pytest.mark.parametrize(("known", "ends"), [(None, 1), (1, 1), (9, [1, 9]), ([9, 1], [9, 1]), ([9, 8], [1, 9, 8])])
+def test_a_saved_model_ends_at_the_tokenizers_end_too(known: int | list[int] | None, ends: int | list[int]) -> None:
+    generation = SimpleNamespace(eos_token_id=known)
+    end_at(generation, 1)
+    assert generation.eos_token_id == ends
+    end_at(generation, None)
+    assert generation.eos_token_id == ends

@@ -9,9 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from real_openrlhf.data.sources import DataError
-from real_openrlhf.data.template import PromptTemplate
-from real_openrlhf.train_warmup import (
+from examples.quickstart.warmup import (
     METRICS_FILE,
     Example,
     WarmupConfig,
@@ -24,6 +22,8 @@ from real_openrlhf.train_warmup import (
     summed_loss,
     train,
 )
+from real_openrlhf.data.sources import DataError
+from real_openrlhf.data.template import PromptTemplate
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "b", "c", "d", "score", "1", "2", "3"]
 CPU = torch.device("cpu")
