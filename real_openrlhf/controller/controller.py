@@ -6,9 +6,11 @@
                      │
                      └──► evaluator ──► metrics
 
+A group is one prompt with its rollouts. The objective turns a group's rewards into coefficients: the weights of each
+rollout's loss terms (`algo.types.Coefficients`).
 With a KL, the reference ranks add their log-probs to the groups before the policy trains on them.
 With `one_ahead`, engines sample the next batch while the policy trains on this one (controller/batches.py).
-It sees Protocols only (controller/protocols.py); tests run it with fakes.
+The controller knows the actors only as Protocols (controller/protocols.py), so tests run it with fakes.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ class Stopped(Exception):
 
 
 class NothingLearned(RunError):
-    """Too many steps in a row without a single non-zero advantage."""
+    """Too many steps in a row in which every advantage was zero."""
 
 
 class Controller:
@@ -97,7 +99,7 @@ class Controller:
         self.decode = decode
         self.stop_requested = stop_requested
         self.since_command = since_command
-        # What is logged once, with the first step of this process that is logged.
+        # Metrics that are logged once, with the first step that this process logs. None until the first update.
         self._once: dict[str, float] | None = None
         self._saver: Saver | None = None
         self.timer = PhaseTimer()
@@ -105,13 +107,13 @@ class Controller:
         self.dead_steps = 0
         self.last_eval: dict[str, float | None] = {}
         self._evaluated_at = -1
-        # Step of an evaluation that is under way.
+        # Step of the evaluation that is running now; None when there is none.
         self._evaluating: int | None = None
         self._resumed = False
         self._wrong: Alarm | None = None
 
     def checkpointed_parts(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the policy's shards: objects with state_dict and load_state_dict, by name."""
+        """What a checkpoint holds besides the policy's shards: objects with state_dict and load_state_dict, by name."""
         parts: dict[str, Any] = {"controller": self, "prompts": self.batches}
         if self.evaluator is not None:
             parts["evaluator"] = self.evaluator
@@ -120,12 +122,12 @@ class Controller:
     def fit(self, saver: Saver | None = None) -> dict[str, float | None]:
         """The whole run; returns the metrics of the last evaluation. saver: None writes no checkpoints.
 
-        The end of the prompts ends training, unless it comes before a single step: CannotFill.
+        Training also ends when the prompts are used up. If that happens before the first step, CannotFill is raised.
         """
         self._saver = saver
         synced = self._sync()
         if not self._resumed:
-            # An unbroken run has neither of them at a later step.
+            # A resumed run skips both: an unbroken run has neither of them at a later step.
             self.log.log(self.step_number, "sync", {**synced, **self.timer.pop()})
             self._evaluate()
         self.timer.pop()
@@ -136,7 +138,7 @@ class Controller:
                 if self.step_number == 0:
                     raise CannotFill(
                         f"dynamic sampling used up all prompts before the first batch was full: {error}. Train on "
-                        "more groups (--real.keep_groups), do without refill (--no-real.refill), or lower "
+                        "more groups (--real.keep_groups), switch refill off (--no-real.refill), or lower "
                         "--rollout.batch_size."
                     ) from error
                 logger.info("the prompts of all episodes are used up after %d steps", self.step_number)
@@ -148,7 +150,7 @@ class Controller:
 
     def step(self) -> None:
         """One step, from prompts to a new version of the weights."""
-        # 1. Rollouts: groups filtered by accuracy, sampled by the newest weights or, one step ahead, by those before.
+        # 1. Rollouts, filtered by accuracy. The newest weights sample them; one step ahead, the weights before those.
         with self.timer.phase("generate"):
             batch = self.batches.take(self.step_number, self.step_number)
             self.rollouts.sleep()
@@ -163,11 +165,11 @@ class Controller:
             with self.timer.phase("reference"):
                 found = self.reference.reference_logprobs(groups)
             groups = [replace(group, ref_logprobs=logprobs) for group, logprobs in zip(groups, found, strict=True)]
-        # 4. Policy updates; one step ahead, the engines sample the next batch meanwhile.
+        # 4. Policy updates. One step ahead, the engines sample the next batch at the same time.
         if self.settings.one_ahead and self.step_number + 1 < self.settings.total_steps:
             self.batches.start(self.step_number + 1, self.step_number)
         if self.export.metric is not None:
-            # Training changes the weights that an evaluation beside it may find to be the best.
+            # It may find that these weights are the best so far: they must be exported before training changes them.
             self._finish_evaluation()
         with self.timer.phase("train"):
             trained = self.policy.train(groups)
@@ -176,14 +178,14 @@ class Controller:
         with self.timer.phase("generate"):
             self.batches.wait()
         self.step_number += 1
-        # 5. The engines get the new weights and prove it.
+        # 5. The engines get the new weights, and their log-probs are compared with the policy's.
         synced = self._sync()
         # 6. Logs.
         metrics = {**stats, **trained, **sampling_metrics(collected), **synced, "rollouts/age": age}
         metrics.update(speed_metrics(self.timer.pop(), batch))
         self._log_step(metrics, collected, groups)
-        self._guard_against_nothing(groups)
-        self._heed(self.guards.step(metrics))
+        self._stop_if_nothing_is_learned(groups)
+        self._report(self.guards.step(metrics))
         # 7. Evaluation.
         every = self.settings.eval_steps
         if every > 0 and self.step_number % every == 0:
@@ -196,7 +198,7 @@ class Controller:
     def _save(self) -> None:
         signal, saver, step = self.stop_requested(), self._saver, self.step_number
         if signal is not None or (saver is not None and (saver.uses_evaluations or saver.is_due(step, None))):
-            # It may decide the best, and no checkpoint holds an evaluation that is under way.
+            # It may make this step the best one, and a checkpoint cannot hold an evaluation that is still running.
             self._finish_evaluation()
         evaluation = self.last_eval if self._evaluated_at == step and self._evaluating is None else None
         saved = False
@@ -205,7 +207,8 @@ class Controller:
         if signal is not None:
             raise Stopped(self.step_number, signal, saved)
 
-    def _heed(self, alarms: Sequence[Alarm]) -> None:
+    def _report(self, alarms: Sequence[Alarm]) -> None:
+        """Log what the guards saw; the first alarm that stops the run is remembered until the step is complete."""
         for alarm in alarms:
             self.log.warn(self.step_number, alarm.watch, alarm.message)
             if alarm.stops:
@@ -214,11 +217,11 @@ class Controller:
     def _stop(self, alarm: Alarm) -> NoReturn:
         raise WentWrong(
             f"stopped after step {self.step_number}: {alarm.message} The best judge so far is kept where evaluations "
-            "chose one, and checkpoints stay. --guard.stop says which watches may stop a run, and none goes on."
+            "chose one, and checkpoints are kept. --guard.stop says which watches may stop a run; none lets it go on."
         )
 
     def _age(self, batch: Batch) -> float:
-        """Versions of the weights between the rollouts and the policy that trains on them: 0, or 1 one step ahead."""
+        """How many versions the rollouts' weights are behind the policy's: 0, or 1 with `one_ahead`."""
         age = self.step_number - batch.version
         if not 0 <= age <= (1 if self.settings.one_ahead else 0):
             raise RuntimeError(f"step {self.step_number} got rollouts of weight version {batch.version}")
@@ -247,7 +250,7 @@ class Controller:
                     f"rollouts of step {step} come from weight versions {sorted(other)}, expected {version}"
                 )
             if step == 0 and wave == 1:
-                # Before the filter: a judge that writes no score at all would only ever be told that no group is kept.
+                # Before the filter: else a judge that writes no scores fails with "no group was kept", not the cause.
                 self._first_look(groups)
             return groups
 
@@ -298,11 +301,11 @@ class Controller:
         self._evaluated_at = self._evaluating = self.step_number
         if not self.settings.eval_beside:
             self._finish_evaluation()
-            # Not part of the next step.
+            # These seconds are not part of the next step's.
             self.timer.pop()
 
     def _finish_evaluation(self) -> None:
-        """Wait for the evaluation that is under way, if any, and log it at the step that it began at."""
+        """Wait for the running evaluation, if there is one, and log it at the step at which it began."""
         if self.evaluator is None or self._evaluating is None:
             return
         with self.timer.phase("evaluate"):
@@ -323,7 +326,7 @@ class Controller:
         self.log.log_evaluation(step, report.samples, report.plots)
         self.progress.evaluated(step, report.metrics)
         self.export.evaluated(step, report.metrics)
-        self._heed(self.guards.evaluation(report.metrics, report.changes))
+        self._report(self.guards.evaluation(report.metrics, report.changes))
 
     def _log_step(self, metrics: dict[str, Any], collected: Collected, groups: Sequence[TrainGroup]) -> None:
         if self.step_number % self.settings.logging_steps == 0:
@@ -340,12 +343,12 @@ class Controller:
             self.log.log_samples(self.step_number, samples)
         self.progress.step(self.step_number, metrics)
 
-    def _guard_against_nothing(self, groups: Sequence[TrainGroup]) -> None:
+    def _stop_if_nothing_is_learned(self, groups: Sequence[TrainGroup]) -> None:
         dead = all(group.coefficients.zero_variance for group in groups)
         self.dead_steps = self.dead_steps + 1 if dead else 0
         if self.settings.dead_steps and self.dead_steps >= self.settings.dead_steps:
             raise NothingLearned(
-                f"{self.dead_steps} steps in a row had no group whose rewards differ: nothing explores. Raise "
+                f"{self.dead_steps} steps in a row had no group whose rewards differ: Term 1 learns nothing. Raise "
                 "--rollout.temperature, sample more rollouts per prompt, or look at the judgements in samples.jsonl "
                 "(--real.dead_steps sets this limit, 0 switches it off)."
             )
@@ -365,7 +368,7 @@ class Controller:
         self.dead_steps = state["dead_steps"]
         self.last_eval = dict(state["last_eval"])
         self._evaluated_at = state["evaluated_at"]
-        # Not in checkpoints of earlier versions.
+        # Checkpoints of earlier versions do not have them.
         for name, part in (("guards", self.guards), ("export", self.export)):
             if name in state:
                 part.load_state_dict(state[name])

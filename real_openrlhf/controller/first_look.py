@@ -30,9 +30,9 @@ def check_first_rollouts(
     renormalise: bool = False,
     shown: int = 5,
 ) -> str:
-    """A few lines to show; raises ScoresNotThere below either threshold.
+    """A few lines for the log; raises ScoresNotThere below either threshold (mean mass, share of readable rollouts).
 
-    Without a readable rollout there is no mass to judge: min_readable 0 lets such a run go on.
+    Without a readable rollout there is no mass to check: with min_readable 0 such a run goes on.
     """
     rollouts = [(group, rollout) for group in groups for rollout in group.rollouts]
     readable = [(g, r) for g, r in rollouts if r.reading.readable]
@@ -66,6 +66,6 @@ def check_first_rollouts(
         )
     if top_p < 1:
         report += (
-            f"\n  top_p {top_p:g}: log-probs speak of the full vocabulary, the rollouts were drawn from its nucleus"
+            f"\n  top_p {top_p:g}: log-probs are over the full vocabulary, the rollouts were drawn from its nucleus"
         )
     return report
