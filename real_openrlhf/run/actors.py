@@ -36,14 +36,14 @@ class Actors:
         self.rollouts = RayRolloutGroup(
             plan.engine, n_engines=config.vllm.num_engines, group=groups["rollout"], **shared
         )
-        # An engine sizes itself by the GPU's free memory: it comes first, then makes room.
+        # An engine takes a share of the GPU's free memory: engines start before the policy, then free it by sleeping.
         shared["after"] = [*self.rollouts.ready(), *self.rollouts.fall_asleep()] if colocated else []
         engines = [self.rollouts]
         if plan.evaluator_engine is not None:
             engines.append(RayRolloutGroup(plan.evaluator_engine, n_engines=1, group=groups["evaluator"], **place))
         self.policy = RayPolicyGroup(plan.policy, n_ranks=config.ranks, group=groups["policy"], **shared)
         waiting = [ref for group in engines for ref in group.ready()]
-        # Now, so that its imports are done when the first evaluation is due.
+        # Started now, so that its imports are done when the first evaluation begins.
         self.evaluator = None
         if plan.evaluator is not None:
             self.evaluator = RayEvaluator(plan.evaluator, engines[-1], env=env)

@@ -1,4 +1,4 @@
-"""GPUs that are not here: what a dry run plans for on a laptop."""
+"""--assume_gpus: a dry run on a laptop plans for GPUs that this machine does not have."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.run.placement import PlacementError, Request, check_fits
 
 _FORM = re.compile(r"(?:(\d+)x)?(\d+)x(\d+(?:\.\d+)?)\s*(gi?b)", re.IGNORECASE)
-# CPU cores are not what a plan for GPUs is about.
+# So many that CPU cores never limit a plan for GPUs.
 _CORES = 1e6
 
 
@@ -25,7 +25,7 @@ class AssumedGpus:
 
     @classmethod
     def parse(cls, text: str) -> AssumedGpus:
-        """ "2x8x80GB" (nodes, GPUs of each, memory of each GPU) or "8x80GB", one node. ConfigError for another form.
+        """ "2x8x80GB" (nodes, GPUs per node, memory of each GPU) or "8x80GB" (one node). ConfigError for other forms.
 
         >>> AssumedGpus.parse("8x80GB")
         AssumedGpus(nodes=1, gpus_per_node=8, memory=80000000000)

@@ -1,4 +1,4 @@
-"""What a run's flags name, loaded and checked: tokenizer, scale, prompts, benchmarks."""
+"""Loads and checks what a run's flags name: tokenizer, scale, prompts, benchmarks."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from real_openrlhf.run.ray_session import cluster_to_join
 class Inputs:
     """What the flags name, loaded and checked.
 
-    device          None where only the cluster that is to be joined can say
-    assumed_gpus    those that are not here, of a dry run
-    judge_template  of the training prompts, where `real_openrlhf.data` built them of their parts
+    device          None where it depends on a cluster that is not joined yet
+    assumed_gpus    the GPUs of --assume_gpus
+    judge_template  the template of the training prompts, if `real_openrlhf.data` built them
     """
 
     config: Config
@@ -75,7 +75,7 @@ def load_inputs(config: Config) -> Inputs:
     if tokenizer.chat_template and not config.data.apply_chat_template:
         warnings.append(
             f"{config.actor.model_name_or_path} has a chat template, but prompts are given without it; an Instruct "
-            "model wants --data.apply_chat_template"
+            "model needs --data.apply_chat_template"
         )
     train_set = JudgeDataset.load(
         config.data.prompt_dataset,
@@ -103,7 +103,7 @@ def load_inputs(config: Config) -> Inputs:
 
 
 def check_samplings(config: Config) -> None:
-    """ConfigError for rollouts or evaluation that draw from another distribution than the engines give log-probs of."""
+    """ConfigError for samplings whose distribution is not the one that the engines give log-probs of."""
     try:
         mode = logprobs_mode_for(config.rollout.temperature, config.rollout.top_p)
         check_sampling(rollout_sampling(config), mode)
@@ -115,13 +115,13 @@ def check_samplings(config: Config) -> None:
         check_sampling(evaluation_sampling(config), mode)
     except EngineSpecError as error:
         raise ConfigError(
-            f"--eval.temperature {config.eval.temperature:g} with --eval.top_p {config.eval.top_p:g} does not go "
-            f"together with --rollout.temperature {config.rollout.temperature:g}: {error}"
+            f"--eval.temperature {config.eval.temperature:g} with --eval.top_p {config.eval.top_p:g} cannot be "
+            f"combined with --rollout.temperature {config.rollout.temperature:g}: {error}"
         ) from error
 
 
 def check_engine(config: Config, bound: BoundScale) -> ModelLimits:
-    """ConfigError for what no engine of this model can do; returns what its configuration says."""
+    """ConfigError for settings that no engine can meet with this model; returns the limits in the model's config."""
     try:
         check_read_tokens(bound)
     except EngineSpecError as error:
@@ -142,9 +142,9 @@ def check_tokens(
     benchmarks: Sequence[Benchmark],
     own: Sequence[int],
 ) -> None:
-    """ConfigError for tokens that the model does not have, or prompts too short to compare engine and policy on.
+    """ConfigError for tokens that the model does not have, and for prompts too short to compare engine and policy.
 
-    own: the scale's tokens and those that end a response.
+    own: the scale's tokens and the tokens that end a response.
     """
     try:
         limits.check_tokens(own, "the labels of --real.scale and the end of text")
@@ -167,7 +167,7 @@ def check_lora(config: Config) -> None:
     lora = config.ds.lora
     if lora.rank == 0:
         return
-    # Here: peft takes seconds to import, and a run without adapters does not need it.
+    # Imported here: peft takes seconds to import, and a run without adapters does not need it.
     from real_openrlhf.actors.policy.lora import LoraError, check_adapters
 
     try:
@@ -191,7 +191,7 @@ def load_benchmarks(
     if metric is not None and metric not in names:
         raise ConfigError(
             f"--ckpt.best_metric_key: there is no evaluation metric {metric!r}{nearest(metric, names)}; the benchmarks "
-            f"are {', '.join(sources)}, their metrics stand in README"
+            f"are {', '.join(sources)}, their metrics are listed in real_openrlhf/controller/README.md"
         )
     return tuple(
         load_benchmark(
@@ -207,7 +207,7 @@ def load_benchmarks(
 
 
 def _reading(config: Config, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate) -> dict[str, Any]:
-    """How training and evaluation data are read alike."""
+    """Arguments that are the same for reading training and evaluation data."""
     return dict(
         input_key=config.data.input_key,
         label_key=config.data.label_key,
@@ -219,10 +219,10 @@ def _reading(config: Config, tokenizer: PreTrainedTokenizerBase, template: Promp
 
 
 def known_device(config: Config) -> Device | None:
-    """The device as far as it is known before Ray: a cluster that is joined decides "auto" by its own GPUs.
+    """The device, as far as it is known before Ray starts. None: "auto" on a cluster, which decides by its own GPUs.
 
-    Its GPUs are believed in where they are asked for. Raises DeviceError where --real.device asks for GPUs that this
-    machine does not have.
+    If --real.device asks for GPUs: a cluster that will be joined is assumed to have them; this machine must have
+    them, else DeviceError.
     """
     if config.assume_gpus is not None:
         dtype = "bf16" if config.ds.param_dtype == "auto" else config.ds.param_dtype
@@ -234,7 +234,7 @@ def known_device(config: Config) -> Device | None:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """Local paths made absolute: actors on a joined cluster run in another folder than the driver."""
+    """The configuration with absolute local paths: actors on a joined cluster run in another folder than the driver."""
     actor, ckpt = config.actor, config.ckpt
     if Path(actor.model_name_or_path).is_dir():
         actor = replace(actor, model_name_or_path=str(Path(actor.model_name_or_path).resolve()))

@@ -33,7 +33,7 @@ def run(config: Config) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     with ExitStack() as held:
         try:
-            # First of all: whoever else writes there must not be waited for until the data are read.
+            # Locked first: if another run writes there, the user learns it before data are loaded.
             if config.ckpt.output_dir and not config.dry_run:
                 held.enter_context(FolderLock(config.ckpt.output_dir, "--ckpt.output_dir"))
         except FolderError as error:
@@ -43,7 +43,7 @@ def run(config: Config) -> int:
 
 
 def _run(config: Config, held: ExitStack) -> int:
-    """held: of locks, which another is added to."""
+    """held: the locks held so far; this function adds another."""
     try:
         plan = make_plan(load_inputs(config))
         if config.dry_run:
@@ -53,7 +53,7 @@ def _run(config: Config, held: ExitStack) -> int:
             logger.warning("%s", warning)
         checkpoint = checkpoint_to_load(plan)
         check_folders(plan, checkpoint)
-        # Only now: before, it may not exist, and would make the output folder look used.
+        # Not earlier: the lock makes the folder, and inside the output folder that would look like an earlier run.
         ckpt = plan.config.ckpt
         if Path(ckpt.folder).resolve() != Path(ckpt.output_dir).resolve():
             held.enter_context(FolderLock(ckpt.folder, "--ckpt.path"))
@@ -69,7 +69,7 @@ def _run(config: Config, held: ExitStack) -> int:
         logger.info("%s; the same command with --ckpt.load latest goes on", stopped)
         return EXIT_RESUME
     except (ConfigError, DeviceError, RunLogError, CheckpointError) as error:
-        # What only shows once the cluster or the log is there; nothing has been trained.
+        # Wrong input that only shows once the cluster or the log is there; nothing has been trained.
         sys.stderr.write(f"error: {error}\n")
         return 2
     except RunError as error:
@@ -78,6 +78,6 @@ def _run(config: Config, held: ExitStack) -> int:
     try:
         sys.stdout.write(f"done: {ending(plan)}\n")
     except OSError as error:
-        # The judge is there; a plot that cannot be written is no reason to call the run failed.
+        # The judge was exported; the run has not failed because a plot cannot be written.
         logger.warning("done, but its summary could not be written: %s", error)
     return 0

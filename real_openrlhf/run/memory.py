@@ -1,4 +1,4 @@
-"""The least memory that a run needs on each GPU: activations, logits, KV cache and buffers come on top."""
+"""The least memory that a run needs on each GPU. Activations, logits, KV cache and buffers need more on top of it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from real_openrlhf.run.ray_session import cluster_to_join
 
 
 def policy_bytes(config: Config, parameters: int, weight_bytes: int) -> int:
-    """Weights, gradients and Adam's states of one rank. weight_bytes: of a weight, 2 in bf16, 4 in fp32.
+    """Bytes of weights, gradients and Adam's states on one rank. weight_bytes: per weight, 2 in bf16, 4 in fp32.
 
-    Mixed precision has 12 bytes of master weight and two moments per parameter, fp32 its 8 of moments. Adapters, and
-    what DeepSpeed keeps in CPU memory, count nothing.
+    Adam's states take 12 bytes per parameter in mixed precision (fp32 master weight, two moments) and 8 in fp32 (two
+    moments). Adapters, and what DeepSpeed keeps in CPU memory, are not counted.
     """
     ds, ranks = config.ds, config.ranks
     weights = parameters * weight_bytes // (ranks if ds.zero_stage == 3 else 1)
@@ -29,7 +29,7 @@ def policy_bytes(config: Config, parameters: int, weight_bytes: int) -> int:
 
 
 def memory_problem(config: Config, parameters: int, weight_bytes: int, card_bytes: int) -> str | None:
-    """Why the plan cannot fit into GPUs of card_bytes each, and what would; None: it may fit."""
+    """Why the plan cannot fit into GPUs of card_bytes each, and which flags would help; None: it may fit."""
     vllm, share = config.vllm, config.engine_utilisation
     policy, engine = policy_bytes(config, parameters, weight_bytes), parameters * weight_bytes
     engine //= vllm.tensor_parallel_size
@@ -41,26 +41,26 @@ def memory_problem(config: Config, parameters: int, weight_bytes: int, card_byte
             "--vllm.tensor_parallel_size"
         )
     turns = vllm.enable_sleep and config.ds.enable_sleep
-    beside = share * card_bytes if config.train.colocate_all and not turns else 0.0
-    if policy + beside <= card_bytes:
+    shared = share * card_bytes if config.train.colocate_all and not turns else 0.0
+    if policy + shared <= card_bytes:
         return None
-    also = f", beside the engines' {_gb(beside)}" if beside else ""
+    also = f", next to the engines' {_gb(shared)}" if shared else ""
     ways = [] if config.ds.zero_stage == 3 else ["--ds.zero_stage 3"]
-    ways += [] if not beside else ["--vllm.enable_sleep with --ds.enable_sleep"]
+    ways += [] if not shared else ["--vllm.enable_sleep with --ds.enable_sleep"]
     ways += ["more ranks (--actor.num_nodes, --actor.num_gpus_per_node)"]
     if not (config.ds.adam_offload or config.ds.lora.rank):
         ways += ["--ds.adam_offload", "--ds.lora.rank"]
     return (
         f"the policy {of} needs at least {_gb(policy)} on each of {config.ranks} GPU(s) for weights, gradients and "
-        f"optimizer{also}, activations not counted, and the largest GPU here has {_gb(card_bytes)}; use "
+        f"optimizer{also}, without activations, and the largest GPU here has {_gb(card_bytes)}; use "
         + ", or ".join(ways)
     )
 
 
 def check_memory(config: Config, cards: Sequence[Card], *, assumed: bool = False) -> list[str]:
-    """ConfigError for a model that cannot fit into GPUs like this machine's; a warning where a cluster has others.
+    """ConfigError for a model that cannot fit into `cards`; only a warning on a cluster, which may have other GPUs.
 
-    Nothing without GPUs here, as on a head node. assumed: the cards are not here, and are believed in.
+    Without GPUs on this machine, as on a head node, nothing is checked. assumed: the cards are --assume_gpus'.
     """
     if config.real.device == "cpu" or not cards or (torch.version.cuda is None and not assumed):
         return []
@@ -77,12 +77,12 @@ def check_memory(config: Config, cards: Sequence[Card], *, assumed: bool = False
 
 
 def count_parameters(path: str) -> int | None:
-    """Of the model by its config, a tied head once, no weights read; None if that is not known here."""
+    """Number of parameters by the model's config, a tied head counted once. None if the model cannot be built here."""
     try:
         with torch.device("meta"):
             network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     except (OSError, ValueError, KeyError):
-        return None  # what is wrong with it, the policy's own loading says
+        return None  # the policy's own loading reports what is wrong
     return sum(p.numel() for p in network.parameters())
 
 

@@ -352,7 +352,7 @@ def test_a_scale_of_more_tokens_than_an_engine_returns(
     assert main(argv(flags, "--dry_run", "--real.scale", "0-127")) == 0
     capsys.readouterr()
     line = refused(capsys, argv(flags, "--dry_run", "--real.scale", "0-128"))
-    assert "--real.scale 0-128, --real.anchor: the scale's labels are 129 different tokens" in line
+    assert "--real.scale 0-128, --real.anchor: the scale's labels have 129 different tokens" in line
     assert "at most 128" in line
 
 

@@ -68,7 +68,7 @@ def test_plans_that_may_fit(changes: dict[str, Any]) -> None:
         ({"ds.zero_stage": 3, "ds.lora.rank": 8, "ds.param_dtype": "fp32", **WIDE}, ["65.5 GB of weights", "raise"]),
         (
             {"actor.num_gpus_per_node": 8, "ds.zero_stage": 3, "train.colocate_all": True, **WIDE},
-            ["65.5 GB", "beside the engines' 40.0 GB", "--vllm.enable_sleep with --ds.enable_sleep"],
+            ["65.5 GB", "next to the engines' 40.0 GB", "--vllm.enable_sleep with --ds.enable_sleep"],
         ),
         ({**SIXTEEN, "vllm.gpu_memory_utilization": 0.8}, ["65.5 GB of weights", "64.0 GB", "tensor_parallel_size"]),
     ],

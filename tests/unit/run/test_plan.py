@@ -49,7 +49,7 @@ def test_the_plan_says_what_a_run_would_do(flags: list[str]) -> None:
 @pytest.mark.parametrize(
     ("lora", "pieces"),
     [
-        ((), ["KL: weight 0.1, estimator k3; reference: 2 rank(s) of its own", "reference: 2 x (1 CPU), PACK"]),
+        ((), ["KL: weight 0.1, estimator k3; reference: 2 separate rank(s)", "reference: 2 x (1 CPU), PACK"]),
         (
             ("--ds.lora.rank", "8"),
             [
