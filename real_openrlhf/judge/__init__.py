@@ -1,8 +1,8 @@
 """One-pass RAIL scoring, and a judge to call: `Judge(path).score(instruction, response)`.
 
-types.py     what a judgement is, and the Protocol that engines and servers fit
-scoring.py   the core: generate once, read the distribution, force the anchor where no score came
-backends: VLLMBackend in this process (engine.py), ServerBackend over HTTP (server.py)
+types.py     what a judgement is, and the Protocol of backends (engines and servers)
+scoring.py   the core: generate once, read the distribution, force the anchor if no score was written
+backends: VLLMBackend in this process (vllm_backend.py), ServerBackend over HTTP (http_backend.py)
 judge.py     the `Judge` class; cli.py is `python -m real_openrlhf.judge`
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    # On demand: whoever needs the core alone need not load a tokenizer's libraries.
+    # Imported on demand: who needs only the core does not load a tokenizer's libraries.
     if name == "Judge":
         from real_openrlhf.judge.judge import Judge
 

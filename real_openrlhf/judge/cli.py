@@ -38,7 +38,7 @@ _LISTED = 10
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 the engine or the server failed, 2 the input is wrong."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
         use_writable_caches()
@@ -49,19 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# What people call a subcommand that there is not.
+# Subcommands that do not exist, though a user may try them -> what to use instead.
 _MEANT = {
     "compare": "two responses are compared by Judge.compare in Python, two evaluations by "
     "python -m real_openrlhf.evaluate --compare RUN RUN",
     "calibrate": "it is called calibration fit",
     "calibration": "it is called calibration fit",
-    "evaluate": "it is a command of its own: python -m real_openrlhf.evaluate",
+    "evaluate": "it is a separate command: python -m real_openrlhf.evaluate",
     "score": "leave the word out: the command scores --input by itself",
 }
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """`run` is the function that does what was asked for."""
+    """The parsed flags; their attribute `run` is the function that carries out the subcommand."""
     words = list(argv)
     if words[:1] == ["serve"]:
         return serve_args(words[1:])
@@ -74,7 +74,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _score_args(words: Sequence[str]) -> argparse.Namespace:
-    parser = make_parser("", "Scores responses: a row of the input comes out with a 'judgement' beside its columns.")
+    parser = make_parser("", "Scores responses: each row of the input is written with a new column, 'judgement'.")
     add_model(parser)
     add = parser.add_argument
     add(
@@ -86,24 +86,27 @@ def _score_args(words: Sequence[str]) -> argparse.Namespace:
     add(
         "--overwrite",
         action="store_true",
-        help="replace an output file that exists, or what a job left that ended early",
+        help="replace an output file that exists, or the rows of a job that ended early",
     )
-    add("--resume", action="store_true", help="go on with a job that ended early, from OUTPUT.partial")
+    add("--resume", action="store_true", help="continue a job that ended early, from OUTPUT.partial")
     add("--skip_bad_rows", action="store_true", help="leave out, count and list rows that cannot be used")
     add("--prompt_key", help="column with whole prompts in the form of the training data's, instead of the parts")
     for part in ("instruction", "response", "rubric", "reference", "context"):
         add(f"--{part}_key", default=part, help=f"column of the {part}")
     add("--rubric", help="for rows without one: text, or a .json or .txt file; JSON may hold several dimensions")
-    add("--weights", help='JSON of dimension to weight, such as {"tone": 1, "facts": 2}; the plain mean when not given')
-    add("--template", help="how the parts become a prompt: a template's name or a file; the export's, else paper")
-    add("--other_template", action="store_true", help="take a template that the judge was not trained on")
-    add("--template_suffix", help="a second template behind it, such as base_suffix")
+    add("--weights", help='JSON of dimension to weight, such as {"tone": 1, "facts": 2}; default: equal weights')
+    add(
+        "--template",
+        help="template that makes a prompt of the parts: a name or a file; default: the export's, else paper",
+    )
+    add("--other_template", action="store_true", help="allow a template that the judge was not trained on")
+    add("--template_suffix", help="a second template that is appended to the first, such as base_suffix")
     add("--n", type=int, default=1, help="responses per row, averaged")
-    add("--temperature", type=float, help="0 is greedy, which it is for --n 1 when not given")
+    add("--temperature", type=float, help="0 is greedy, the default for --n 1")
     add("--top_p", type=float, default=1.0)
     add("--seed", type=int, default=0)
-    add("--no_force", action="store_true", help="do not continue a response without a score behind a forced anchor")
-    add("--calibrated", action="store_true", help="add the score as the stored calibration maps it")
+    add("--no_force", action="store_true", help="do not force an anchor after a response without a score")
+    add("--calibrated", action="store_true", help="add the calibrated score, by the stored calibration")
     add("--batch_size", type=int, default=256, help="rows that are judged at a time")
     add("--server", help="address of an OpenAI-compatible server of this model, such as http://127.0.0.1:8000")
     add("--server_model", help="the model's name there, if it serves several")
@@ -146,7 +149,7 @@ def _score(args: argparse.Namespace) -> None:
     with judge, open_output(args.output, overwrite=args.overwrite, resume=args.resume, identity=identity) as out:
         out.check_done([row for row, _ in good])
         first = len(out.done)
-        _ = judge.backend  # its start is none of the bar's time
+        _ = judge.backend  # started before the progress bar, whose rate should not include it
         with tqdm(
             total=len(good), initial=first, desc="judged", unit=" rows", bar_format=BAR_FORMAT, file=sys.stderr
         ) as bar:
@@ -159,7 +162,7 @@ def _score(args: argparse.Namespace) -> None:
 
 
 def _identity(judge: Judge, args: argparse.Namespace, rubric: Any, weights: Any) -> dict[str, Any]:
-    """What a job that goes on must have in common with the one that ended early."""
+    """What must be the same in a job that ended early and in the one that resumes it."""
     settings, sampling = judge.settings, judge.sampling
     return {
         "model": name_of_model(args.model),
@@ -178,7 +181,7 @@ def _identity(judge: Judge, args: argparse.Namespace, rubric: Any, weights: Any)
 
 
 def name_of_model(model: str) -> str:
-    """A hub id as it is, a folder by its full path."""
+    """A hub id as it is, a folder's absolute path."""
     return str(Path(model).resolve()) if Path(model).exists() else model
 
 
@@ -198,7 +201,7 @@ def _prepared(
     rubric: Any,
     weights: Mapping[str, float] | None,
 ) -> Iterator[tuple[dict[str, Any], Prepared]]:
-    """Every usable row as it is written, and its prompts. The first bad one is an error, unless it is to be skipped."""
+    """Every usable row with its values and its prompts. The first bad row is an error, unless bad rows are skipped."""
     skipped: list[BadRow] = []
     for row in rows:
         made = row if isinstance(row, BadRow) else _prepare(row, judge, args, rubric, weights)
@@ -248,7 +251,7 @@ def _prepare(
 
 
 def as_json(score: Score) -> dict[str, Any]:
-    """A `Score` as an output row has it; null for what is not defined."""
+    """A `Score` in the form of an output row; undefined values are null."""
     content: dict[str, Any] = {
         name: getattr(score, name)
         for name in (

@@ -32,7 +32,7 @@ def add_model(parser: argparse.ArgumentParser, *, engine: bool = True, required:
     add("--model", type=text_argument, required=required, help=about)
     if engine:
         add("--device", default="auto", help="auto, cpu or cuda")
-        add("--max_new_tokens", type=int, help="longest response; the export's when not given")
+        add("--max_new_tokens", type=int, help="longest response, in tokens; default: the export's")
         add("--max_model_len", type=int, help=f"prompt and response; {MAX_PROMPT_TOKENS} for the prompt when not given")
     plain = parser.add_argument_group(f"for a model without {SETTINGS_FILE}")
     plain.add_argument("--scale", help="the score scale, such as 1-5; required for such a model")

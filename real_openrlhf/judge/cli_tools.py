@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def serve_args(words: Sequence[str]) -> argparse.Namespace:
-    parser = make_parser(" serve", "Becomes `vllm serve` with what a judge needs here. Flags behind -- go to vLLM.")
+    parser = make_parser(" serve", "Starts vLLM's server with what a judge needs. Flags after -- are passed to vLLM.")
     add_model(parser)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
@@ -54,7 +54,7 @@ def _serve(args: argparse.Namespace) -> None:
 
 def fit_args(words: Sequence[str]) -> argparse.Namespace:
     parser = make_parser(
-        " calibration fit", "Fits a monotone map from scores to held-out labels, stored beside the model."
+        " calibration fit", "Fits a monotone map from scores to held-out labels and stores it in the model's folder."
     )
     add_model(parser, engine=False)
     add = parser.add_argument
@@ -68,7 +68,7 @@ def fit_args(words: Sequence[str]) -> argparse.Namespace:
 
 def _fit(args: argparse.Namespace) -> None:
     if not Path(args.model).is_dir():
-        raise JudgeError(f"--model {args.model} is not a folder that a calibration can be stored in")
+        raise JudgeError(f"--model {args.model} is not a local folder; the calibration is stored in the model's folder")
     settings = find_settings(args.model, load_tokenizer(args.model, name="--model"), chosen_settings(args))
     scores, labels, without = [], [], 0
     for row in read_rows(args.data):
@@ -78,7 +78,7 @@ def _fit(args: argparse.Namespace) -> None:
         try:
             score = lookup(row.values, column)
             if score is None:
-                without += 1  # a response without a readable score has nothing to be mapped
+                without += 1  # a response without a readable score
                 continue
             column = args.label_key
             labels.append(read_label(lookup(row.values, column), settings.scale))

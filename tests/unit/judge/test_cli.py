@@ -198,7 +198,7 @@ def test_a_job_that_ended_early_goes_on(run, folder, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(Judge, "score_prepared", fails)
     assert main(words) == 1 and not out.exists() and len(partial.read_text().splitlines()) == 2
-    assert main(words) == 2 and "pass --resume to go on" in capsys.readouterr().err
+    assert main(words) == 2 and "pass --resume to continue" in capsys.readouterr().err
     assert main([*words, "--resume", "--seed", "3"]) == 2 and "had another sampling" in capsys.readouterr().err
     (folder / "model.safetensors").write_bytes(b"trained on")
     assert main([*words, "--resume"]) == 2 and "had another weights" in capsys.readouterr().err
