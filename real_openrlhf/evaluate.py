@@ -4,8 +4,8 @@
         --output_dir runs/eval/judge
     python -m real_openrlhf.evaluate --compare runs/eval/base runs/eval/judge
 
-Interrupted, the same command goes on where it stopped. What is written: `evals.report`; what the numbers mean:
-`evals.results`.
+After an interruption, the same command continues where it stopped. The files that are written are listed in
+`evals.report`, the metrics are defined in `evals.results`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from real_openrlhf.judge.types import JudgeBackend
 
 logger = logging.getLogger(__name__)
 
-# What the data set's own messages call these flags.
+# The names of these flags in the data set's own messages -> their names here.
 _FLAG_NAMES = {
     "--data.max_len": "--max_model_len",
     "--rollout.max_new_tokens": "--max_new_tokens",
@@ -51,7 +51,7 @@ _NO_LIMIT = 1 << 31
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m real_openrlhf.evaluate",
-        description="Judge benchmarks with human labels; or compare evaluations that are done.",
+        description="Judge benchmarks with human labels; or compare finished evaluations.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -59,31 +59,31 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_model(parser, required=False)
     add = parser.add_argument
     add("--benchmark", nargs="+", action="extend", metavar="NAME=PATH", help="files of judged prompts")
-    add("--output_dir", type=path_argument, help="folder of this evaluation; with --compare, of the comparison")
+    add("--output_dir", type=path_argument, help="folder for this evaluation; with --compare, for the comparison")
     add(
         "--compare",
         nargs="+",
         type=path_argument,
         metavar="RUN",
-        help="output folders: all others against the first, paired",
+        help="output folders: all others are compared with the first, row by row",
     )
-    add("--method", help="first cell of the table; the model's name when not given")
+    add("--method", help="first cell of the table; default: the model's name")
     add("--training", default="", help="second cell of the table, such as SFT or RL")
     data = parser.add_argument_group("data")
     data.add_argument("--input_key", default="prompt", help="column of the prompt")
     data.add_argument("--label_key", default="label", help="column of the human score")
-    data.add_argument("--group_key", help="column of what rows share (question, pair); 'group' where there is one")
+    data.add_argument("--group_key", help="column that groups rows (question, pair); default: 'group', if there is one")
     data.add_argument("--max_samples", type=int, help="use the first so many rows of each benchmark")
-    data.add_argument("--skip_bad_rows", action="store_true", help="count and list bad rows and go on without them")
+    data.add_argument("--skip_bad_rows", action="store_true", help="leave out bad rows, and count and list them")
     judging = parser.add_argument_group("judging")
     judging.add_argument("--n", type=int, default=1, help="generations per prompt, averaged")
-    judging.add_argument("--temperature", type=float, help="0: greedy, as for --n 1 when not given")
+    judging.add_argument("--temperature", type=float, help="0 is greedy, the default for --n 1")
     judging.add_argument("--top_p", type=float, default=1.0, help="nucleus sampling")
-    judging.add_argument("--seed", type=int, default=0, help="of sampled generations, and of the intervals")
+    judging.add_argument("--seed", type=int, default=0, help="for sampled generations and for the intervals")
     judging.add_argument("--no_force", action="store_true", help="leave generations without a score as they are")
-    judging.add_argument("--renormalise", action="store_true", default=None, help="E[score] of the scale alone")
+    judging.add_argument("--renormalise", action="store_true", default=None, help="E[score] given a score on the scale")
     judging.add_argument(
-        "--feedback_of", type=path_argument, metavar="RUN", help="read the scores of that run's feedback anew"
+        "--feedback_of", type=path_argument, metavar="RUN", help="read the scores after that run's feedback again"
     )
     judging.add_argument("--batch_size", type=int, default=64, help="prompts that are judged and written at a time")
     server = parser.add_argument_group("server")
@@ -93,7 +93,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     server.add_argument("--concurrency", type=int, default=64, help="requests in flight")
     intervals = parser.add_argument_group("intervals")
     intervals.add_argument("--n_resamples", type=int, default=2000, help="bootstrap resamples")
-    intervals.add_argument("--confidence", type=float, default=0.95, help="of the intervals")
+    intervals.add_argument("--confidence", type=float, default=0.95, help="confidence level of the intervals")
     return parser.parse_args(argv)
 
 
@@ -107,7 +107,7 @@ def check(args: argparse.Namespace) -> None:
         raise EvaluationError(f"--confidence must lie between 0 and 1, got {args.confidence}")
     if args.compare is not None:
         if args.benchmark or args.model:
-            raise EvaluationError("--compare reads evaluations that are done; drop --model and --benchmark")
+            raise EvaluationError("--compare reads finished evaluations; drop --model and --benchmark")
         if len(args.compare) < 2:
             raise EvaluationError("--compare needs two output folders or more")
         return
@@ -117,7 +117,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def make_judge(args: argparse.Namespace, backend: JudgeBackend | None = None) -> Judge:
-    """The judge that the flags name; its engine does not run yet. backend: instead of that engine."""
+    """The judge that the flags name; its engine is not started yet. backend: used instead of an engine."""
     options: dict[str, Any] = {}
     if args.server:
         options = {
@@ -187,7 +187,7 @@ def _run(args: argparse.Namespace, backend: JudgeBackend | None) -> str:
                 judge, benchmarks, path, identity, batch_size=args.batch_size, earlier=earlier, locked=True
             )
         except OSError as error:
-            raise RunError(f"{args.output_dir} cannot be written: {error}; the same command goes on") from error
+            raise RunError(f"{args.output_dir} cannot be written: {error}; the same command continues") from error
     if earlier is not None:
         logger.info("%s", largest_difference(store, earlier))
     predictions = [store.done[b.name, prompt.row] for b in benchmarks for prompt in b.prompts]
@@ -214,7 +214,7 @@ def compare(args: argparse.Namespace) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 the engine, the server or the disk failed, 2 the input is wrong, 130 interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
     args = parse_args(argv)
     try:
         check(args)
@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 1 if isinstance(error, RunError) else 2
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on where it stopped\n")
+        sys.stderr.write("interrupted; the same command continues where it stopped\n")
         return 130
     return 0
 

@@ -1,8 +1,8 @@
-"""What an evaluation writes from its predictions, and what a comparison reads of it again.
+"""Writes the results of an evaluation from its predictions, and reads them again for a comparison.
 
 predictions.jsonl   every judgement (`predictions`)
 results.json        metrics with intervals; null and a note where undefined
-results.csv         the same, a line per number
+results.csv         the same, one line per number
 results.md          the paper's Table 2 for this judge, and all metrics with intervals
 plots/              `plots`
 """
@@ -38,7 +38,7 @@ COMPARISON = "comparison"
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished evaluation, read back. method, training: its first two cells in Table 2."""
+    """A finished evaluation, read from its folder. method, training: its first two cells in Table 2."""
 
     folder: Path
     method: str
@@ -57,7 +57,7 @@ def write_report(
     method: str,
     training: str,
 ) -> Results:
-    """Everything but the predictions, which are there already."""
+    """Write everything except the predictions, which are already written."""
     results = evaluate(predictions, settings)
     content = {
         "method": method,
@@ -102,9 +102,9 @@ def load_run(folder: str | Path) -> Run:
 
 
 def compare_runs(runs: Sequence[Run], *, seed: int, n_resamples: int, confidence: float) -> tuple[str, dict[str, Any]]:
-    """All runs against the first, paired: Markdown, and the same for json.dumps.
+    """All runs compared with the first, paired by rows: as Markdown, and as values for json.dumps.
 
-    Raises EvaluationError for runs of other rows, labels, scale or reading of the distribution.
+    Raises EvaluationError for runs that differ in rows, labels, scale or renormalise.
     """
     first = runs[0]
     settings = settings_of(first.identity, seed=seed, n_resamples=n_resamples, confidence=confidence)
@@ -131,7 +131,7 @@ def compare_runs(runs: Sequence[Run], *, seed: int, n_resamples: int, confidence
         compared = compare(first.predictions, run.predictions, settings)
         a, b = (first.method, run.method) if first.method != run.method else (str(first.folder), str(run.folder))
         parts.append(
-            f"## {b} less {a}\n\nPaired on the rows that both have read. {_about(settings)}\n\n"
+            f"## {b} minus {a}\n\nOnly rows where both have the score. {_about(settings)}\n\n"
             f"{comparison_table(compared, a, b)}"
         )
         content["comparisons"].append(
@@ -148,14 +148,14 @@ def compare_runs(runs: Sequence[Run], *, seed: int, n_resamples: int, confidence
 
 
 def write_comparison(folder: Path, text: str, content: Mapping[str, Any]) -> None:
-    """comparison.md and comparison.json."""
+    """Write comparison.md and comparison.json."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / f"{COMPARISON}.md", text)
     write_text(folder / f"{COMPARISON}.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def settings_of(identity: Mapping[str, Any], *, seed: int, n_resamples: int, confidence: float) -> Settings:
-    """How to compute metrics of predictions with this header."""
+    """Settings for the metrics of predictions with this identity."""
     return Settings(
         scale=ScoreScale.parse(identity["scale"]),
         renormalise=bool(identity["renormalise"]),
@@ -177,5 +177,5 @@ def _interval_settings(settings: Settings) -> dict[str, Any]:
 def _about(settings: Settings) -> str:
     return (
         f"{100 * settings.confidence:g}% percentile intervals from {settings.n_resamples} resamples of the groups of "
-        "rows. ECE leans upward in resamples, which have fewer different rows."
+        "rows. ECE is biased upward in resamples, which have fewer different rows."
     )

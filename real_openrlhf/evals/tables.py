@@ -22,7 +22,7 @@ from real_openrlhf.evals.results import (
     keys,
 )
 
-# The paper's benchmarks, in its order and under its names; others follow under their own.
+# The paper's benchmarks, in its order and with its names; other benchmarks follow with their own names.
 PAPER_NAMES = {"feedback_bench": "FB Bench", "flask": "FLASK", "vicuna_bench": "Vic. Bench", "mt_bench": "MT Bench"}
 SYMBOLS = {
     "pearson": "r",
@@ -40,7 +40,7 @@ SYMBOLS = {
 
 @dataclass(frozen=True, kw_only=True)
 class NamedResults:
-    """One line of Table 2 per reading. method, training: its first two cells."""
+    """Results for the lines of Table 2, one per reading. method, training: the first two cells."""
 
     method: str
     training: str
@@ -48,7 +48,7 @@ class NamedResults:
 
 
 def paper_table(runs: Sequence[NamedResults]) -> str:
-    """Correlations x100: a line per run and reading, three columns per benchmark, the average last."""
+    """Correlations x100: one line per run and reading, three columns per benchmark, the average last."""
     shown = _benchmark_names(runs)
     head = ["Method", "Training", "Inference"]
     for name in shown:
@@ -100,7 +100,7 @@ def details_table(results: Results) -> str:
 
 
 def comparison_table(compared: dict[str, dict[tuple[str, str], Interval]], a: str, b: str) -> str:
-    """A line per benchmark, reading and metric: both estimates, b less a and its interval."""
+    """One line per benchmark, reading and metric: both estimates, b minus a and its interval."""
     lines = []
     for name, table in compared.items():
         for (reading, metric), interval in table.items():
@@ -130,7 +130,7 @@ def csv_text(results: Results) -> str:
 
 
 def to_json(results: Results) -> dict[str, Any]:
-    """For json.dumps; no NaN is in it, an undefined number is null beside a note in words."""
+    """Values for json.dumps, without NaN: an undefined number is None, and a note says why."""
     return {
         "benchmarks": {result.name: _without_name(result) for result in results.benchmarks},
         "average": None if results.average is None else _without_name(results.average),
@@ -138,7 +138,7 @@ def to_json(results: Results) -> dict[str, Any]:
 
 
 def from_json(content: Any) -> Results:
-    """What `to_json` gave. Raises EvaluationError for anything else."""
+    """Read what `to_json` returned. Raises EvaluationError for anything else."""
     try:
         average = content["average"]
         return Results(
@@ -150,14 +150,14 @@ def from_json(content: Any) -> Results:
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]], *, n_text: int) -> str:
-    """A table; the first n_text columns are aligned left, the others right."""
+    """A Markdown table; the first n_text columns are aligned left, the others right."""
     rule = [":---" if i < n_text else "---:" for i in range(len(head))]
     rows = [head, rule, *[[cell.replace("|", "\\|") for cell in line] for line in lines]]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 class _Notes:
-    """Footnotes in words for cells without a number or without an interval."""
+    """Footnotes that say why a cell has no number or no interval."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []

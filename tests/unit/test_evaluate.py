@@ -169,7 +169,7 @@ def test_two_runs_are_compared_in_pairs(run, tmp_path: Path, capsys) -> None:
     assert evaluate.main(["--compare", *folders, "--output_dir", str(tmp_path / "c"), "--n_resamples", "40"]) == 0
     text = capsys.readouterr().out
     assert text.rstrip() == (tmp_path / "c" / "comparison.md").read_text().rstrip()
-    assert "## better less judge" in text and "| judge |  | RAIL |" in text
+    assert "## better minus judge" in text and "| judge |  | RAIL |" in text
     content = json.loads((tmp_path / "c" / "comparison.json").read_text())
     found = content["comparisons"][0]["benchmarks"]["flask"]["expected/mae"]
     one, three = (
