@@ -335,7 +335,7 @@ def test_check_export_finds_missing_cut_and_stray_shards(folder):
     shards = sorted(folder.glob("*.safetensors"))
     content = shards[-1].read_bytes()
     shards[-1].write_bytes(content[: len(content) // 2])
-    with pytest.raises(ExportError, match=f"{shards[-1].name} cannot be read, perhaps it was copied half"):
+    with pytest.raises(ExportError, match=f"{shards[-1].name} cannot be read, perhaps it was copied only in part"):
         check_export(folder)
     shards[-1].unlink()
     with pytest.raises(ExportError, match=f"lacks 1 of {len(shards)} weight files: {shards[-1].name}"):
