@@ -21,8 +21,12 @@ LISTED = 10
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeDataset:
-    """source: as given. prompts: in the source's order. skipped: the rows left out, if that was allowed.
-    sha256: of the prompts' token ids and labels, in order."""
+    """
+    source   as given
+    prompts  in the source's order
+    skipped  bad rows that were left out, if that was allowed
+    sha256   of the prompts' token ids and labels, in order
+    """
 
     source: str
     prompts: tuple[Prompt, ...]
@@ -48,12 +52,13 @@ class JudgeDataset:
     ) -> JudgeDataset:
         """Read, check and tokenise.
 
-        input_key, label_key: columns; a dotted name reaches into nested objects. max_prompt_tokens: longer prompts are
-        bad rows (never cut). max_samples: stop after that many good rows; later rows are not read. Prompt.row is the
-        row's index in the source, counted from 0, bad rows included.
+        input_key, label_key  columns; a dotted name reaches into nested objects
+        max_prompt_tokens     longer prompts are bad rows; prompts are never cut
+        max_samples           stop after so many good rows; later rows are not read
 
-        Raises DataError at the first bad row (file, row, column, reason); with skip_bad_rows only when no row is left,
-        or when a file as a whole cannot be read.
+        Prompt.row is the row's index in the source, counted from 0, bad rows included. Raises DataError at the first
+        bad row (file, row, column, reason); with skip_bad_rows only when no row is left, or when a whole file cannot
+        be read.
         """
         if max_prompt_tokens < 1:
             raise DataError(
@@ -92,12 +97,12 @@ def content_hash(prompts: Sequence[Prompt]) -> str:
 
 
 def read_label(value: object, scale: ScoreScale) -> float:
-    """A number or a numeric string as a label on the scale. Raises ValueError, with the scale, for all else."""
+    """A label on the scale, from a number or a numeric string. For anything else ValueError, which names the scale."""
     on = f"a label is a number from {scale.values[0]:g} to {scale.values[-1]:g} (scale {scale})"
     if value is None or (isinstance(value, str) and not value.strip()):
         raise ValueError(f"the label is missing; {on}")
     wrong = f"{shorten(value)} is not a number; {on}"
-    # bool is an int to Python; "1_0" is 10 to float().
+    # In Python, bool is an int, and float("1_0") is 10.
     if isinstance(value, bool) or not isinstance(value, (int, float, Decimal, str)) or "_" in str(value):
         raise ValueError(wrong)
     try:
@@ -134,7 +139,7 @@ def _prompt(
     except PromptError as error:
         return BadRow(place=row.place, column=column, reason=str(error))
     except DataError:
-        raise  # the template as a whole, not this row
+        raise  # the template is wrong, not this row
     except ValueError as error:
         return BadRow(place=row.place, column=column, reason=str(error))
     if len(token_ids) > max_prompt_tokens:

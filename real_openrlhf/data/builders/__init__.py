@@ -1,4 +1,4 @@
-"""The data sets that `python -m real_openrlhf.data` knows: one small file each."""
+"""The data sets that `python -m real_openrlhf.data` can build: one small file each."""
 
 from real_openrlhf.data.builders import (
     feedback_bench,
@@ -29,7 +29,7 @@ BUILDERS: dict[str, Builder] = {module.BUILDER.name: module.BUILDER for module i
 
 
 def get_builder(name: str) -> Builder:
-    """Raises DataError with the nearest name and all names."""
+    """The builder of this name. DataError, with the nearest name and all names, if there is none."""
     if name not in BUILDERS:
         known = list(BUILDERS)
         raise DataError(f"there is no builder {name!r}{nearest(name, known)}; there are {', '.join(known)}")
