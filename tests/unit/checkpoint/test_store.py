@@ -352,7 +352,7 @@ def test_asking_for_a_path(store: CheckpointStore, tmp_path: Path, monkeypatch: 
     assert content_of(store.find("copy")) == "step 1"
     with pytest.raises(CheckpointError, match=r"there is no checkpoint step_3; in .* there is step_1, step_2"):
         store.find("step_3")
-    with pytest.raises(CheckpointError, match="holds checkpoints but is none; give one of them: step_1, step_2"):
+    with pytest.raises(CheckpointError, match="holds checkpoints but is not one; give one of them: step_1, step_2"):
         store.find(store.root)
     with pytest.raises(CheckpointError, match=r"manifest\.json is a file"):
         store.find(made.path / MANIFEST_FILE)
