@@ -1,4 +1,4 @@
-"""From a command line to a resolved configuration: defaults < preset < --config FILE < flags."""
+"""Turns a command line into a resolved configuration: defaults < preset < --config FILE < flags."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _BoolAction(argparse.BooleanOptionalAction):
-    """--x, --no-x, and --x true|false as scripts write it."""
+    """--x, --no-x, and --x true|false, as some scripts write it."""
 
     def __init__(self, *args: Any, flag: Flag, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -60,7 +60,7 @@ class _BoolAction(argparse.BooleanOptionalAction):
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    """Values are kept as given (None: not given); `resolve` gives them their types."""
+    """A parser that keeps values as text, and leaves out flags that are not given; they get their types later."""
     parser = _Parser(
         prog=prog, allow_abbrev=False, epilog=_EPILOG, argument_default=argparse.SUPPRESS, usage="%(prog)s [flags]"
     )
@@ -84,14 +84,14 @@ def _add(group: Any, item: Flag) -> None:
         group.add_argument(f"--{item.name}", action=_BoolAction, flag=item, metavar="BOOL", help=text)
         return
     metavar = item.metavar or {int: "N", float: "X", str: "TEXT"}[item.kind]
-    # "+" also for pairs: the message about their number is then ours.
+    # "+" for pairs too, so that the message about a wrong number of values is ours.
     group.add_argument(f"--{item.name}", metavar=metavar, nargs="+" if item.many else None, help=text)
 
 
 def parse_args(argv: Sequence[str]) -> Config:
     """Raises ConfigError for unknown flags, values of the wrong type or out of bounds, and bad files.
 
-    Contradictions between flags are left to `validate`.
+    Contradictions between flags are found by `validate`.
     """
     namespace, rest = build_parser().parse_known_args(list(argv))
     if rest:
@@ -108,11 +108,11 @@ def _many(item: Flag, value: Any) -> Any:
 
 
 def resolve(explicit: dict[str, Any], from_file: dict[str, Any] | None = None) -> Config:
-    """Apply the preset and note what overrides it. explicit, from_file: flag name -> typed value."""
+    """Apply the preset and record what overrides it. explicit, from_file: flag name -> typed value."""
     chosen = {**(from_file or {}), **explicit}
     preset = PRESETS[chosen.get("real.preset", DEFAULT_PRESET)]
     if chosen.get("real.keep_groups") == "all":
-        # Without dynamic sampling nothing is refilled; only an explicit wish for both is a contradiction.
+        # Without dynamic sampling nothing is refilled; only asking for both explicitly is a contradiction.
         chosen.setdefault("real.refill", False)
     values = {**preset, **chosen}
     overridden = [name for name, value in preset.items() if values[name] != value]
@@ -129,7 +129,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     content = _parse_yaml(text, path) if path.suffix in (".yaml", ".yml") else _parse_json(text, path)
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigError(f"--config: {path} must hold one mapping of flags to values")
-    # Files written by a run record what was overridden; that is worked out anew.
+    # Files written by a run record what was overridden; here that is determined again.
     content.pop("overridden", None)
     return values_of_mapping(content, source=f"--config {path}")
 
@@ -147,7 +147,7 @@ def _parse_json(text: str, path: Path) -> Any:
         return json.loads(text, object_pairs_hook=no_duplicates)
     except ConfigError:
         raise
-    except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits is a ValueError too
         raise ConfigError(f"--config: {path} is not JSON: {error}") from None
 
 
@@ -165,7 +165,7 @@ def _parse_yaml(text: str, path: Path) -> Any:
 
 
 def _explain(rest: Sequence[str], argv: Sequence[str]) -> str:
-    """What is wrong with the arguments that the parser left over."""
+    """A message about the arguments that the parser did not recognise."""
     unknown = [text.partition("=")[0] for text in rest if text.startswith("-") and not text[1:2].isdigit()]
     if not unknown:
         before = argv[: list(argv).index(rest[0])]
