@@ -213,7 +213,9 @@ def test_a_model_without_a_tokenizer(flags: Flags, tmp_path: Path, capsys: pytes
     (tmp_path / "empty").mkdir()
     flags["actor.model_name_or_path"] = str(tmp_path / "empty")
     assert main(argv(flags)) == 2
-    assert "error: --actor.model_name_or_path" in (err := capsys.readouterr().err) and "the tokenizer does not load" in err
+    assert (
+        "error: --actor.model_name_or_path" in (err := capsys.readouterr().err) and "the tokenizer does not load" in err
+    )
 
 
 def test_an_impossible_sampling(flags: Flags, capsys: pytest.CaptureFixture[str]) -> None:
