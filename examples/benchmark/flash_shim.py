@@ -19,7 +19,7 @@ from real_openrlhf.common.device import flash_attn_available
 
 OVERRIDE = (
     "flash_attn_2_cuda: flash-attn's kernels are not compiled here; the same FlashAttention 2 kernels from torch's "
-    "copy (torch.ops.aten._flash_attention_forward and _backward) stand in, with one copy of each gradient more"
+    "copy (torch.ops.aten._flash_attention_forward and _backward) are used, with one more copy of each gradient"
 )
 
 
@@ -196,4 +196,4 @@ def _refuse(
     # Causal attention never sees the right side, whether the window says so or not.
     wide = window[0] < 0 and (window[1] < 0 or (causal and window[1] == 0))
     if any(x is not None for x in absent) or dropout or not wide or softcap or other:
-        raise NotImplementedError("torch's flash attention stands in for flash-attn without any of its options")
+        raise NotImplementedError("torch's flash attention replaces flash-attn here without any of its options")

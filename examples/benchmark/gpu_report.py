@@ -229,7 +229,7 @@ def document(results: Mapping[str, Any]) -> str:
         "",
         "## Memory, GiB above weights and optimizer",
         "All K rollouts in one micro-batch, gradient checkpointing, gradients included. The optimizer's own peak is "
-        "the same for both and stands in the last two columns only.",
+        "the same for both and is in the last two columns only.",
         *_rows(
             "model|layers|P, R, K|real|openrlhf|ratio|bf16 gradients alone|real, whole step|openrlhf, whole step",
             (
@@ -256,7 +256,7 @@ def document(results: Mapping[str, Any]) -> str:
         "## Not measured",
         *_missing(runs),
         "",
-        "## What was changed in somebody else's code",
+        "## What was changed in other people's code",
         *(f"- {c}: {o}" for c, o in dict.fromkeys((r["contestant"], o) for r in runs for o in r.get("overrides", []))),
     ]  # fmt: skip
     for run in runs:

@@ -242,7 +242,7 @@ class Device:
     def actor_options(self, share: float = 1.0) -> dict[str, Any]:
         """Options of one Ray actor; with share < 1, several actors can run on one bundle."""
         if not 0 < share <= 1:
-            raise DeviceError(f"the share of a bundle must lie in (0, 1], got {share}")
+            raise DeviceError(f"the share of a bundle must be above 0 and at most 1, got {share}")
         return {"num_cpus": share, "num_gpus": share if self.is_cuda else 0}
 
     # -- environment variables -------------------------------------------------------------------

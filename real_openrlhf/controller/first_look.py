@@ -60,7 +60,7 @@ def check_first_rollouts(
     report = "\n".join(lines)
     if float(mass.mean()) < min_mass:
         raise ScoresNotThere(
-            f"{report}\nAlmost no probability lies on the scale ({scale}): --real.min_mass asks for {min_mass:g}. "
+            f"{report}\nAlmost no probability is on the labels of {scale}: --real.min_mass asks for {min_mass:g}. "
             "The model writes other scores than the scale has, or another form of them; check --real.scale, "
             "--real.anchor and the prompt, or warm the model up first (real_openrlhf.train_warmup)."
         )

@@ -150,6 +150,6 @@ class PhaseTimer:
         return self._seconds.get(name, 0.0)
 
     def pop(self) -> dict[str, float]:
-        """The seconds since the last call, and start anew."""
+        """The seconds by phase since the last call; counting starts again at 0."""
         seconds, self._seconds = self._seconds, {}
         return {f"seconds/{name}": value for name, value in seconds.items()}

@@ -322,7 +322,7 @@ def _prompt_form(built: Built, settings: Settings) -> str:
 
 
 def _shown(source: str) -> str:
-    """Of a local path only the name: its folder means nothing on another machine."""
+    """The source, but only the name of a local path: its folder means nothing on another machine."""
     path = Path(expand(source))
     return path.name if path.exists() else source
 

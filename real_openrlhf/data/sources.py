@@ -23,7 +23,7 @@ SPLIT_WORDS = ("train", "validation", "valid", "val", "dev", "test", "eval")
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
 # Fields may have any length; the csv module's own limit is 131,072 characters.
 csv.field_size_limit(2**31 - 1)
-# The reason given for a text with lone surrogates, as which Python keeps bytes that are not UTF-8.
+# The reason given for a text with lone surrogates: Python decodes bytes that are not UTF-8 to these.
 _NOT_UTF8 = "not valid Unicode: its bytes are not UTF-8"
 # `python -m real_openrlhf.data` writes this file next to its parquet files; it is never data.
 MANIFEST = "manifest.json"

@@ -191,7 +191,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _shown(source: str) -> str:
-    """Of an absolute path only the last part, since cards are published."""
+    """The source, but only the last part of an absolute path, since cards are published."""
     return Path(source).name if Path(source).is_absolute() else source
 
 

@@ -133,7 +133,7 @@ class Calibration:
         if (found.scale, found.renormalise) != (str(scale), renormalise):
             raise CalibrationError(
                 f"{path} was fitted on the scale {found.scale} (renormalise {found.renormalise}), but the judge uses "
-                f"{scale} (renormalise {renormalise}); fit it anew"
+                f"{scale} (renormalise {renormalise}); fit it again"
             )
         return found
 

@@ -118,7 +118,7 @@ def check_sampling(sampling: Sampling, logprobs_mode: str) -> None:
     if sampling.n < 1 or sampling.max_new_tokens < 1:
         raise EngineSpecError(f"n ({sampling.n}) and max_new_tokens ({sampling.max_new_tokens}) must be at least 1")
     if not 0 < top_p <= 1:
-        raise EngineSpecError(f"top_p must lie in (0, 1], got {top_p}")
+        raise EngineSpecError(f"top_p must be above 0 and at most 1, got {top_p}")
     if t != 0 and not t >= MIN_TEMPERATURE:
         raise EngineSpecError(f"the temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, got {t}")
     if t == 0:

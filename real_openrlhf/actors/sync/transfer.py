@@ -213,7 +213,7 @@ class SyncGroup:
 
     @property
     def idle(self) -> bool:
-        """Whether nobody receives from this rank."""
+        """Whether no engine worker receives from this rank."""
         return bool(getattr(self._transport, "idle", False))
 
     def buffer(self, numel: int, dtype: torch.dtype) -> Tensor:

@@ -32,7 +32,7 @@ time.sleep(600)
 
 
 def start(folder: Path) -> tuple[subprocess.Popen[str], int]:
-    """Another process that holds the folder, and the id of a child of its own."""
+    """Another process that holds the folder, and the id of its child."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder)],
         stdout=subprocess.PIPE,

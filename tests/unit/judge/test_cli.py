@@ -117,7 +117,7 @@ def test_bad_rows_are_named_or_skipped(run, capsys, caplog, bad, match: str) -> 
     [
         (["--weights", "x"], "--weights is not JSON"),
         (["--rubric", "none.json"], "--rubric none.json"),
-        (["--scale", "1-5"], "has settings of its own in real_openrlhf.json; drop --scale"),
+        (["--scale", "1-5"], "has its own settings in real_openrlhf.json; drop --scale"),
         (["--api_key_env", "NOT_SET_ANYWHERE"], "NOT_SET_ANYWHERE, which is not set"),
         (["--server_model", "other"], "does not serve 'other'"),
         (["--template", "papr"], "paper"),

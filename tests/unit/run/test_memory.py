@@ -50,7 +50,7 @@ WIDE = {"vllm.num_engines": 8, "vllm.tensor_parallel_size": 2}
         {"actor.num_gpus_per_node": 8, "ds.zero_stage": 3, **WIDE},  # 16 * 32.76 / 8 = 65.5
         {"actor.num_gpus_per_node": 4, "ds.zero_stage": 3, "ds.adam_offload": True, **WIDE},
         {"ds.lora.rank": 8, **WIDE},  # 65.5 of weights
-        {**SIXTEEN, "train.colocate_all": True, **WIDE},  # 32.8 beside 0.5 * 80
+        {**SIXTEEN, "train.colocate_all": True, **WIDE},  # 32.8 next to 0.5 * 80
     ],
 )
 def test_plans_that_may_fit(changes: dict[str, Any]) -> None:
