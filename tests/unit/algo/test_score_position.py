@@ -154,7 +154,7 @@ def test_ordered_anchors() -> None:
     assert read(tokenizer, "I sa", anchors=anchors).reason == TRUNCATED
 
 
-# text after the anchor, label on the scale, and whether the response ends there with an end token
+# scale, text after the anchor (with EOS where the response ends itself), label that is read
 SEVERAL = [
     ("1-10", "10" + EOS, "10"),
     ("1-10", "1" + EOS, "1"),
