@@ -428,7 +428,7 @@ class Config(Section):
 
     @property
     def samples_per_update(self) -> int:
-        """Rollouts per optimizer update over all ranks: --train.batch_size, or by --real.mini_batches."""
+        """Rollouts per optimizer update over all ranks: --train.batch_size, or a step's / --real.mini_batches."""
         return self.train.batch_size or max(self.samples_per_step // self.real.mini_batches, 1)
 
     @property

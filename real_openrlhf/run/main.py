@@ -66,7 +66,7 @@ def _run(config: Config, held: ExitStack) -> int:
         if not stopped.saved:
             sys.stderr.write(f"error: {stopped}, but its state could not be saved\n")
             return 1
-        logger.info("%s; the same command with --ckpt.load latest goes on", stopped)
+        logger.info("%s; the same command with --ckpt.load latest resumes it", stopped)
         return EXIT_RESUME
     except (ConfigError, DeviceError, RunLogError, CheckpointError) as error:
         # Wrong input that only shows once the cluster or the log is there; nothing has been trained.
