@@ -9,7 +9,7 @@ from __future__ import annotations
 from examples.benchmark.protocol import Case
 from real_openrlhf.run.model_shape import DecoderShape as Shape
 
-# Forward passes of a plain step: OpenRLHF's old log-probs and its training pass; the authors' E pass on top.
+# Forward passes of a plain step: OpenRLHF's are old log-probs and training; the authors' also an E[score] pass.
 FORWARDS = {"openrlhf": 2, "authors": 3}
 
 
@@ -24,23 +24,23 @@ def needed_tokens(case: Case) -> int:
 
 
 def needed_pairs(case: Case) -> int:
-    """Causal attention within the prompt; each rollout's tokens see the prompt and what of their own stands before."""
+    """Causal attention within the prompt; a rollout's tokens attend to the prompt and to their own earlier tokens."""
     prompt, response = case.prompt, case.response
     own = response * prompt + response * (response + 1) // 2
     return prompt * (prompt + 1) // 2 + case.samples * own
 
 
 def needed(shape: Shape, case: Case) -> int:
-    """What a step cannot do without: one forward pass and a backward pass of twice its operations.
+    """The least that a step needs: one forward pass, and a backward pass with twice its operations.
 
-    The prompt once, all rollouts, logits for response tokens only, one pass (rewards need no second one).
+    It covers the prompt once, all rollouts, and logits for response tokens only; rewards need no second pass.
     """
     logits = case.samples * case.response
     return 3 * shape.forward(tokens=needed_tokens(case), pairs=needed_pairs(case), logits=logits)
 
 
 def executed(shape: Shape, contestant: str, case: Case) -> int:
-    """About what a contestant computes; estimates of time rest on it, results do not."""
+    """Roughly what a contestant computes; used for estimates of time only, not for results."""
     again = int(case.gradient_checkpointing)
     if contestant == "real":
         return needed(shape, case) * (3 + again) // 3

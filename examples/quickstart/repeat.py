@@ -1,12 +1,12 @@
-"""The quickstart's REAL run many times over: does its objective rise, how far do runs lie apart, what decides?
+"""Repeats the quickstart's REAL run: does its objective rise, how much do runs differ, which settings matter?
 
     python examples/quickstart/repeat.py --cells exact --output_dir runs/repeat
     python examples/quickstart/repeat.py --cells exact paper exact_lr_5e-5 --repeats 1 --steps 50
     python examples/quickstart/repeat.py --table runs/repeat/rubric/steps_100.json
 
-A cell is a set of flags (CELLS). Every seed has its own data, model and warm-up, made once; every run from there is
-deterministic, and a repeat is another --train.seed: another order of the prompts and other samples. Two runs go side by
-side, on a core each. The JSON is written after every run, and a second call leaves out what is in it.
+A cell is a set of flags (CELLS). Every seed has its own data, model and warm-up, made once. Every run from there is
+deterministic; a repeat has another --train.seed, so another order of the prompts and other samples. Each core runs one
+at a time. The JSON is written after every run, and a second call skips runs that are already in it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from queue import SimpleQueue
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-# run.sh's own.
+# The same flags as in run.sh.
 WARMUP = (
     *("--learning_rate", "3e-3", "--warmup_steps", "50", "--lr_scheduler", "cosine"),
     *("--batch_size", "64", "--max_steps", "800", "--max_len", "256", "--log_steps", "20"),
@@ -44,11 +44,11 @@ FACTORS = {
     "prob": ("--real.answer_reward", "prob"),
     "partial": ("--real.keep_groups", "partial", "--real.refill"),
 }
-# One factor at a time, around two presets.
+# One factor is changed at a time, from each of two presets.
 CELLS: dict[str, tuple[str, ...]] = {preset: ("--real.preset", preset) for preset in ("exact", "paper")}
 CELLS |= {f"{p}_{name}": (*CELLS[p], *flags) for p in ("exact", "paper") for name, flags in FACTORS.items()}
 CELLS["paper_lr_2e-5"] = (*CELLS["paper"], "--actor.adam.lr", "2e-5")
-# Whether seeding decides: requests without seeds, in the order in which they arrive.
+# To see whether seeding matters: requests without seeds, in the order in which they arrive.
 CELLS["paper_unseeded"] = (*CELLS["paper"], "--no-train.full_determinism_enable")
 CELLS["beta_0.1"] = (*CELLS["exact"], "--real.beta", "0.1")
 METRICS = ("expected/pearson", "expected/rmse", "mass", "reward")
@@ -70,7 +70,7 @@ TASKS = {
 
 
 def run(log: Path, *words: str) -> None:
-    """A program of this checkout; RuntimeError with the end of its output when it fails."""
+    """Run a program of this checkout; RuntimeError with the end of its output when it fails."""
     with log.open("w", encoding="utf-8") as output:
         code = subprocess.run([sys.executable, *words], stdout=output, stderr=subprocess.STDOUT).returncode
     if code:
@@ -78,7 +78,7 @@ def run(log: Path, *words: str) -> None:
 
 
 def warm_up(folder: Path, task: Task, seed: int, device: str) -> Path:
-    """Data and a warmed-up model of this seed."""
+    """Make data and a warmed-up model for this seed."""
     done = folder / "warmup/config.json"
     if not done.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,12 +124,12 @@ def measure(folder: Path, out: Path, config: Path, *flags: str) -> dict[str, Any
 
 
 def gains(runs: Sequence[dict[str, Any]], name: str) -> list[float]:
-    """Last evaluation less first, of each run."""
+    """Last evaluation minus first, for each run."""
     return [row["evaluations"][-1][name] - row["evaluations"][0][name] for row in runs]
 
 
 def table(results: dict[str, Any], cell: str) -> str:
-    """Markdown: start and end of every run of a cell on the test split, and how far runs lie apart."""
+    """Markdown: start and end of every run of a cell on the test split, and how much runs differ."""
     runs = [row for row in results["runs"] if row["cell"] == cell]
     lines = [
         "| seed | repeat | Pearson | RMSE | mass | held-out reward |",
@@ -152,7 +152,7 @@ def table(results: dict[str, Any], cell: str) -> str:
 
 
 def grid(results: dict[str, Any]) -> str:
-    """Markdown: what every cell gains on the validation split, over its runs, and what its terms weigh."""
+    """Markdown: each cell's gains on the validation split over its runs, and the balance of its terms."""
     lines = [
         "| cell | runs | Pearson's gain: mean [least, most] | reward's gain | RMSE's change | mass, least | "
         "Term 1 : Term 2, median |",
@@ -208,7 +208,7 @@ def plot(results: dict[str, Any], cell: str, path: Path) -> None:
 
 
 class Experiment:
-    """Cells x seeds x repeats of one task, one run per core at a time; what is in its JSON is not run again."""
+    """Cells x seeds x repeats of one task, one run per core at a time; runs in its JSON are not run again."""
 
     def __init__(self, path: Path, task: str, steps: int, command: str, device: str) -> None:
         self.path, self.task, self.steps, self.device = path, TASKS[task], steps, device
@@ -220,12 +220,12 @@ class Experiment:
         self._cores: SimpleQueue[int] = SimpleQueue()
 
     def run(self, cells: Sequence[str], seeds: Sequence[int], repeats: int) -> bool:
-        """True when every run came to its end."""
+        """True if every run finished."""
         known = {(row["cell"], row["seed"], row["repeat"]) for row in self.results["runs"]}
         self.results["cells"] |= {cell: list(CELLS[cell]) for cell in cells}
         for seed in seeds:
             warm_up(self._folder(seed), self.task, seed, self.device)
-        # Repeat by repeat, so that an early end leaves all cells and seeds.
+        # Repeat by repeat, so that after an early end all cells and seeds have runs.
         wanted = [(cell, seed, repeat) for repeat in range(repeats) for cell in cells for seed in seeds]
         cores = sorted(os.sched_getaffinity(0))
         for core in cores:
@@ -240,7 +240,7 @@ class Experiment:
         cell, seed, repeat = job
         core = self._cores.get()
         try:
-            # Of this thread alone, and of the processes that it starts.
+            # This holds for this thread only, and for the processes that it starts.
             os.sched_setaffinity(0, {core})
             out = self._folder(seed) / f"{cell}_{self.steps}_{repeat}"
             flags = ("--train.seed", str(repeat), "--real.device", self.device)
@@ -264,7 +264,7 @@ def main() -> int:
     parser.add_argument("--cells", nargs="+", default=["exact"], choices=sorted(CELLS), metavar="CELL")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=100, help="of REAL; each number has a JSON of its own")
+    parser.add_argument("--steps", type=int, default=100, help="steps of REAL; each number has its own JSON")
     parser.add_argument("--task", default="rubric", choices=sorted(TASKS))
     parser.add_argument("--output_dir", type=Path, default=Path("runs/repeat"))
     parser.add_argument("--device", default="cpu")

@@ -1,4 +1,4 @@
-"""GPUs that are not here: what a dry run plans for on a laptop."""
+"""--assume_gpus: a dry run on a laptop plans for GPUs that this machine does not have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run's flags name, loaded and checked: tokenizer, scale, prompts, benchmarks."""
+"""Loads and checks what a run's flags name: tokenizer, scale, prompts, benchmarks."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def load_inputs(config: Config) -> Inputs:
     if tokenizer.chat_template and not config.data.apply_chat_template:
         warnings.append(
             f"{config.actor.model_name_or_path} has a chat template, but prompts are given without it; an Instruct "
-            "model wants --data.apply_chat_template"
+            "model needs --data.apply_chat_template"
         )
     end_ids = end_token_ids(config.actor.model_name_or_path, tokenizer)
     given = None
@@ -130,7 +130,7 @@ def load_given(
 
 
 def check_engine(config: Config, bound: BoundScale) -> ModelLimits:
-    """ConfigError for what no engine of this model can do; returns what its configuration says."""
+    """ConfigError for settings that no engine can meet with this model; returns the limits in the model's config."""
     try:
         check_read_tokens(bound)
     except EngineSpecError as error:
@@ -151,9 +151,9 @@ def check_tokens(
     benchmarks: Sequence[Benchmark],
     own: Sequence[int],
 ) -> None:
-    """ConfigError for tokens that the model does not have, or prompts too short to compare engine and policy on.
+    """ConfigError for tokens that the model does not have, and for prompts too short to compare engine and policy.
 
-    own: the scale's tokens and those that end a response.
+    own: the scale's tokens and the tokens that end a response.
     """
     try:
         limits.check_tokens(own, "the labels of --real.scale and the end of text")
@@ -176,7 +176,7 @@ def check_lora(config: Config) -> None:
     lora = config.ds.lora
     if lora.rank == 0:
         return
-    # Here: peft takes seconds to import, and a run without adapters does not need it.
+    # Imported here: peft takes seconds to import, and a run without adapters does not need it.
     from real_openrlhf.actors.policy.lora import LoraError, check_adapters
 
     try:
@@ -211,7 +211,7 @@ def load_benchmarks(
 
 
 def _reading(config: Config, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate) -> dict[str, Any]:
-    """How training and evaluation data are read alike."""
+    """Arguments that are the same for reading training and evaluation data."""
     return dict(
         input_key=config.data.input_key,
         label_key=config.data.label_key,
@@ -222,10 +222,10 @@ def _reading(config: Config, tokenizer: PreTrainedTokenizerBase, template: Promp
 
 
 def known_device(config: Config) -> Device | None:
-    """The device as far as it is known before Ray: a cluster that is joined decides "auto" by its own GPUs.
+    """The device, as far as it is known before Ray starts. None: "auto" on a cluster, which decides by its own GPUs.
 
-    Its GPUs are believed in where they are asked for. Raises DeviceError where --real.device asks for GPUs that this
-    machine does not have.
+    If --real.device asks for GPUs: a cluster that will be joined is assumed to have them; this machine must have
+    them, else DeviceError.
     """
     if config.assume_gpus is not None:
         dtype = "bf16" if config.ds.param_dtype == "auto" else config.ds.param_dtype
@@ -237,7 +237,7 @@ def known_device(config: Config) -> Device | None:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """Local paths made absolute: actors on a joined cluster run in another folder than the driver."""
+    """The configuration with absolute local paths: actors on a joined cluster run in another folder than the driver."""
     actor, ckpt = config.actor, config.ckpt
     if Path(actor.model_name_or_path).is_dir():
         actor = replace(actor, model_name_or_path=str(Path(actor.model_name_or_path).resolve()))

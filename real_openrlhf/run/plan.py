@@ -25,16 +25,16 @@ from real_openrlhf.run.placement import Request
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """What --dry_run shows is what the start takes.
+    """All decisions of a run. --dry_run prints this plan, and a run is built from the same plan.
 
-    device           where the model lives; on a cluster that is not joined yet, what the flags believe of it
-    batch            rollouts, updates and steps
-    placement        bundles that Ray is asked for
-    needed_cpus      slots for actors that a cluster of this run's own must have
-    objective, engine, policy, evaluator, controller   what the parts of the run are built from
-    reference        None: no reference policy of its own
+    device           device and dtype of the model; before a cluster is joined, what the flags say about it
+    batch            number of rollouts, updates and steps
+    placement        the resource bundles that Ray is asked for
+    needed_cpus      CPU slots for actors; a cluster that this run starts itself has at least these
+    objective, engine, policy, evaluator, controller   settings from which the parts of the run are built
+    reference        the same for separate reference ranks; None: there are none
     evaluator        None: no evaluation
-    evaluator_engine its own engine; None: it uses the rollout engines
+    evaluator_engine the evaluator's own engine; None: it uses the rollout engines
     probes           token sequences on which engines and policy are compared after a weight sync
     forecast         memory and time; None where nothing is known of the GPUs
     identity         what a checkpoint must have in common with the run
@@ -63,12 +63,12 @@ class RunPlan:
 
     @property
     def model_folder(self) -> Path:
-        """Of the exported judge."""
+        """Where the exported judge is written."""
         return Path(self.config.ckpt.output_dir) / "model"
 
     @property
     def reward_tolerance(self) -> float:
-        """Rewards of one prompt that lie closer count as equal."""
+        """Rewards of one prompt that differ by less than this count as equal."""
         tolerance = self.config.real.tolerance
         return self.device.reward_tolerance if tolerance is None else tolerance
 
@@ -78,14 +78,16 @@ class RunPlan:
 
 
 def make_plan(inputs: Inputs, *, cluster_gpus: int | None = None) -> RunPlan:
-    """Raises ConfigError for flags that cannot go together, or a model that cannot fit; DeviceError without the device.
+    """The plan that follows from flags and data.
 
-    cluster_gpus: of the cluster that was joined; None: none was.
+    cluster_gpus: number of GPUs of the cluster that was joined; None: no cluster was joined yet.
+    Raises ConfigError for flags that contradict each other and for a model that cannot fit into memory, DeviceError
+    if the device is not there.
     """
     config, device, warnings = inputs.config, inputs.device, list(inputs.warnings)
     if device is None or cluster_gpus is not None:
         device = Device.resolve(config.real.device, config.ds.param_dtype, cluster_gpus=cluster_gpus)
-        # What depends on the device was left out before.
+        # Checks that depend on the device could not be made when the flags were read.
         warnings += validate(config, device="cuda" if device.is_cuda else "cpu")
     assumed = inputs.assumed_gpus
     prompts = [len(prompt.token_ids) for prompt in inputs.train_set.prompts]

@@ -32,7 +32,7 @@ time.sleep(600)
 
 
 def start(folder: Path) -> tuple[subprocess.Popen[str], int]:
-    """Another process that holds the folder, and the id of a child of its own."""
+    """Another process that holds the folder, and the id of its child."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder)],
         stdout=subprocess.PIPE,
@@ -72,7 +72,7 @@ def test_a_forked_child_does_not_hold_it(tmp_path: Path) -> None:
         os._exit(0)
     try:
         os.read(reader, 1)
-        with pytest.raises(FolderInUseError, match="this very process"):
+        with pytest.raises(FolderInUseError, match="this process itself"):
             FolderLock(tmp_path, "--output_dir")
         # As at the end of this process, which unlocks nothing but closes its descriptor.
         lock._close()

@@ -104,5 +104,5 @@ def test_thresholds_of_0_let_everything_pass() -> None:
 def test_top_p_below_1_is_noted() -> None:
     assert "top_p" not in look([group([0.1, 0.2, 0.7])])
     assert look([group([0.1, 0.2, 0.7])], top_p=0.9).splitlines()[-1] == (
-        "  top_p 0.9: log-probs speak of the full vocabulary, the rollouts were drawn from its nucleus"
+        "  top_p 0.9: log-probs are over the full vocabulary, the rollouts were drawn from its nucleus"
     )

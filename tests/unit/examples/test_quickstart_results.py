@@ -1,4 +1,4 @@
-"""The quickstart's README says what its committed JSON says, and the claim beside it holds in every run."""
+"""The quickstart's README says what its committed JSON says, and the claim made with it holds in every run."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def test_samplings_that_the_engines_can_answer(flags: str) -> None:
         ),
         (
             "--rollout.temperature 0.7 --eval.dataset e --eval.top_p 0.9",
-            "--eval.top_p 0.9 does not go together with --rollout.temperature 0.7: .*use top_p 1",
+            "--eval.top_p 0.9 cannot be combined with --rollout.temperature 0.7: .*use top_p 1",
         ),
     ],
 )
