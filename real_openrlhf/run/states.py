@@ -50,8 +50,9 @@ def policy_states(config: Config, shape: ModelShape, itemsize: int) -> States:
     """Of the policy's fullest rank. itemsize: bytes of a weight, 2 in bf16, 4 in fp32."""
     stage, ranks = config.ds.zero_stage, config.ranks
     mine, mixed = shape.partition(stage, ranks), itemsize != _FP32
-    # In fp32, stage 0 has torch's own optimizer and stage 3 updates its shards where they lie.
-    has_master = mixed or stage in (1, 2)
+    # In fp32, stage 0 has torch's own optimizer. Stage 3 means to update its shards where they lie, but compares a
+    # device with its name (zero/stage3.py, _create_fp32_partitions), which are never equal, and makes a copy.
+    has_master = mixed or stage >= 1
     sums = itemsize if config.ds.grad_accum_dtype == "bf16" else _FP32  # stages 0 and 1 add up in the weights' dtype
     return States(
         weights=_weights(config, shape, itemsize),

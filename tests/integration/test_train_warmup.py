@@ -110,7 +110,17 @@ def test_the_loss_is_transformers_own_and_falls(folder: Path, tmp_path: Path, me
 def test_tract_on_rows_some_of_which_have_no_feedback(folder: Path, tmp_path: Path) -> None:
     """Stage 1 completes the data, its judge writes the feedback of stage 2, which begins from the start again."""
     out = tmp_path / "out"
-    told = run(command(folder, out, "--warmup.method", "tract", "--warmup.feedback", "missing", data="labels.jsonl"))
+    flags = [
+        "--warmup.method",
+        "tract",
+        "--warmup.feedback",
+        "missing",
+        "--real.lam",
+        "3",
+        "--train.num_episodes",
+        "20",
+    ]
+    told = run(command(folder, out, *flags, data="labels.jsonl"))
     assert f"done: the judge is in {out}/model" in told
     first, second = lines(out / "stage_1/feedback.jsonl")[1:], lines(out / "feedback.jsonl")[1:]
     assert [line["row"] for line in first] == list(range(1, ROWS, 2))
@@ -125,7 +135,7 @@ def test_tract_on_rows_some_of_which_have_no_feedback(folder: Path, tmp_path: Pa
     assert by_itself[1] > by_itself[0]
     for stage in (out / "stage_1", out):
         train = lines(stage / "metrics.jsonl", "train")
-        assert len(train) == 24 and train[-1]["loss/total"] < train[0]["loss/total"]
+        assert len(train) == 160 and train[-1]["loss/total"] < train[0]["loss/total"]
     # Both stages begin with the same model. Of stage 2 the same rows are in the first update, with other feedback.
     first_errors = [lines(stage / "metrics.jsonl", "train")[0]["policy/abs_error"] for stage in (out / "stage_1", out)]
     assert abs(first_errors[0] - first_errors[1]) < 0.5

@@ -38,7 +38,7 @@ FOUR, EIGHT = {"actor.num_gpus_per_node": 4}, {"actor.num_gpus_per_node": 4, "ac
         ({"ds.zero_stage": 3, "ds.zpg": 4, **EIGHT}, 2, (0.25 + 0.5, 0.5, 0.5, 1, 0.5)),
         ({"ds.zero_stage": 0}, 4, (4, 4, 0, 8, 0)),
         ({"ds.zero_stage": 2, **FOUR}, 4, (4, 1, 1, 2, 1)),
-        ({"ds.zero_stage": 3, **FOUR}, 4, (1, 1, 0, 2, 1)),
+        ({"ds.zero_stage": 3, **FOUR}, 4, (1, 1, 1, 2, 1)),
     ],
 )
 def test_what_a_rank_holds(changes: dict[str, Any], itemsize: int, gb: tuple[float, ...]) -> None:
