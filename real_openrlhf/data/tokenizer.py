@@ -24,7 +24,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers, tokenizers and huggingface_hub raise many kinds
-        raise ValueError(f"{name} {path!r} has no tokenizer that loads: {one_line(error)}") from error
+        raise ValueError(f"{name} {path!r}: the tokenizer does not load: {one_line(error)}") from error
     lost = what_is_lost(tokenizer)
     if lost is not None:
         raise ValueError(

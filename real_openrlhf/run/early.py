@@ -63,6 +63,6 @@ def check_samplings(config: Config) -> None:
         check_sampling(evaluation_sampling(config), mode)
     except EngineSpecError as error:
         raise ConfigError(
-            f"--eval.temperature {config.eval.temperature:g} with --eval.top_p {config.eval.top_p:g} does not go "
-            f"together with --rollout.temperature {config.rollout.temperature:g}: {error}"
+            f"--eval.temperature {config.eval.temperature:g} with --eval.top_p {config.eval.top_p:g} cannot be "
+            f"combined with --rollout.temperature {config.rollout.temperature:g}: {error}"
         ) from error

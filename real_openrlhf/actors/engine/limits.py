@@ -50,7 +50,7 @@ class ModelLimits:
         try:
             config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
         except Exception as error:  # transformers and huggingface_hub raise many kinds
-            raise EngineSpecError(f"{model} has no configuration that loads: {one_line(error)}") from error
+            raise EngineSpecError(f"the configuration of {model} does not load: {one_line(error)}") from error
         return cls(
             positions=_positions(config),
             heads=getattr(config, "num_attention_heads", None),

@@ -149,10 +149,10 @@ def test_every_command_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture[st
     with FolderLock(out, "other"):
         for main, words in calls:
             assert main(words) == 2
-            assert f"error: --output_dir {out} is in use: this very process" in capsys.readouterr().err
+            assert f"error: --output_dir {out} is in use: this process itself" in capsys.readouterr().err
         warmup = ["--actor.model_name_or_path", model, "--data.prompt_dataset", rows, "--ckpt.output_dir", out]
         assert train_warmup.main(warmup) == 2
-        assert f"error: --ckpt.output_dir {out} is in use: this very process" in capsys.readouterr().err
+        assert f"error: --ckpt.output_dir {out} is in use: this process itself" in capsys.readouterr().err
         assert [path.name for path in Path(out).iterdir()] == [LOCK_FILE]
     target = tmp_path / "scores.jsonl"
     with open_output(str(target), overwrite=False, resume=False, identity={}) as first:

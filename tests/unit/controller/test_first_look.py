@@ -69,7 +69,7 @@ def test_the_mass_threshold_is_on_the_mean(mass: float, stops: bool) -> None:
     with pytest.raises(ScoresNotThere, match=r"--real.min_mass asks for 0.05") as caught:
         look(groups)
     message = str(caught.value)
-    assert "mean mass on the scale 0.050" in message and "(1,2,3)" in message
+    assert "mean mass on the scale 0.050" in message and "1,2,3:" in message
     assert all(advice in message for advice in ("--real.scale", "--real.anchor", "train_warmup"))
 
 

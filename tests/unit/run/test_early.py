@@ -66,7 +66,7 @@ LATER = {
     ),
     "another temperature": (
         {"eval.dataset": "{folder}/train.jsonl", "eval.temperature": "0.5"},
-        "--eval.temperature 0.5 with --eval.top_p 1 does not go together with --rollout.temperature 1",
+        "--eval.temperature 0.5 with --eval.top_p 1 cannot be combined with --rollout.temperature 1",
         ["torch", "scipy"],
     ),
 }
