@@ -5,8 +5,8 @@
     python -m real_openrlhf.evaluate --model JUDGE --pairs judgebench=FILE --output_dir runs/eval/pairs
     python -m real_openrlhf.evaluate --compare runs/eval/base runs/eval/judge
 
-Interrupted, the same command goes on where it stopped. What is written: `evals.report`; what the numbers mean:
-`evals.results`.
+After an interruption, the same command continues where it stopped. The files that are written are listed in
+`evals.report`, the metrics are defined in `evals.results`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from real_openrlhf.judge.rubrics import read_rubric
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m real_openrlhf.evaluate",
-        description="Judge benchmarks with human labels; or compare evaluations that are done.",
+        description="Judge benchmarks with human labels; or compare finished evaluations.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -46,9 +46,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         type=path_argument,
         metavar="RUN",
-        help="output folders: all others against the first, paired",
+        help="output folders: all others are compared with the first, row by row",
     )
-    add("--method", help="first cell of the table; the model's name when not given")
+    add("--method", help="first cell of the table; default: the model's name")
     add("--training", default="", help="second cell of the table, such as SFT or RL")
     data = parser.add_argument_group("data")
     data.add_argument("--input_key", default="prompt", help="column of the prompt")
@@ -67,13 +67,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     pairs.add_argument("--other_template", action="store_true", help="one that the judge was not trained on")
     judging = parser.add_argument_group("judging")
     judging.add_argument("--n", type=int, default=1, help="generations per prompt, averaged")
-    judging.add_argument("--temperature", type=float, help="0: greedy, as for --n 1 when not given")
+    judging.add_argument("--temperature", type=float, help="0 is greedy, the default for --n 1")
     judging.add_argument("--top_p", type=float, default=1.0, help="nucleus sampling")
     judging.add_argument("--seed", type=int, default=0, help="of sampled generations, --max_samples, intervals")
     judging.add_argument("--no_force", action="store_true", help="leave generations without a score as they are")
-    judging.add_argument("--renormalise", action="store_true", default=None, help="E[score] of the scale alone")
+    judging.add_argument("--renormalise", action="store_true", default=None, help="E[score] given a score on the scale")
     judging.add_argument(
-        "--feedback_of", type=path_argument, metavar="RUN", help="read the scores of that run's feedback anew"
+        "--feedback_of", type=path_argument, metavar="RUN", help="read the scores after that run's feedback again"
     )
     judging.add_argument("--batch_size", type=int, default=64, help="prompts that are judged and written at a time")
     server = parser.add_argument_group("server")
@@ -83,7 +83,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     server.add_argument("--concurrency", type=int, default=64, help="requests in flight")
     intervals = parser.add_argument_group("intervals")
     intervals.add_argument("--n_resamples", type=int, default=2000, help="bootstrap resamples")
-    intervals.add_argument("--confidence", type=float, default=0.95, help="of the intervals")
+    intervals.add_argument("--confidence", type=float, default=0.95, help="confidence level of the intervals")
     return parser.parse_args(argv)
 
 
@@ -121,7 +121,7 @@ def check(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 the engine, the server or the disk failed, 2 the input is wrong, 130 interrupted."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
     args = parse_args(argv)
     try:
         check(args)
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 1 if isinstance(error, RunError) else 2
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on where it stopped\n")
+        sys.stderr.write("interrupted; the same command continues where it stopped\n")
         return 130
     return 0
 

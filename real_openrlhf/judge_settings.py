@@ -1,4 +1,4 @@
-"""Published model cards import this name; the home is `real_openrlhf.export.settings`."""
+"""Kept for published model cards, which import this name. The code is in `real_openrlhf.export.settings`."""
 
 from real_openrlhf.export.settings import SETTINGS_FILE, ExportError, JudgeSettings
 

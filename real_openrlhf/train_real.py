@@ -3,7 +3,7 @@
     python -m real_openrlhf.train_real --actor.model_name_or_path MODEL --data.prompt_dataset FILE ...
     ray job submit -- python -m real_openrlhf.train_real ...
 
-Everything that can be wrong with the input is found before anything starts; --dry_run stops there.
+The input is checked before anything starts; --dry_run prints the plan after that and stops.
 """
 
 from __future__ import annotations

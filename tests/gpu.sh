@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Asks a GPU what only a GPU can answer: one script per question, each within 3 minutes; see tests/gpu/README.md.
+# Runs checks that need a GPU: one script per question, each within 3 minutes; see tests/gpu/README.md.
 #
 #   bash tests/gpu.sh                     # all checks, those without vLLM first
 #   bash tests/gpu.sh attention packed    # some of them

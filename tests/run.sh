@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash examples/install/cpu.sh
 bin=.venv/bin
-# Small tensors: threads only get into each other's way. Actors set their own.
+# Tests use small tensors, for which several threads are slower. Actors set their own number.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0
 
 select=(-m "not slow")

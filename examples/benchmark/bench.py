@@ -1,4 +1,4 @@
-"""Carries a plan out: workers, turns, the clock, and results saved after every step."""
+"""Carries out a plan: starts workers, lets them take turns, watches the time, saves results after every step."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from examples.benchmark.results import Record, Results
 from real_openrlhf.common.device import Device
 
 ROOT = Path(__file__).resolve().parents[2]
-# Before a worker's first measured step: the optimizer gets its state, kernels and memory are warm; the second one
-# also says how fast the worker is.
+# Steps before a worker's first measured step: the optimizer gets its state, kernels and memory are warm. The second
+# also shows how fast the worker is.
 WARM_UP = (
     Case(prompt=64, response=16, samples=2, micro_batch=2),
     Case(prompt=128, response=32, samples=4, micro_batch=4),
 )
-GEMM_SECONDS = 20.0  # the last measurement of the GEMM rate and the report, for which time is kept
+GEMM_SECONDS = 20.0  # time reserved for the last measurement of the GEMM rate and for the report
 START_LIMIT = 600.0
 
 
@@ -54,19 +54,19 @@ class Options:
 
 
 class Bench:
-    """One run. Use as a context: workers are ended with it."""
+    """One run. Use it as a context manager, which ends the workers."""
 
     def __init__(self, options: Options, results: Results) -> None:
         self.options, self.results = options, results
         self._shapes = {name: Shape.of(path) for name, path in options.models.items()}
         self._workers: dict[tuple[str, str], Worker] = {}
-        self._broken: set[tuple[str, str]] = set()  # could not be started: not tried again
+        self._broken: set[tuple[str, str]] = set()  # workers that could not be started; not tried again
         self._begin = time.monotonic()
         self._deadline = self._begin + 60 * options.minutes - GEMM_SECONDS * len(self._shapes)
         self._env = {**os.environ, **options.device.trainer_env(1), "RAY_worker_niceness": "0"}
         folders = {str(path.resolve()): name for name, path in options.models.items()}
         self._private = {**folders, sys.prefix: "venv", str(ROOT): "."}
-        # One that can only be guessed yet: half the rate of plain matrix products.
+        # A guess before anything is measured: half the rate of plain matrix products.
         self.estimates = Estimates(shapes=self._shapes, rate=5e10)
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._progress = Progress(
@@ -103,7 +103,7 @@ class Bench:
 
     @property
     def left(self) -> float:
-        """Seconds until the last thing must be over."""
+        """Seconds until all measurements must be done."""
         return self._deadline - time.monotonic()
 
     def _announce(self, plan: Sequence[Item]) -> None:
@@ -116,7 +116,7 @@ class Bench:
         return MARGIN * self.estimates.item(item, running)
 
     def _item(self, item: Item, plan: Sequence[Item]) -> None:
-        if self._too_dear(item.name, self._price(item, self._workers)):
+        if self._too_long(item.name, self._price(item, self._workers)):
             return
         if isinstance(item, WeightSync):
             self._sync(item)
@@ -130,12 +130,12 @@ class Bench:
             if item is plan[0]:
                 self._announce(plan)
             # The workers have said how fast they are.
-            if not self._too_dear(item.name, self._price(item, self._workers)):
+            if not self._too_long(item.name, self._price(item, self._workers)):
                 for contestant in item.contestants:
                     self._step(item, contestant)
 
-    def _too_dear(self, what: str, seconds: float) -> bool:
-        """Whether the time left does not suffice; it is then said, and written down."""
+    def _too_long(self, what: str, seconds: float) -> bool:
+        """Whether the remaining time is too short; that is then printed and recorded."""
         left = max(0.0, self.left)
         if seconds <= left:
             return False
@@ -148,7 +148,7 @@ class Bench:
         case = item.case(contestant)
         worker = self._workers.get((item.model, contestant))
         self._describe(f"{item.name}: {contestant}")
-        if self._too_dear(f"{item.name}: {contestant}", self.estimates.step(item.model, contestant, case)):
+        if self._too_long(f"{item.name}: {contestant}", self.estimates.step(item.model, contestant, case)):
             return
         try:
             if worker is None:
@@ -173,12 +173,12 @@ class Bench:
     # -- workers -----------------------------------------------------------------------------------------------
 
     def _ensure(self, item: Round) -> None:
-        """The round's workers run, and those of no other model."""
+        """Start the round's workers, and end those of other models."""
         self._close([key for key in self._workers if key[0] != item.model])
         self._start(item.model, [c for c in item.contestants if (item.model, c) not in self._workers])
 
     def _start(self, model: str, contestants: Sequence[str]) -> None:
-        """Side by side up to the first step, then one after the other."""
+        """Workers start in parallel up to their first step, then they are warmed up one after the other."""
         begin = time.monotonic()
         contestants = [contestant for contestant in contestants if (model, contestant) not in self._broken]
         for contestant in contestants:
@@ -222,7 +222,7 @@ class Bench:
             if worker is not None:
                 worker.close()
 
-    # -- beside the steps --------------------------------------------------------------------------------------
+    # -- other measurements ------------------------------------------------------------------------------------
 
     def _gemm(self, when: str) -> None:
         for model, path in self.options.models.items():
@@ -278,7 +278,7 @@ class Bench:
 
 
 def wait(process: subprocess.Popen[bytes], seconds: float) -> int:
-    """The exit code. What is not done in time is asked to end what it started, and then ended with it."""
+    """The exit code. A program that takes too long is asked to end what it started, and then killed with it."""
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -293,14 +293,14 @@ def wait(process: subprocess.Popen[bytes], seconds: float) -> int:
 
 
 def gemm_rate(model: Path, device: str, env: Mapping[str, str]) -> dict[str, Any]:
-    """What `gemm.measure` finds, in a process that has the workers' environment. Raises CalledProcessError."""
+    """The result of `gemm.measure` in a process with the workers' environment. Raises CalledProcessError."""
     command = [sys.executable, "-m", "examples.benchmark.gemm", "--model", str(model.resolve()), "--device", device]
     done = subprocess.run(command, env=dict(env), cwd=ROOT, capture_output=True, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def middle(plan: Sequence[Item]) -> int:
-    """Where the rounds that the plan begins with, those of one model's centre, are over."""
+    """Index of the first item after the rounds that the plan begins with, those of one model's centre."""
 
     def same(item: Item) -> bool:
         return isinstance(item, Round) and item.purpose == "time" and item.point == getattr(plan[0], "point", None)

@@ -1,10 +1,10 @@
-"""What a shared machine costs: the quickstart's warm-up, alone and beside busy processes, by how its threads wait.
+"""What a shared machine costs: times the quickstart's warm-up alone and next to busy processes, by how threads wait.
 
     python -m examples.benchmark.busy_timing --model DIR --data FILE --output FILE
 
-Four variants, turn by turn in one run: OpenMP's threads spin shortly before they sleep (shipped) or as long as libgomp
-has it (default), on idle cores or beside --busy processes that never rest. Written: the seconds of --steps optimizer
-steps of each variant and round, start-up left out, and the slowdown, busy against idle of the same round.
+Four variants take turns in one run: OpenMP's threads spin shortly before they sleep (shipped) or as long as libgomp's
+default, on idle cores or next to --busy processes that never rest. The output has the seconds of --steps optimizer
+steps of each variant and round, without start-up, and the slowdown, busy against idle of the same round.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from typing import Any
 
 from real_openrlhf.common.quiet_threads import SPINS
 
-# GOMP_SPINCOUNT; the second is libgomp's own.
+# Values of GOMP_SPINCOUNT; the second is libgomp's default.
 SPIN_COUNTS = {"shipped": SPINS, "default": "300000"}
 LOG_STEPS = 10
 
 
 @contextmanager
 def busy(n: int) -> Iterator[None]:
-    """n processes that take all of a core that they can get."""
+    """Run n processes that use all the time of a core that they can get."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
     try:
         yield
@@ -41,7 +41,7 @@ def busy(n: int) -> Iterator[None]:
 
 
 def seconds(model: Path, data: Path, steps: int, spins: str) -> float:
-    """Of so many optimizer steps, by the warm-up's own log; its first LOG_STEPS steps do not count."""
+    """Seconds of `steps` optimizer steps, by the warm-up's own log; its first LOG_STEPS steps do not count."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "examples/quickstart/warmup.py", "--model_name_or_path", str(model)]
         command += ["--data", str(data), "--output_dir", folder, "--learning_rate", "3e-3", "--batch_size", "64"]
@@ -82,7 +82,7 @@ def main() -> None:
     for number in range(args.rounds):
         found: dict[str, float] = {}
         variants = [(name, n) for n in (0, args.busy) for name in SPIN_COUNTS]
-        # The order turns from round to round.
+        # The order changes from round to round.
         for name, n in variants if number % 2 == 0 else variants[::-1]:
             with busy(n):
                 found[f"{name}, {'busy' if n else 'idle'}"] = seconds(

@@ -1,9 +1,9 @@
 """flash-attn's Python part on torch's copy of its kernels, for machines where its own were not compiled.
 
-flash_attn 2.8.3 calls a compiled module `flash_attn_2_cuda`. Where that is an empty stand-in, `install` gives it the
-four functions that training needs, by the operators that torch itself ships (FlashAttention 2, see
-`varlen_attention.FlashOps`). OpenRLHF, transformers and flash_attn stay as they are. What nobody here asks for
-(dropout, windows, softcap, ALiBi, paged keys) is refused.
+flash_attn 2.8.3 calls a compiled module `flash_attn_2_cuda`. If that is an empty placeholder, `install` gives it the
+four functions that training needs, made of the operators that torch itself ships (FlashAttention 2, see
+`varlen_attention.FlashOps`). OpenRLHF, transformers and flash_attn stay as they are. Options that are not needed here
+(dropout, windows, softcap, ALiBi, paged keys) are refused.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from real_openrlhf.common.device import flash_attn_available
 
 OVERRIDE = (
     "flash_attn_2_cuda: flash-attn's kernels are not compiled here; the same FlashAttention 2 kernels from torch's "
-    "copy (torch.ops.aten._flash_attention_forward and _backward) stand in, with one copy of each gradient more"
+    "copy (torch.ops.aten._flash_attention_forward and _backward) are used, with one more copy of each gradient"
 )
 
 
 def install(ops: VarlenOps | None = None) -> bool:
-    """Fill the stand-in; False where flash-attn's own kernels are there. ImportError where flash_attn is not.
+    """Fill the placeholder. False if flash-attn's own kernels are there; ImportError if flash_attn is not installed.
 
-    ops: in place of torch's kernels, for tests.
+    ops: replaces torch's kernels in tests.
     """
     if ops is None and flash_attn_available():
         return False
@@ -185,15 +185,15 @@ def _whole_rows(q: Tensor, k: Tensor) -> Segments:
 
 
 def _placeholders(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention probabilities, which nobody asked for, and the state of random numbers, which nobody drew."""
+    """Placeholders for attention probabilities and random state, which are not used."""
     return q.new_empty(0), torch.zeros(2, dtype=torch.int64, device=q.device)
 
 
 def _refuse(
     absent: tuple[Any, ...], dropout: float, window: tuple[int, int], causal: bool, softcap: float, other: bool
 ) -> None:
-    """NotImplementedError for what torch's operators are not asked to do here."""
-    # Causal attention sees nothing on the right, whether it is said or not.
+    """NotImplementedError for options that are not supported here."""
+    # Causal attention never sees the right side, whether the window says so or not.
     wide = window[0] < 0 and (window[1] < 0 or (causal and window[1] == 0))
     if any(x is not None for x in absent) or dropout or not wide or softcap or other:
-        raise NotImplementedError("torch's flash attention stands in for flash-attn without any of its options")
+        raise NotImplementedError("torch's flash attention replaces flash-attn here without any of its options")

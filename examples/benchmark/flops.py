@@ -6,59 +6,11 @@ products, the output layer. Norms, softmax, rotary embeddings and the optimizer 
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
-
 from examples.benchmark.protocol import Case
+from real_openrlhf.run.model_shape import DecoderShape as Shape
 
-# Forward passes of a plain step: OpenRLHF's old log-probs and its training pass; the authors' E pass on top.
+# Forward passes of a plain step: OpenRLHF's are old log-probs and training; the authors' also an E[score] pass.
 FORWARDS = {"openrlhf": 2, "authors": 3}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What of a decoder the operations depend on (Llama, Mistral, Qwen2 and Qwen3 families)."""
-
-    vocabulary: int
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-    @classmethod
-    def of(cls, model: Path) -> Shape:
-        """From a Hugging Face folder's config.json."""
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-        heads = config["num_attention_heads"]
-        return cls(
-            vocabulary=config["vocab_size"],
-            hidden=config["hidden_size"],
-            intermediate=config["intermediate_size"],
-            layers=config["num_hidden_layers"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        )
-
-    def linears(self) -> list[tuple[int, int, int]]:
-        """(inputs, outputs, how many in the whole model) of the linear layers, without the output layer."""
-        query, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return [
-            (self.hidden, query, self.layers),
-            (self.hidden, keys, 2 * self.layers),
-            (query, self.hidden, self.layers),
-            (self.hidden, self.intermediate, 2 * self.layers),
-            (self.intermediate, self.hidden, self.layers),
-        ]
-
-    def forward(self, *, tokens: int, pairs: int, logits: int) -> int:
-        """One forward pass over `tokens`; pairs: of a query and a key that it sees; logits: rows of logits."""
-        per_token = sum(2 * inputs * outputs * count for inputs, outputs, count in self.linears())
-        per_pair = 2 * 2 * self.heads * self.head_dim * self.layers
-        return per_token * tokens + per_pair * pairs + 2 * self.hidden * self.vocabulary * logits
 
 
 def rows(case: Case) -> int:
@@ -72,23 +24,23 @@ def needed_tokens(case: Case) -> int:
 
 
 def needed_pairs(case: Case) -> int:
-    """Causal attention within the prompt; each rollout's tokens see the prompt and what of their own stands before."""
+    """Causal attention within the prompt; a rollout's tokens attend to the prompt and to their own earlier tokens."""
     prompt, response = case.prompt, case.response
     own = response * prompt + response * (response + 1) // 2
     return prompt * (prompt + 1) // 2 + case.samples * own
 
 
 def needed(shape: Shape, case: Case) -> int:
-    """What a step cannot do without: one forward pass and a backward pass of twice its operations.
+    """The least that a step needs: one forward pass, and a backward pass with twice its operations.
 
-    The prompt once, all rollouts, logits for response tokens only, one pass (rewards need no second one).
+    It covers the prompt once, all rollouts, and logits for response tokens only; rewards need no second pass.
     """
     logits = case.samples * case.response
     return 3 * shape.forward(tokens=needed_tokens(case), pairs=needed_pairs(case), logits=logits)
 
 
 def executed(shape: Shape, contestant: str, case: Case) -> int:
-    """About what a contestant computes; estimates of time rest on it, results do not."""
+    """Roughly what a contestant computes; used for estimates of time only, not for results."""
     again = int(case.gradient_checkpointing)
     if contestant == "real":
         return needed(shape, case) * (3 + again) // 3

@@ -2,7 +2,7 @@
 
     python -m examples.benchmark.gemm --model DIR --device cpu
 
-prints one JSON line: the rate over one forward pass's products, each taken with the median of its repeats.
+prints one JSON line: the rate over the products of one forward pass, each with the median of its repeats.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def rate(shapes: list[tuple[int, int, int]], timed: Callable[[int, int], float],
 def measure(shape: Shape, device: Device, *, rows: int = ROWS, repeats: int = REPEATS) -> dict[str, Any]:
     """{"flops_per_second", "rows", "repeats", "threads", "dtype"}."""
 
-    # The GPU runs behind the Python code, and one product is over before the next is launched.
+    # On a GPU, one product ends before Python has launched the next, so several are timed together.
     calls = 10 if device.is_cuda else 1
 
     def timed(inputs: int, outputs: int) -> float:

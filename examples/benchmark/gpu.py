@@ -1,12 +1,13 @@
-"""The training step on one GPU, against OpenRLHF's with packing and flash attention, within a few minutes.
+"""The training step on one GPU, compared with OpenRLHF's with packing and flash attention, within a few minutes.
 
     python -m examples.benchmark.gpu --minutes 3 --output_dir runs/benchmark_gpu
     python -m examples.benchmark.gpu --minutes 3 --models 8b,32b --output_dir DIR     # from two depths, extrapolated
     python -m examples.benchmark.gpu --minutes 1 --models 1.7b --profile --output_dir DIR
     python -m examples.benchmark.gpu --report DIR/gpu.json                            # the table again
 
-Models have real shapes and random weights (`gpu_models.py`). One process per contestant and model, one after the other;
-the next one imports while this one works. Writes gpu.json after every step, then gpu.md, and the profile as a text.
+Models have real shapes and random weights (`gpu_models.py`). There is one process per contestant and model, one after
+the other; the next one imports while this one works. Writes gpu.json after every step, then gpu.md, and the profile as
+text.
 """
 
 from __future__ import annotations
@@ -77,14 +78,14 @@ class GpuProcess(Worker):
 
 
 class Contest:
-    """One contestant on one model: what it is asked, and what came of it (`run`, a JSON object)."""
+    """One contestant on one model: what it is asked, and its results (`run`, a JSON object)."""
 
     def __init__(
         self, task: Task, process: GpuProcess, shape: Shape, run: dict[str, Any], *, deadline: float, end: float
     ) -> None:
         self.task, self.process, self.shape, self.run = task, process, shape, run
         self.deadline, self.end = deadline, end
-        # By gradient checkpointing; None where nothing is known of it.
+        # By gradient checkpointing on or off; None if its memory could not be measured.
         self.memory: dict[bool, Memory | None] = {}
         self.seconds_per_flop = 0.0
 
@@ -96,7 +97,7 @@ class Contest:
         self.say(f"{point}: left out, {why}")
 
     def limit(self) -> float:
-        """Seconds that a step may take: to the end of the whole run."""
+        """Seconds that a step may take: until the end of the whole run."""
         return max(LEAST_SECONDS, self.end - time.monotonic())
 
     def measure(self, point: Point) -> dict[str, Any] | None:
@@ -168,7 +169,7 @@ class Contest:
         )
 
     def probe(self, point: Point) -> Memory | None:
-        """The line of memory, from two small steps at the first point that is asked for, the centre's lengths."""
+        """Memory as a linear function of tokens, from two small steps with the lengths of the first point."""
         if self.run["facts"]["total_bytes"] is None:
             return None
         try:
@@ -200,7 +201,7 @@ class Contest:
         print(file.read_text(encoding="utf-8"), flush=True)
 
     def compete(self, asked: Sequence[Point], *, profile: Path | None, save: Callable[[], None]) -> None:
-        """All points in order; of the memory points OpenRLHF runs the largest that fits, whose others say no more."""
+        """Measure all points in order. Of the memory points, OpenRLHF only runs the largest that fits."""
         if self.task.contestant == "real":
             rows = GEMM_ROWS["cuda" if self.run["facts"]["device"] == "cuda" else "cpu"]
             self.run["gemm"] = self.process.ask(60.0, op="gemm", rows=rows)
@@ -221,7 +222,7 @@ class Contest:
 
 
 def start(task: Task, folder: Path, args: argparse.Namespace) -> GpuProcess:
-    """A process that imports and waits."""
+    """Start a process, which imports and then waits."""
     model = write_config(task.model, task.layers, folder / f"{task.model}-{task.layers}")
     command = [sys.executable, "-m", "examples.benchmark.gpu_worker", "--contestant", task.contestant]
     command += ["--model", str(model), "--device", args.device, "--logits_mb", str(args.logits_mb)]
@@ -233,7 +234,7 @@ def start(task: Task, folder: Path, args: argparse.Namespace) -> GpuProcess:
 
 
 def gpu_bytes() -> int | None:
-    """Of the first GPU, without a CUDA context in this process, which would keep memory. None where nobody knows."""
+    """Memory of the first GPU, without a CUDA context in this process, which would use memory. None if not known."""
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     asking_torch = "import torch; print(torch.cuda.get_device_properties(0).total_memory / 2**20)"
     for command in (query, [sys.executable, "-c", asking_torch]):
@@ -258,12 +259,12 @@ def versions() -> dict[str, str]:
 
 
 def share(task: Task) -> float:
-    """Of the time. A part of a depth is asked for the centre alone."""
+    """The task's share of the time. A task with a part of the layers measures only the centre."""
     return CONTESTANTS[task.contestant] * (2 if task.layers == SIZES[task.model].layers else 1)
 
 
 def asked_of(task: Task, args: argparse.Namespace, results: Mapping[str, Any]) -> list[Point]:
-    """OpenRLHF is asked what this project's side measured; of a depth that is extrapolated the centre alone."""
+    """The task's points: for OpenRLHF those that this project has measured; with some of the layers only the centre."""
     size = SIZES[task.model]
     found = points(
         args.centre, args.prompts, args.responses, args.samples,

@@ -1,7 +1,7 @@
-"""Models of real sizes with random weights, made where they are used: a folder holds no more than config.json.
+"""Models of real sizes with random weights, made where they are used: a folder holds only config.json.
 
-Nothing is downloaded, and no gigabytes go through a disk: `make_weights_from_config` replaces the loading of weights in
-a contestant's process by their initialisation on the device, from the same seed in all.
+Nothing is downloaded or written to a disk: `make_weights_from_config` replaces the loading of weights in a contestant's
+process by their initialisation on the device, with the same seed in all.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TRAINING_BYTES = 22
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """A model's shape. depths: layers that are measured where the whole does not fit; () for the whole."""
+    """A model's shape. depths: numbers of layers to measure if the whole model does not fit; () for the whole."""
 
     hidden: int
     layers: int
@@ -30,7 +30,7 @@ class Size:
     vocabulary: int
     tied: bool = True
     family: str = "qwen3"
-    # At full depth it is not trained without.
+    # Whether the full depth needs gradient checkpointing.
     gradient_checkpointing: bool = False
 
     def parameters(self, layers: int | None = None) -> int:
@@ -66,7 +66,8 @@ NAMES = {
 def depths(size: Size, *, layers: int, total_bytes: int | None) -> list[int]:
     """Numbers of layers to measure: all of them, or N and 2 N, from which the whole depth is extrapolated.
 
-    layers: N, or 0 for the largest N that is trained within 60% of total_bytes; the rest is the step's.
+    layers: N, or 0 for the largest N whose weights and optimizer take at most 60% of total_bytes; the rest is for the
+    step.
     """
     if layers:
         return [size.layers] if layers >= size.layers else [layers, min(2 * layers, size.layers)]
@@ -81,7 +82,7 @@ def depths(size: Size, *, layers: int, total_bytes: int | None) -> list[int]:
 
 
 def write_config(name: str, layers: int, folder: Path, *, positions: int = 4096) -> Path:
-    """A folder with config.json alone."""
+    """Write a folder with only config.json."""
     size = SIZES[name]
     config: dict[str, Any] = {
         "model_type": size.family,
@@ -107,7 +108,7 @@ def write_config(name: str, layers: int, folder: Path, *, positions: int = 4096)
 
 
 def make_weights_from_config(device: Any) -> None:
-    """In this process, from_pretrained initialises on a device of torch instead of loading."""
+    """From now on, from_pretrained in this process initialises weights on a torch device instead of loading them."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

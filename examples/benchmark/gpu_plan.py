@@ -10,7 +10,7 @@ from typing import Any
 from examples.benchmark.flops import needed_tokens, rows
 from examples.benchmark.protocol import Case, Measured
 
-# Of the GPU's memory that nobody else has; the rest is left to the allocator's waste.
+# Usable share of the GPU's free memory; the rest is for fragmentation in the allocator.
 USABLE = 0.9
 # The parts of a step whose memory grows with the micro-batch; the optimizer's is the same for every contestant.
 PASSES = ("old_logprobs", "forward", "backward", "experience")
@@ -19,7 +19,7 @@ COUNTED = {"centre": 3, "around": 2, "memory": 1}
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """What is asked of both contestants; each chooses its micro-batch. kind: "centre", "around" or "memory".
+    """A case for both contestants; each chooses its own micro-batch. kind: "centre", "around" or "memory".
 
     A memory point has all rollouts in one micro-batch, with gradient checkpointing.
     """
@@ -82,14 +82,15 @@ def micro_tokens(contestant: str, case: Case) -> int:
 
 
 def probes(contestant: str, point: Point) -> list[Case]:
-    """Two small steps whose memory tells that of larger ones. This project's row is shorter, so more rollouts fit."""
+    """Two small steps from whose memory that of larger ones is estimated. This project's rows are shorter, so it gets
+    more rollouts."""
     few, many = (2, 4) if contestant == "real" and point.samples >= 4 else (1, 2)
     return [replace(point.case(), samples=many, micro_batch=n) for n in (few, many)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Peak bytes of a step's passes as a line over the tokens of a micro-batch: phase -> (constant, per token)."""
+    """Peak bytes of a step's passes, linear in the tokens of a micro-batch: phase -> (constant, per token)."""
 
     lines: Mapping[str, tuple[float, float]]
 
@@ -110,7 +111,7 @@ class Memory:
 def largest_micro_batch(
     contestant: str, point: Point, memory: Memory | None, *, held: int | None, total: int | None
 ) -> int | None:
-    """K, K/2, ..., the first that fits; K where memory is not asked about (CPU). None: not even 1 fits."""
+    """The first of K, K/2, ... that fits; K if memory is not limited (CPU). None: not even 1 fits."""
     if memory is None or held is None or total is None:
         return point.samples
     micro_batch = point.samples
@@ -122,7 +123,7 @@ def largest_micro_batch(
 
 
 def pass_peak(peaks: Mapping[str, int]) -> int:
-    """Highest memory outside of the optimizer."""
+    """Highest memory outside the optimizer."""
     return max((peak for phase, peak in peaks.items() if phase in PASSES), default=0)
 
 

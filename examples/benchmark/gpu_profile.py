@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from real_openrlhf.common.device import Device
 
 TOP = 25
-# Each makes Python wait. An item() shows up as several of them: they are not to be added.
+# Each makes Python wait. One item() appears as several of them, so they must not be added up.
 SYNCS = (
     "cudaStreamSynchronize",
     "cudaDeviceSynchronize",
@@ -21,14 +21,14 @@ SYNCS = (
     "aten::_local_scalar_dense",
     "aten::nonzero",
 )
-# Calls of the CUDA runtime that cost without computing.
+# Calls of the CUDA runtime that cost time without computing.
 CALLS = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMalloc", "cudaFree", "cuMem")
 
 
 def profile_step(step: Callable[[], Any], device: Device, file: Path) -> dict[str, Any]:
     """Run a step under the profiler and write a text; {"step_seconds", "kernel_seconds", "syncs", "kernels"}.
 
-    step_seconds are those under the profiler, which slows Python down. On a CPU operations stand in for kernels.
+    step_seconds are measured under the profiler, which slows Python down. On a CPU, operations are listed as kernels.
     """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.is_cuda else [])]
     device.synchronize()
@@ -58,7 +58,7 @@ def summary(averages: Any, *, on_gpu: bool) -> dict[str, Any]:
         return 0.0
 
     def on_device(event: Any) -> bool:
-        # Annotations have a device's time too: that of the kernels within.
+        # Annotations have device time too, namely that of the kernels inside them.
         user = getattr(event, "is_user_annotation", False)
         return str(getattr(event, "device_type", "")).endswith("CUDA") and not user
 
@@ -80,7 +80,7 @@ def summary(averages: Any, *, on_gpu: bool) -> dict[str, Any]:
 
 
 def text(found: dict[str, Any]) -> str:
-    """What a reader wants to see."""
+    """The summary as text."""
     busy = found["kernel_seconds"] / found["step_seconds"] if found["step_seconds"] else 0.0
     lines = [
         f"one step under the profiler: {found['step_seconds']:.3f} s, {found['python_seconds']:.3f} s until Python was "

@@ -1,4 +1,4 @@
-"""gpu.json -> gpu.md and gpu.png: tables, verdicts on the aims, what was extrapolated, left out and changed."""
+"""Makes gpu.md and gpu.png from gpu.json: tables, aims met or not, what was extrapolated, left out and changed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_report(results: dict[str, Any], folder: Path) -> str:
     (folder / "gpu.md").write_text(text, encoding="utf-8")
     try:
         plot(results["table"], folder / "gpu.png")
-    except Exception:  # the numbers are safe, and a machine may lack matplotlib
+    except Exception:  # the numbers are saved already, and the machine may not have matplotlib
         logger.warning("no plot", exc_info=True)
     return text
 
@@ -51,7 +51,7 @@ def shape_of(model: str, layers: int) -> Shape:
 
 
 def plain(case: Mapping[str, Any]) -> Case:
-    """Of the case that was run, what a step needs: checkpointing and micro-batches are no part of it."""
+    """The case without gradient checkpointing and micro-batches, on which the needed operations do not depend."""
     return Case(prompt=case["prompt"], response=case["response"], samples=case["samples"], micro_batch=1)
 
 
@@ -67,7 +67,7 @@ def _same_size(steps: Iterable[Mapping[str, Any]], step: Mapping[str, Any]) -> M
 
 
 def table(runs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Timed points; what OpenRLHF did not run is None."""
+    """Timed points; values that OpenRLHF did not measure are None."""
     found = []
     for ours, theirs in pairs(runs):
         shape = shape_of(ours["model"], ours["layers"])
@@ -99,7 +99,7 @@ def table(runs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def memory_table(runs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """All rollouts in one micro-batch with gradient checkpointing, where both sides ran it."""
+    """Points with all rollouts in one micro-batch and gradient checkpointing, if both sides ran them."""
     found = []
     for ours, theirs in pairs(runs):
         for step in ours["steps"]:
@@ -122,7 +122,7 @@ def memory_table(runs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def extrapolated(runs: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Steps of the whole depth at the centre, on the line through two depths."""
+    """Steps of the whole depth at the centre, extrapolated linearly from two depths."""
     runs = list(runs)
     found = []
     for model in dict.fromkeys(r["model"] for r in runs):
@@ -159,7 +159,7 @@ def _whole(points: Mapping[int, float], layers: int) -> float:
 
 
 def aims(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """{"aim", "limit", "measured", "met"}; met is None where nothing was measured."""
+    """The aims as {"aim", "limit", "measured", "met"}; met is None if nothing was measured."""
     found = []
     for model in AIMED:
         name = NAMES[model]
@@ -229,7 +229,7 @@ def document(results: Mapping[str, Any]) -> str:
         "",
         "## Memory, GiB above weights and optimizer",
         "All K rollouts in one micro-batch, gradient checkpointing, gradients included. The optimizer's own peak is "
-        "the same for both and stands in the last two columns only.",
+        "the same for both and is in the last two columns only.",
         *_rows(
             "model|layers|P, R, K|real|openrlhf|ratio|bf16 gradients alone|real, whole step|openrlhf, whole step",
             (
@@ -256,7 +256,7 @@ def document(results: Mapping[str, Any]) -> str:
         "## Not measured",
         *_missing(runs),
         "",
-        "## What was changed in somebody else's code",
+        "## What was changed in other people's code",
         *(f"- {c}: {o}" for c, o in dict.fromkeys((r["contestant"], o) for r in runs for o in r.get("overrides", []))),
     ]  # fmt: skip
     for run in runs:

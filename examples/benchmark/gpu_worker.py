@@ -1,7 +1,7 @@
-"""A contestant of `examples.benchmark.gpu` in a process of its own. It speaks as `worker.py` does, with more to say.
+"""A contestant of `examples.benchmark.gpu` in a separate process. Its protocol is that of `worker.py`, and more.
 
-It imports everything at once, without touching the GPU, so that it can be started while another contestant works, and
-builds when it is told to:
+It imports everything at once, without touching the GPU, so that it can be started while another contestant works. It
+builds its model on request:
 
     {"op": "build"}                                             -> {"ready": true, "facts": ..., "overrides": ...}
     {"op": "step", "case": {...}, "seed": 1}                    -> a `Measured`, see below
@@ -55,14 +55,14 @@ class GpuWorker(Worker):
         device = Device.resolve(args.device)
         args.logits_mb, args.liger = args.logits_mb or None, False if args.no_liger else None
         overrides = [gpu_models.OVERRIDE]
-        # This project's own attention calls torch's kernels; only OpenRLHF looks for flash-attn's.
+        # This project's attention calls torch's kernels; only OpenRLHF uses flash-attn.
         if device.is_cuda and args.contestant == "openrlhf" and flash_shim.install():
             overrides.append(flash_shim.OVERRIDE)
         gpu_models.make_weights_from_config(device.current())
         super().__init__(args)
         # Alone on its GPU, as a training rank that is not colocated.
         self.gives_back = False
-        # Gradients count as the step's: one cannot tell how many of them lie there at its peak.
+        # Gradients count as part of the step, since it is not known how many of them exist at its peak.
         self.gradient_bytes = 0
         self.overrides = [*self.contestant.overrides, *overrides]
         self.model = Path(args.model)
@@ -71,7 +71,7 @@ class GpuWorker(Worker):
         if device.is_cuda:
             self.facts["held_bytes"] = int(torch.cuda.memory_allocated())
             free, _ = torch.cuda.mem_get_info()
-            # What is in nobody else's hands: not the CUDA context, nor another process.
+            # Memory that is available here: without the CUDA context and other processes.
             self.facts["total_bytes"] = int(torch.cuda.memory_reserved() + free)
             properties = torch.cuda.get_device_properties(0)
             self.facts["card"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
@@ -105,7 +105,7 @@ def answer(worker: GpuWorker, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def serve(args: argparse.Namespace, requests: TextIO, answers: TextIO, *, restarted: bool) -> bool:
-    """Answer until the end. True: a step failed, and the process should start anew."""
+    """Answer requests until the end. True: a step failed, and the process should start anew."""
     worker = GpuWorker(args) if restarted else None
     for line in requests:
         request = json.loads(line)
@@ -122,7 +122,7 @@ def serve(args: argparse.Namespace, requests: TextIO, answers: TextIO, *, restar
         except Exception as error:
             logger.exception("a request failed")
             say(answers, {"error": f"{type(error).__name__}: {error}"})
-            # A step that broke off leaves DeepSpeed in between.
+            # An interrupted step leaves DeepSpeed in an undefined state.
             if request.get("op") in ("step", "profile", "build"):
                 return request.get("op") != "build"
     return False

@@ -1,4 +1,4 @@
-"""The highest memory of a stretch of work above what was held before it: RSS on a CPU, torch's allocator on a GPU."""
+"""The peak memory of some work, above what was held before it: RSS on a CPU, torch's allocator on a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from real_openrlhf.common.device import Device
 
 _PROC = Path("/proc/self")
-# Of /proc/self/clear_refs: the high-water mark becomes the present RSS.
+# Value for /proc/self/clear_refs that sets the high-water mark to the present RSS.
 _RESET_PEAK = "5"
 
 
@@ -25,7 +25,7 @@ def status_bytes(name: str, status: str) -> int:
 
 
 def release() -> None:
-    """Give back what is free: Python's cycles first, then the pages that malloc keeps for later."""
+    """Free what can be freed: first Python's reference cycles, then pages that malloc keeps for later."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
@@ -33,7 +33,7 @@ def release() -> None:
 class PeakMemory:
     """Memory above a baseline, which is what the process holds when this is made.
 
-    On a CPU it is what the machine had to have: pages that malloc keeps of an earlier phase count in a later one.
+    On a CPU it is the memory that the machine needed: pages that malloc keeps from one phase count in later ones too.
 
     peaks  bytes by name, see `mark`
     """
@@ -51,7 +51,7 @@ class PeakMemory:
         self.baseline = status_bytes("VmRSS", self._status())
 
     def mark(self, name: str) -> None:
-        """What was highest since the last mark belongs to `name`; of marks of the same name the highest stays."""
+        """Record the peak since the last mark under `name`; of several marks with one name the highest counts."""
         if self.device.is_cuda:
             highest = int(torch.cuda.max_memory_allocated())
         else:

@@ -1,9 +1,9 @@
-"""The benchmark's made-up models: narrow, with a large vocabulary, random weights and a tied head.
+"""The benchmark's synthetic models: narrow, with a large vocabulary, random weights and a tied head.
 
     python -m examples.benchmark.models --name narrow --output_dir runs/benchmark/models/narrow
 
-The vocabulary is that of Qwen's models, so that logits are as wide as in practice while the rest of the step stays
-cheap. A finished folder is reused.
+The vocabulary has the size of that of Qwen's models, so that logits are as wide as in practice while the rest of the
+step stays cheap. A finished folder is reused.
 """
 
 from __future__ import annotations

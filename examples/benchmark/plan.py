@@ -1,8 +1,8 @@
-"""Which cases are measured, in which order, and what is left out when the time does not suffice.
+"""Which cases are measured, in which order, and what is left out when there is too little time.
 
-Rounds stand in the order of their importance. A round is one case, run once by each of its contestants, turn by turn;
-what a machine does meanwhile then meets all of them. Before a round starts its cost is estimated anew; one that does
-not fit into the time left is left out and named, and the next, cheaper one is looked at.
+Rounds are in the order of their importance. A round is one case, run once by each of its contestants, one after the
+other, so that other load on the machine affects all of them. Before a round starts, its cost is estimated again. A
+round that does not fit into the remaining time is left out and reported, and the next, cheaper one is tried.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from examples.benchmark.protocol import CONTESTANTS, Case
 
 REAL, STOCK, AUTHORS = CONTESTANTS
 CENTRE = "centre"
-# What estimates are multiplied by before a round is let in.
+# Safety factor on estimates before a round is started.
 MARGIN = 1.1
 SYNC_SECONDS = 240.0
 
@@ -26,9 +26,9 @@ class Round:
     """One case run once by each of `contestants`, in this order.
 
     point        "centre", or what differs from it, such as "P=256"
-    purpose      "time", or "memory": micro-batches of all K rollouts on all sides
-    alone        each contestant in a fresh process, nobody else running: memory is then not what others left behind
-    plain_micro  rollouts per micro-batch of the plain contestants; this project's is always K
+    purpose      "time", or "memory": micro-batches of all K rollouts for all contestants
+    alone        each contestant runs alone in a fresh process, so that earlier steps do not influence its memory
+    plain_micro  rollouts per micro-batch of the contestants with separate rows; this project's is always K
     """
 
     model: str
@@ -62,7 +62,7 @@ class Round:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSync:
-    """The weight syncs of both sides, timed by a program of their own."""
+    """The weight syncs of both sides, timed by a separate program."""
 
     model: str
     seconds: float = SYNC_SECONDS
@@ -77,7 +77,7 @@ Item = Round | WeightSync
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """The centre, what is varied around it one at a time, and how many rollouts a plain micro-batch holds."""
+    """The centre, the factors that are varied around it one at a time, and the rollouts of a plain micro-batch."""
 
     prompt: int
     response: int
@@ -92,7 +92,7 @@ class Sizes:
         return {"prompt": self.prompt, "response": self.response, "samples": self.samples}
 
     def points(self) -> dict[str, dict[str, int]]:
-        """By name, the centre not among them."""
+        """The points around the centre, by name."""
         varied = [("prompt", "P", self.prompts), ("response", "R", self.responses), ("samples", "K", self.few_samples)]
         points = {f"{letter}={n}": {**self.centre(), key: n} for key, letter, values in varied for n in values}
         return points
@@ -103,7 +103,7 @@ SMALL = Sizes(prompt=512, response=16, samples=8, prompts=(128,), responses=(32,
 
 
 def rotated(contestants: Sequence[str], by: int) -> tuple[str, ...]:
-    """Who begins changes from repeat to repeat."""
+    """The contestants in another order, so that who begins changes from repeat to repeat."""
     by %= len(contestants)
     return (*contestants[by:], *contestants[:by])
 
@@ -169,7 +169,7 @@ def full_plan(large: str, narrow: str, sizes: Sizes = FULL) -> list[Item]:
         memory_round(large, sizes, (REAL, STOCK), sizes.samples, checkpointing=True, alone=True),
         memory_round(large, sizes, CONTESTANTS, few, checkpointing=False, alone=True),
         *centre_rounds(narrow, sizes),
-        # This project's side alone is cheap: its memory at all points, whatever else there is time for.
+        # Steps of this project alone are cheap: its memory at all points is measured in any case.
         *varied_rounds(narrow, sizes, (REAL,), points),
         memory_round(narrow, sizes, CONTESTANTS, few, checkpointing=False, alone=True),
         *varied_rounds(narrow, sizes, (REAL, STOCK), points, repeat=1),
@@ -180,7 +180,7 @@ def full_plan(large: str, narrow: str, sizes: Sizes = FULL) -> list[Item]:
 
 
 def small_plan(model: str, sizes: Sizes = SMALL) -> list[Item]:
-    """A tiny model, everybody at every point; no process is started only for its memory."""
+    """A tiny model, all contestants at every point; no process is started only to measure memory."""
     return [
         *centre_rounds(model, sizes),
         memory_round(model, sizes, CONTESTANTS, sizes.few_samples[0], checkpointing=False, alone=False),
@@ -191,7 +191,7 @@ def small_plan(model: str, sizes: Sizes = SMALL) -> list[Item]:
 
 @dataclass(kw_only=True)
 class Estimates:
-    """Seconds of steps and starts, from operations and from what was measured so far.
+    """Estimated seconds of steps and starts, from numbers of operations and from measurements so far.
 
     shapes  of the models, by name
     rate    operations per second before anything was measured
@@ -205,7 +205,7 @@ class Estimates:
     _starts: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def observe(self, model: str, contestant: str, case: Case, seconds: float) -> None:
-        """The largest step so far speaks for the others: small ones are slower per operation."""
+        """Record a measured step. The largest so far decides the rate, since small ones are slower per operation."""
         flops = executed(self.shapes[model], contestant, case)
         known = self._measured.get((model, contestant))
         if known is None or flops >= known[0]:
@@ -219,7 +219,7 @@ class Estimates:
         return executed(self.shapes[model], contestant, case) / rate
 
     def item(self, item: Item, running: Collection[tuple[str, str]] = ()) -> float:
-        """With the starts of those workers that are not running, (model, contestant) each."""
+        """Seconds of an item, with the starts of workers that are not running. running: (model, contestant) each."""
         if isinstance(item, WeightSync):
             return item.seconds
         keys = [(item.model, contestant) for contestant in item.contestants]
@@ -239,7 +239,7 @@ def running_after(item: Item) -> set[tuple[str, str]]:
 def fit(
     items: Sequence[Item], seconds: float, price: Callable[[Item, Collection[tuple[str, str]]], float]
 ) -> tuple[list[Item], list[Item]]:
-    """(kept, left out): in their order, each that still fits. price: of an item, given the workers that run by then."""
+    """(kept, left out): items in their order, kept if they still fit. price: cost of an item, given running workers."""
     kept: list[Item] = []
     dropped: list[Item] = []
     running: set[tuple[str, str]] = set()

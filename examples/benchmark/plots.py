@@ -25,7 +25,7 @@ DPI = 110
 
 
 def write_plots(results: Results, folder: Path) -> list[Path]:
-    """Figures of what was measured; their paths."""
+    """Draw figures of the results; returns their paths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -53,7 +53,7 @@ def _title(results: Results) -> str:
 
 
 def step_seconds(results: Results) -> Any:
-    """A bar per contestant at the centre, medians of the phases; whiskers from the fastest to the slowest step."""
+    """One bar per contestant at the centre, with medians of the phases; whiskers show the fastest and slowest step."""
     shown = [name for name in models(results.records) if select(results, model=name, point=CENTRE)]
     figure, axes = _figure(max(1, len(shown)), 5.2 * max(1, len(shown)), 3.4)
     used: dict[str, Any] = {}

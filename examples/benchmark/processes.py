@@ -1,4 +1,4 @@
-"""A contestant's process: started, asked for steps, ended. One JSON object a line each way."""
+"""Starts a contestant's process, asks it for steps, and ends it. Messages are JSON objects, one per line."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ import psutil
 
 from examples.benchmark.protocol import Case, Measured
 
-# Below this much free memory a step is ended: the machine would end some process itself, perhaps another one.
+# With less free memory than this a step is ended, before the kernel kills a process, perhaps another one.
 LEAST_FREE_BYTES = 768 * 2**20
 POLL_SECONDS = 0.2
 
 
 class WorkerError(RuntimeError):
-    """A contestant did not do its step; the message says why."""
+    """A contestant did not complete its step; the message says why."""
 
 
 def free_bytes() -> int:
@@ -46,7 +46,7 @@ class Worker:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log, self._free = log, free
         with log.open("ab") as errors:
-            # A session of its own: what the worker starts ends with it.
+            # In a new session, so that processes that the worker starts can be ended with it.
             self._process = subprocess.Popen(
                 list(command),
                 env=dict(env),

@@ -1,7 +1,7 @@
-"""What the benchmark's harness and its contestants say to each other.
+"""Messages between the benchmark's harness and its contestants.
 
-A contestant lives in a process of its own (`python -m examples.benchmark.worker`), which the harness
-starts and to which it speaks in JSON, one object a line; see `worker.py`.
+A contestant runs in a separate process (`python -m examples.benchmark.worker`), which the harness starts. Messages are
+JSON objects, one per line; see `worker.py`.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ class Case:
 class Measured:
     """One training step as one contestant ran it.
 
-    seconds      by phase: "old_logprobs", "expected_score" (the authors' no-grad pass), "experience" (rewards and
-                 advantages, collating: all that is none of the others), "forward", "backward", "optimizer"; a
-                 contestant leaves out what it does not do; they add up to total
-    total        wall seconds of the whole training step, everything but the weight sync
+    seconds      by phase: "old_logprobs", "expected_score" (the authors' no-grad pass), "experience" (rewards,
+                 advantages, collating, and all else), "forward", "backward", "optimizer"; a contestant leaves out
+                 phases that it does not have; they add up to total
+    total        wall seconds of the whole training step, without the weight sync
     peak_bytes   highest memory of the step above weights, gradients and optimizer
-    peaks        the same by phase; what lies between phases counts to the next one
+    peaks        the same by phase; memory used between two phases counts for the second
     loss         what was minimised; OpenRLHF's ratios are 1 on-policy and its advantages of a group add up to 0, so
                  with rollouts of equal length its loss is 0 up to rounding
-    facts        what shows that contestants computed the same: "logprob_sum", of all response tokens, summed;
-                 "grad_norm", before clipping; "expected_score", the mean of E[score], where it is computed
+    facts        values that show that contestants computed the same: "logprob_sum", over all response tokens;
+                 "grad_norm", before clipping; "expected_score", the mean of E[score], if it is computed
     """
 
     contestant: str

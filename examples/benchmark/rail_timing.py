@@ -1,13 +1,13 @@
-"""How much one-pass RAIL saves against generate-then-rescore: all in one run, turn by turn, on the same engine.
+"""How much one-pass RAIL saves compared with generate-then-rescore: both in one run, in turns, on the same engine.
 
     python examples/benchmark/rail_timing.py --model JUDGE --benchmark vicuna_bench=FILE --max_samples 16 --batch_size 4
 
-One pass reads the score distribution while the feedback is generated. The others generate the same feedback (same
-seeds) and then send prompt and feedback once more to read the distribution: computed anew, as by a second program that
-has only the text; or with the batch still in the engine's prefix cache. Which way begins
-changes from batch to batch; a first batch warms the engine up and does not count. Takes the flags of
-`real_openrlhf.evaluate`. A judge that does not write its scores needs a second pass in any case, behind a forced
-anchor: the share of such judgements is printed, and the larger it is the less there is to save.
+One pass reads the score distribution while the feedback is generated. The two other ways generate the same feedback
+(same seeds) and then send prompt and feedback again to read the distribution: either computed again, as by a second
+program that has only the text, or with the batch still in the engine's prefix cache. The order of the ways changes from
+batch to batch; a first batch warms the engine up and does not count. Takes the flags of `real_openrlhf.evaluate`. If a
+judge does not write its score, a second pass after a forced anchor is needed in any case: the share of such judgements
+is printed, and the larger it is, the less can be saved.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Timing:
     """
     seconds              way -> one entry per timed batch
     n, n_forced          judgements per way, and those whose anchor was forced
-    largest_difference   of E[score] between one pass and either other way
+    largest_difference   of E[score] between one pass and the other ways
     """
 
     seconds: dict[str, list[float]]
@@ -58,7 +58,7 @@ def one_pass(judge: Judge, prompts: Sequence[Prompt]) -> list[Judgement]:
 
 
 def generate_then_rescore(judge: Judge, prompts: Sequence[Prompt], *, cached: bool) -> list[Judgement]:
-    """The same by a second pass over prompt and feedback."""
+    """The same judgements by a second pass over prompt and feedback."""
     judged = one_pass(judge, prompts)
     read = [i for i, judgement in enumerate(judged) if judgement.position is not None]
     again = score_given(

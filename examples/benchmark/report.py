@@ -1,4 +1,4 @@
-"""benchmark.json -> benchmark.md and plots; a file of an unfinished run will do.
+"""Makes benchmark.md and plots from benchmark.json; the file of an unfinished run works too.
 
 python -m examples.benchmark.report --results runs/benchmark/results/benchmark.json
 """
@@ -23,7 +23,7 @@ PHASES = ("old_logprobs", "expected_score", "experience", "forward", "backward",
 
 
 def models(records: Iterable[Record]) -> list[str]:
-    """In the order in which they were measured."""
+    """The models, in the order in which they were measured."""
     return list(dict.fromkeys(record.model for record in records))
 
 
@@ -173,7 +173,7 @@ def memory_table(results: Results, model: str) -> str:
 
 
 def _across(ours: Sequence[float], theirs: Sequence[float]) -> str:
-    """Memory hardly varies, so that rounds need not be the same ones: the highest of each."""
+    """The ratio of the highest values: memory hardly varies, so the rounds need not be the same."""
     return f"{max(ours) / max(theirs):.3f}" if ours and theirs and max(theirs) > 0 else "-"
 
 
@@ -283,7 +283,7 @@ def not_measured(results: Results) -> str:
 
 
 def facts(results: Results) -> str:
-    """Facts and overrides of each worker; those of several models are the same but for the model's name."""
+    """Facts and overrides of each worker; for several models, they differ only in the model's name."""
     lines = []
     for worker, said in results.workers.items():
         lines.append(f"- {worker}")

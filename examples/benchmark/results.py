@@ -1,4 +1,4 @@
-"""What a run found, in one JSON file that is whole after every step."""
+"""The results of a run, in one JSON file that is complete after every step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from examples.benchmark.protocol import Case, Measured
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """A measured step, and where it stood in the run. needed_flops: see `flops.needed`."""
+    """A measured step, and its place in the run. needed_flops: see `flops.needed`."""
 
     model: str
     point: str
@@ -49,11 +49,12 @@ class Record:
 
 @dataclass(kw_only=True)
 class Results:
-    """about    machine, versions, models, arguments: what a reader must know of the run
-    workers  by "model/contestant": what the worker said when it was ready (facts, overrides)
+    """
+    about    machine, versions, models, arguments: what a reader must know about the run
+    workers  by "model/contestant": what the worker reported when it was ready (facts, overrides)
     gemm     {"model", "when", "flops_per_second", ...} each
     missing  {"what", "why"} of everything planned and not measured
-    sync     {"model": name, "real": [seconds], "openrlhf": [seconds], "facts": {}}, perhaps of other ways too, or None
+    sync     {"model": name, "real": [seconds], "openrlhf": [seconds], "facts": {}}, maybe with other ways too; or None
     """
 
     about: dict[str, Any]
@@ -68,7 +69,7 @@ class Results:
         self.missing.append({"what": what if isinstance(what, str) else what.name, "why": why})
 
     def save(self, path: Path, replace: dict[str, str] | None = None) -> None:
-        """replace: texts that belong to this machine only, such as folders, and what stands in their place."""
+        """replace: texts that mean something on this machine only, such as folders -> what is written instead."""
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
         for old, new in (replace or {}).items():
             text = text.replace(old, new)

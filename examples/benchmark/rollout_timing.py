@@ -1,11 +1,11 @@
-"""What an engine's settings are worth on a CPU: rollouts by engines that differ in one, turn by turn, in one run.
+"""What an engine's settings gain on a CPU: times rollouts of engines that differ in one setting, in turns, in one run.
 
     python -m examples.benchmark.rollout_timing --model DIR --output FILE --prompts 4 --prompt_tokens 512 --samples 8
 
-Each variant is an engine of its own; all stay up, and each draws the same rollouts (the same seeds) once per repeat.
-The order turns from repeat to repeat; a first round warms up and does not count. What is sampled may part where the
-last bits of a log-prob differ, so seconds are taken per sampled token. Written, by variant: seconds per 1,000 tokens,
-one for each repeat; and "facts".
+Each variant is a separate engine; all keep running, and each samples the same rollouts (the same seeds) once per
+repeat. The order changes from repeat to repeat; a first round warms up and does not count. Sampled tokens may differ
+where the last bits of a log-prob differ, so seconds are divided by sampled tokens. The output has, by variant, seconds
+per 1,000 tokens for each repeat, and "facts".
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Variant(Device):
 
 
 def variants() -> dict[str, tuple[Variant, bool]]:
-    """By name: the device, and whether prompts are computed once for their rollouts."""
+    """Variants by name: the device, and whether a prompt is computed once for its rollouts."""
     cpu: dict[str, Any] = {"name": "cpu", "dtype_name": "fp32"}
     return {
         SHIPPED: (Variant(**cpu), True),
@@ -86,7 +86,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def make_prompts(n: int, longest: int, vocabulary: int) -> list[Prompt]:
-    """Random ids; lengths a few tokens apart, so that prompts end anywhere within a block."""
+    """Random ids; lengths differ by a few tokens, so that prompts end at various places within a block."""
     generator = torch.Generator().manual_seed(0)
     return [
         Prompt(

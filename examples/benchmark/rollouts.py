@@ -1,4 +1,4 @@
-"""Synthetic rollouts of one prompt, the same token ids for every contestant."""
+"""Synthetic rollouts of one prompt, with the same token ids for every contestant."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import Group, Rollout, ScoreReading
 
 SCALE = ScoreScale.parse("1-5")
-# Ids that stand for "1" to "5"; below them lie padding and end of text.
+# Ids of the scores "1" to "5"; smaller ids are padding and end of text.
 SCORE_IDS = (3, 4, 5, 6, 7)
 END_ID = 1
 # A response ends in a score and the end of text.
@@ -22,7 +22,7 @@ SHORTEST_RESPONSE = 3
 def make_group(case: Case, *, seed: int, vocabulary: int) -> Group:
     """case.samples rollouts of exactly case.response random ids on a prompt of case.prompt; all scores readable.
 
-    Scores are sampled in turn, and every rollout has a score distribution of its own, so that rewards differ.
+    The scores are written in turn, and every rollout has another score distribution, so that rewards differ.
     ValueError for a case that cannot be run.
     """
     if case.response < SHORTEST_RESPONSE or case.prompt < 1 or case.samples < 2:
@@ -32,7 +32,7 @@ def make_group(case: Case, *, seed: int, vocabulary: int) -> Group:
     if case.micro_batch < 1 or case.samples % case.micro_batch:
         raise ValueError(f"micro_batch must divide samples, got {case}")
     if vocabulary <= SCORE_IDS[-1] + 1:
-        raise ValueError(f"the vocabulary of {vocabulary} tokens leaves none beside the scores")
+        raise ValueError(f"the vocabulary of {vocabulary} tokens has none besides the scores")
     generator = torch.Generator().manual_seed(seed)
 
     def ids(n: int) -> torch.Tensor:
@@ -47,7 +47,7 @@ def make_group(case: Case, *, seed: int, vocabulary: int) -> Group:
         rollouts.append(
             Rollout(
                 token_ids=torch.cat([ids(position), end]),
-                # Nothing reads them in an on-policy step; of the size that an untrained model has.
+                # An on-policy step does not read them; they have the size of an untrained model's.
                 logprobs=torch.full((case.response,), -math.log(vocabulary)),
                 reading=ScoreReading(position=position, label_index=label, reason=None, anchor_index=0),
                 score_rows=ScoreRows.single(position, SCORE_IDS),

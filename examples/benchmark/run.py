@@ -1,4 +1,4 @@
-"""Times a training step of this project against OpenRLHF's and the authors' passes, turn by turn.
+"""Times a training step of this project, OpenRLHF's and the authors' passes, in turns.
 
     python -m examples.benchmark.run --large DIR --work_dir runs/benchmark --output_dir runs/benchmark/results
     python -m examples.benchmark.run --small --work_dir runs/benchmark --output_dir runs/benchmark/small
@@ -37,8 +37,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--large", type=Path, help="folder of SmolLM2-135M (examples/stsb/get_model.py)")
     parser.add_argument("--small", action="store_true", help="a tiny model and small sizes: about a minute")
     parser.add_argument("--only", choices=(LARGE, NARROW), help="measure one of the two models")
-    parser.add_argument("--minutes", type=float, default=60.0, help="what does not fit is left out and named")
-    parser.add_argument("--work_dir", type=Path, required=True, help="made-up models and the workers' logs")
+    parser.add_argument("--minutes", type=float, default=60.0, help="what does not fit is left out and reported")
+    parser.add_argument("--work_dir", type=Path, required=True, help="synthetic models and the workers' logs")
     parser.add_argument("--output_dir", type=Path, required=True, help="benchmark.json, benchmark.md, plots")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--seed", type=int, default=0)
@@ -59,7 +59,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def about(args: argparse.Namespace, device: Device, models: dict[str, Path]) -> dict[str, Any]:
-    """The machine and the versions; no names of hosts, users or folders."""
+    """Machine and versions, without names of hosts, users or folders."""
     flags = ["--small"] * args.small + ([f"--only {args.only}"] if args.only else [])
     return {
         "command": " ".join(["bash examples/benchmark/run.sh", *flags, f"--minutes {args.minutes:g}"]),
@@ -95,7 +95,7 @@ def _version(name: str) -> str | None:
 
 
 def prepare(args: argparse.Namespace) -> dict[str, Path]:
-    """Folders of the models by name; made-up ones are made."""
+    """Folders of the models by name; synthetic ones are made here."""
     made = "tiny" if args.small else NARROW
     folder = args.work_dir / "models" / made
     make(made, folder, seed=args.seed)
@@ -110,7 +110,7 @@ def _stop(number: int, frame: Any) -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None, worker: Sequence[str] | None = None) -> int:
-    """worker: the command of a contestant without its flags; a test's stand-in."""
+    """worker: the command of a contestant without its flags; tests give another."""
     args = parse_args(argv)
     try:
         device = Device.resolve(args.device)

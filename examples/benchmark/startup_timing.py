@@ -1,13 +1,13 @@
-"""Seconds from the command to its first training step: this checkout against another one, turn by turn, in one run.
+"""Seconds from the command to its first training step: this checkout and another one, in turns, in one run.
 
     git worktree add /tmp/other REVISION
     python -m examples.benchmark.startup_timing --other /tmp/other --output FILE --repeats 3 -- \\
         --actor.model_name_or_path MODEL --data.prompt_dataset FILE ...
 
-What follows `--` are flags of `real_openrlhf.train_real` that both must know; --train.max_steps 1 and a folder for the
-output are added. Each run is a process with a Ray cluster of its own; the end of the step is the time of its line in
-metrics.jsonl. Who begins changes from repeat to repeat. Written: {"this": [s], "other": [s], "facts": {...}}, with the
-seconds until the command ended beside them.
+After `--` follow flags of `real_openrlhf.train_real` that both must know; --train.max_steps 1 and a folder for the
+output are added. Each run is a process with its own Ray cluster; the end of the step is the time of its line in
+metrics.jsonl. The order changes from repeat to repeat. The output is {"this": [s], "other": [s], "facts": {...}}, and
+also the seconds until the command ended.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--other", type=Path, required=True, help="another checkout of this project")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("flags", nargs="+", help="of real_openrlhf.train_real, behind --")
+    parser.add_argument("flags", nargs="+", help="flags of real_openrlhf.train_real, after --")
     args = parser.parse_args(argv)
     if args.repeats < 1:
         parser.error("--repeats must be at least 1")
@@ -50,7 +50,7 @@ def first_step(metrics: Path) -> float:
 
 
 def run(checkout: Path, flags: Sequence[str], folder: Path) -> tuple[float, float]:
-    """Seconds from the command to its first step, and to its end. Raises when it fails."""
+    """Seconds from the start of the command to the end of its first step, and to its exit. Raises when it fails."""
     command = [sys.executable, "-m", "real_openrlhf.train_real", *flags]
     command += ["--train.max_steps", "1", "--ckpt.output_dir", str(folder)]
     began = time.time()

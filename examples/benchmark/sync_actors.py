@@ -1,4 +1,4 @@
-"""The actors of `sync_timing`: this project's, which can also speak stock OpenRLHF's broadcast."""
+"""The actors of `sync_timing`: this project's, which can also use stock OpenRLHF's broadcast."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from real_openrlhf.actors.policy.policy_actor import RealPolicyActor
 
 
 class StockEngine(RolloutEngine):
-    """Its workers receive as OpenRLHF's do; the calls on the way (update_weight) are RolloutRayActor's own."""
+    """An engine whose workers receive as OpenRLHF's do; the calls to them (update_weight) are RolloutRayActor's own."""
 
     worker_extension = "examples.benchmark.sync_stock.StockWorker"
 
@@ -22,7 +22,7 @@ class StockPolicy(RealPolicyActor):
     """This project's policy rank, which can also send its weights as stock OpenRLHF does."""
 
     def scale_weights(self, factor: float) -> int:
-        """Another version of the weights, so that a sync that does nothing is seen."""
+        """Change the weights, so that a sync that does nothing is detected."""
         with torch.no_grad():
             for parameter in self._network.parameters():
                 parameter.mul_(factor)
@@ -30,7 +30,7 @@ class StockPolicy(RealPolicyActor):
         return self.weight_version
 
     def join_stock(self, engines: list[Any]) -> None:
-        """OpenRLHF's own set-up of the group of policy and engines."""
+        """Form the group of policy and engines by OpenRLHF's own code."""
         trainer = object.__new__(ActorPPOTrainer)
         self.strategy.args.vllm.sync_backend, self.strategy.args.vllm.num_engines = "gloo", len(engines)
         trainer.strategy, trainer.args, trainer.actor = self.strategy, self.strategy.args, self.actor

@@ -1,7 +1,7 @@
-"""Stock OpenRLHF's broadcast of weights, on a machine without a GPU: its own code behind as few overrides as it takes.
+"""Stock OpenRLHF's broadcast of weights on a machine without a GPU: its own code, with as few overrides as possible.
 
 Its sender (ActorPPOTrainer.broadcast_to_vllm) and its receiver (WorkerWrap.update_weight, reached through
-RolloutRayActor.update_weight) run unchanged. `OVERRIDES` is all that differs. Also imported in vLLM's workers.
+RolloutRayActor.update_weight) run unchanged. `OVERRIDES` lists all that differs. vLLM's workers import this module too.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _empty_on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 def without_cuda(*modules: str) -> ExitStack:
-    """Inside, OVERRIDES hold for the code of the named modules' stateless_init_process_group."""
+    """Inside, OVERRIDES are active, also for stateless_init_process_group in the named modules."""
     stack = ExitStack()
     for name in modules:
         stack.enter_context(patch(f"{name}.stateless_init_process_group", GlooGroup))
@@ -63,7 +63,7 @@ def without_cuda(*modules: str) -> ExitStack:
 
 
 class StockWorker(SyncWorkerExtension, WorkerWrap):
-    """Mixed into vLLM's Worker: both projects' receivers; importing this module keeps linear layers plain."""
+    """Mixed into vLLM's Worker, with both projects' receivers; importing this module keeps linear layers plain."""
 
     def init_process_group(self, *args: Any, **kwargs: Any) -> None:
         with without_cuda("openrlhf.utils.distributed_util"):

@@ -1,12 +1,12 @@
-"""How long a weight sync takes: this project's against stock OpenRLHF's broadcast, turn by turn, in one run.
+"""How long a weight sync takes: this project's and stock OpenRLHF's broadcast, in turns, in one run.
 
     python -m examples.benchmark.sync_timing --model DIR --output FILE --repeats 5
 
-One policy, two engines: one for this project, one for OpenRLHF's WorkerWrap. Before every sync the policy's weights
-change, and after it engine and policy must agree on the log-probs of the same text, else the run stops: a sync that
-moved nothing has no time. Seconds are those of the transfer alone, from the driver's call to its return; groups are
-formed before, checks come after. The order of the contestants turns from repeat to repeat; a first round of each warms
-up and does not count. Written: {"real": [s], "real_gloo": [s], "openrlhf": [s], "facts": {...}}.
+There are one policy and two engines: one for this project, one for OpenRLHF's WorkerWrap. Before every sync the
+policy's weights change, and after it engine and policy must agree on the log-probs of the same text, else the run
+stops, so that a sync that moved nothing is not timed. Seconds are those of the transfer alone, from the driver's call
+to its return; groups are formed before, checks come after. The order changes from repeat to repeat; a first round of
+each warms up and does not count. The output is {"real": [s], "real_gloo": [s], "openrlhf": [s], "facts": {...}}.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("sync_timing")
 
-CHANGE = 1.001  # of every weight before each sync
+CHANGE = 1.001  # every weight is multiplied by this before each sync
 MAX_LEN = 256
 BUCKET_MB = build_config({}).sync.bucket_mb
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
-    """join: form the group, not timed. sync: version -> seconds of one transfer. engines: whose weights it moves."""
+    """join: form the group, not timed. sync: version -> seconds of one transfer. engines: which get the weights."""
 
     join: Callable[[], None]
     sync: Callable[[int], float]
@@ -90,7 +90,7 @@ def policy_spec(model: str, device: Device, bucket_mb: int) -> PolicySpec:
 
 
 def start(model: str, bucket_mb: int) -> tuple[RayPolicyGroup, RayRolloutGroup, RayRolloutGroup]:
-    """Policy, this project's engine, OpenRLHF's; started side by side."""
+    """Start policy, this project's engine and OpenRLHF's, in parallel."""
     from examples.benchmark.sync_actors import StockEngine, StockPolicy
     from real_openrlhf.run.ray_groups import RayPolicyGroup, RayRolloutGroup
 
@@ -104,7 +104,7 @@ def start(model: str, bucket_mb: int) -> tuple[RayPolicyGroup, RayRolloutGroup, 
     bound = bind_scale(ScoreScale.parse("1-5"), load_tokenizer(model), ["Score: "])
     spec = EngineSpec(model=model, device=device, bound=bound, max_model_len=MAX_LEN)
     groups = reserve([Request(name=n, bundles=(device.bundle(),)) for n in ("policy", "real", "openrlhf")], 60.0)
-    # As OpenRLHF sets it: its calls carry torch's dtypes.
+    # OpenRLHF sets this too: its calls have torch dtypes as arguments.
     env = {**passed_environment(), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     place: dict[str, Any] = dict(device=device, env=env)
     engines = RayRolloutGroup(spec, n_engines=1, group=groups["real"], **place)

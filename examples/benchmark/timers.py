@@ -1,4 +1,4 @@
-"""Seconds per phase: the clock on a CPU, CUDA events on a GPU, which runs behind the Python code."""
+"""Seconds per phase: by the clock on a CPU, by CUDA events on a GPU, whose work ends later than the Python code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from real_openrlhf.common.device import Device
 class Timers:
     """Adds up the seconds of each phase until they are taken. Phases do not nest.
 
-    on_end  called with the phase's name at its end, outside of its time
+    on_end  called with the phase's name after its end; this time is not counted
     """
 
     def __init__(self, device: Device) -> None:
@@ -35,7 +35,7 @@ class Timers:
                 self.on_end(name)
 
     def wrap(self, name: str | Callable[[], str], function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, timed. name: of the phase, or a function that decides it at each call."""
+        """The function, timed. name: of the phase, or a function that gives the name at each call."""
 
         @wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -54,7 +54,7 @@ class Timers:
         return seconds
 
     def mark(self) -> Any:
-        """A moment: of the clock, or of the GPU's work."""
+        """A point in time: of the clock, or in the GPU's work."""
         if not self.device.is_cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -62,5 +62,5 @@ class Timers:
         return event
 
     def between(self, start: Any, end: Any) -> float:
-        """Seconds between two moments, which a GPU must have reached: synchronise first."""
+        """Seconds between two points in time. Synchronise first: the GPU must have reached both."""
         return start.elapsed_time(end) / 1000.0 if self.device.is_cuda else end - start

@@ -1,4 +1,4 @@
-"""One contestant in a process of its own, which runs a training step when it is told to.
+"""One contestant in a separate process, which runs a training step on request.
 
     python -m examples.benchmark.worker --contestant real --model DIR --seed 0
 
@@ -8,9 +8,9 @@ line, stdin to stdout:
     {"op": "step", "case": {...}, "seed": 1}   -> a `Measured`
     {"op": "quit"}
 
-What fails is answered with {"error": "..."}; the process then starts anew in the same place (same id, same pipes, no
-second "ready"), since a step that broke off leaves DeepSpeed in between. A worker that the kernel kills for want of
-memory just ends. Everything else that is printed goes to stderr. Steps change the weights by about the learning rate.
+A request that fails is answered with {"error": "..."}. The process then restarts itself (same id, same pipes, no second
+"ready"), since an interrupted step leaves DeepSpeed in an undefined state. A worker that the kernel kills for lack of
+memory just ends. All other output is written to stderr. Steps change the weights by about the learning rate.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from examples.benchmark.protocol import CONTESTANTS, Case, Measured
 
 logger = logging.getLogger(__name__)
 
-# Every contestant allocates what it keeps, and loads what it calls, before the first step that counts.
+# A step that does not count, in which every contestant allocates its buffers and loads its kernels.
 WARM_UP = Case(prompt=8, response=8, samples=2, micro_batch=1)
 _RESTARTED = "REAL_BENCHMARK_RESTARTED"
 
@@ -45,9 +45,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class Worker:
-    """A contestant and what is measured around its steps.
+    """A contestant, and the measurements around its steps.
 
-    gives_back  free GPU memory goes back after a step: other contestants wait in their processes and need the room
+    gives_back  release free GPU memory after each step, since contestants in other processes need it
     """
 
     gives_back = True
@@ -78,7 +78,7 @@ class Worker:
         network = self.contestant.network
         self.vocabulary: int = network.config.get_text_config().vocab_size
         trained = [p for p in network.parameters() if p.requires_grad]
-        # ZeRO-2 makes gradients in the step and drops them at its end: they are in no baseline.
+        # ZeRO-2 makes gradients during the step and drops them at its end, so the baseline does not hold them.
         self.gradient_bytes = sum(p.numel() * p.element_size() for p in trained)
         self.facts = {
             "contestant": self.name,
@@ -94,7 +94,7 @@ class Worker:
         self.step(WARM_UP, seed=0)
 
     def step(self, case: Case, *, seed: int) -> Measured:
-        """Run and measure one step on the rollouts that (case, seed) stand for."""
+        """Run and measure one step on the rollouts of (case, seed)."""
         from examples.benchmark.memory import PeakMemory, release
         from examples.benchmark.rollouts import make_group
 
@@ -135,7 +135,7 @@ def answer(worker: Worker, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def serve(worker: Worker, requests: TextIO, answers: TextIO) -> bool:
-    """Answer until the end. True: a request failed and the process should start anew."""
+    """Answer requests until the end. True: a request failed and the process should restart."""
     for line in requests:
         try:
             request = json.loads(line)
@@ -154,7 +154,7 @@ def say(answers: TextIO, what: dict[str, Any]) -> None:
 
 
 def private_stdout() -> TextIO:
-    """The stdout that answers go to; whatever else is printed, also by C code, goes to stderr from now on."""
+    """The real stdout, for answers; from now on all other output, also of C code, is written to stderr."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return answers

@@ -9,11 +9,11 @@ Feedback walks through the claims. It looks every key up in the reference, and c
 
     colour red wrong -1 city paris right +0 contrary +0 year y3 wrong -1 fruit none unknown -1 score 2
 
-"contrary" turns the claims after it over: from there on a claim is right when the reference says something else. It
-comes once or not at all. A key that the reference does not have counts for nothing.
+"contrary" reverses the claims after it: from there on a claim is right when the reference says something else. It
+occurs once or not at all. A key that the reference does not have does not count.
 
 The label is the clipped, rounded, noisy count, from 0 to 5. The warm-up data pair such labels with feedback of two
-kinds of annotators: a careful one checks every claim, sloppy ones jump claims and turn a few verdicts over.
+kinds of annotators: a careful one checks every claim, sloppy ones skip claims and get a few verdicts wrong.
 So better feedback exists than most of the warm-up data shows, and RL can find it.
 
     python examples/facts/task.py --output_dir runs/facts/data --seed 0
@@ -60,7 +60,7 @@ class TaskConfig:
     known_share            probability that a claim is about a key of the reference
     right_share            probability that such a claim states the reference's value
     center, slope, noise   label = clip(round(center + slope * (right - wrong) + N(0, noise)), 0, 5)
-    jumps                  probabilities that a sloppy annotator goes 1, 2, 3, ... parts on
+    jumps                  probabilities that a sloppy annotator moves on by 1, 2, 3, ... parts
     slip_share             probability that a sloppy annotator takes right for wrong, or wrong for right
     """
 

@@ -17,10 +17,10 @@ PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
 
 
 def read_words(path: Path) -> list[str]:
-    """One word a line. ValueError, naming --words, the file and the line, for what cannot be one token of its own."""
+    """One word per line. ValueError, naming --words, the file and the line, for a word that cannot be one token."""
     words: dict[str, int] = {}
     if not path.is_file():
-        raise ValueError(f"--words {path}: there is no such file; task.py writes words.txt beside the data")
+        raise ValueError(f"--words {path}: there is no such file; task.py writes words.txt next to the data")
     for number, word in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         where = f"--words {path}, line {number}"
         if word.split() != [word]:
@@ -28,7 +28,7 @@ def read_words(path: Path) -> list[str]:
         if word in (PAD, EOS, UNK):
             raise ValueError(f"{where}: {word} is the tokenizer's own; use another word")
         if word in words:
-            raise ValueError(f"{where}: {word!r} stands in line {words[word]} already; every word comes once")
+            raise ValueError(f"{where}: {word!r} is in line {words[word]} already; every word may occur once")
         words[word] = number
     if not words:
         raise ValueError(f"--words {path}: the file is empty; every line holds one word")
@@ -46,7 +46,7 @@ def make_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int, layers: int, hidden: int) -> Qwen3ForCausalLM:
-    """Heads of 32 dimensions: the smallest that vLLM's CPU attention knows."""
+    """A model with heads of 32 dimensions, the smallest that vLLM's CPU attention supports."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer),

@@ -1,12 +1,12 @@
-"""The quickstart's REAL run many times over: does its objective rise, how far do runs lie apart, what decides?
+"""Repeats the quickstart's REAL run: does its objective rise, how much do runs differ, which settings matter?
 
     python examples/quickstart/repeat.py --cells exact --output_dir runs/repeat
     python examples/quickstart/repeat.py --cells exact paper exact_lr_5e-5 --repeats 1 --steps 50
     python examples/quickstart/repeat.py --table runs/repeat/rubric/steps_100.json
 
-A cell is a set of flags (CELLS). Every seed has its own data, model and warm-up, made once; every run from there is
-deterministic, and a repeat is another --train.seed: another order of the prompts and other samples. Two runs go side by
-side, on a core each. The JSON is written after every run, and a second call leaves out what is in it.
+A cell is a set of flags (CELLS). Every seed has its own data, model and warm-up, made once. Every run from there is
+deterministic; a repeat has another --train.seed, so another order of the prompts and other samples. Each core runs one
+at a time. The JSON is written after every run, and a second call skips runs that are already in it.
 """
 
 from __future__ import annotations
@@ -26,17 +26,10 @@ from queue import SimpleQueue
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-# run.sh's own.
+# The same flags as in run.sh.
 WARMUP = (
     *("--learning_rate", "3e-3", "--warmup_steps", "50", "--lr_scheduler", "cosine"),
     *("--batch_size", "64", "--max_steps", "800", "--max_len", "256", "--log_steps", "20"),
-)
-REAL = (
-    *("--data.input_key", "prompt", "--data.label_key", "label", "--data.max_len", "128"),
-    *("--rollout.batch_size", "16", "--rollout.n_samples_per_prompt", "8", "--rollout.max_new_tokens", "32"),
-    *("--train.micro_batch_size", "32", "--actor.adam.lr", "2e-4"),
-    *("--real.anchor", "score ", "--real.keep_groups", "all", "--eval.steps", "25"),
-    *("--train.full_determinism_enable", "--ckpt.best_metric_key", "valid/expected/pearson"),
 )
 # Also measured here: the norms of both terms at the parameters. No watch may end a run that is to be measured.
 MEASURED = (
@@ -51,11 +44,11 @@ FACTORS = {
     "prob": ("--real.answer_reward", "prob"),
     "partial": ("--real.keep_groups", "partial", "--real.refill"),
 }
-# One factor at a time, around two presets.
+# One factor is changed at a time, from each of two presets.
 CELLS: dict[str, tuple[str, ...]] = {preset: ("--real.preset", preset) for preset in ("exact", "paper")}
 CELLS |= {f"{p}_{name}": (*CELLS[p], *flags) for p in ("exact", "paper") for name, flags in FACTORS.items()}
 CELLS["paper_lr_2e-5"] = (*CELLS["paper"], "--actor.adam.lr", "2e-5")
-# Whether seeding decides: requests without seeds, in the order in which they arrive.
+# To see whether seeding matters: requests without seeds, in the order in which they arrive.
 CELLS["paper_unseeded"] = (*CELLS["paper"], "--no-train.full_determinism_enable")
 CELLS["beta_0.1"] = (*CELLS["exact"], "--real.beta", "0.1")
 METRICS = ("expected/pearson", "expected/rmse", "mass", "reward")
@@ -64,17 +57,20 @@ SPLITS = ("valid", "test")
 
 @dataclass(frozen=True)
 class Task:
-    """script: makes the data, in the folder's task.py; scale: of its labels."""
+    """script: makes the data. config: of the REAL run."""
 
     script: Path
-    scale: str
+    config: Path
 
 
-TASKS = {"rubric": Task(HERE / "task.py", "1-5"), "facts": Task(HERE.parent / "facts/task.py", "0-5")}
+TASKS = {
+    name: Task(folder / "task.py", folder / "config.yaml")
+    for name, folder in (("rubric", HERE), ("facts", HERE.parent / "facts"))
+}
 
 
 def run(log: Path, *words: str) -> None:
-    """A program of this checkout; RuntimeError with the end of its output when it fails."""
+    """Run a program of this checkout; RuntimeError with the end of its output when it fails."""
     with log.open("w", encoding="utf-8") as output:
         code = subprocess.run([sys.executable, *words], stdout=output, stderr=subprocess.STDOUT).returncode
     if code:
@@ -82,7 +78,7 @@ def run(log: Path, *words: str) -> None:
 
 
 def warm_up(folder: Path, task: Task, seed: int, device: str) -> Path:
-    """Data and a warmed-up model of this seed."""
+    """Make data and a warmed-up model for this seed."""
     done = folder / "warmup/config.json"
     if not done.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +97,7 @@ def warm_up(folder: Path, task: Task, seed: int, device: str) -> Path:
     return folder / "warmup"
 
 
-def measure(folder: Path, out: Path, *flags: str) -> dict[str, Any]:
+def measure(folder: Path, out: Path, config: Path, *flags: str) -> dict[str, Any]:
     """A REAL run from the seed's warm-up: its evaluations, the gradient norms of both terms, and its seconds."""
     start = time.monotonic()
     held_out = ",".join(f"{split}={folder}/data/{split}.jsonl" for split in SPLITS)
@@ -109,7 +105,7 @@ def measure(folder: Path, out: Path, *flags: str) -> dict[str, Any]:
         out.with_suffix(".log"),
         *("-m", "real_openrlhf.train_real", "--actor.model_name_or_path", str(folder / "warmup")),
         *("--data.prompt_dataset", str(folder / "data/train.jsonl"), "--eval.dataset", held_out),
-        *(*REAL, *MEASURED, "--ckpt.output_dir", str(out), *flags),
+        *("--config", str(config), *MEASURED, "--ckpt.output_dir", str(out), *flags),
     )
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
@@ -128,12 +124,12 @@ def measure(folder: Path, out: Path, *flags: str) -> dict[str, Any]:
 
 
 def gains(runs: Sequence[dict[str, Any]], name: str) -> list[float]:
-    """Last evaluation less first, of each run."""
+    """Last evaluation minus first, for each run."""
     return [row["evaluations"][-1][name] - row["evaluations"][0][name] for row in runs]
 
 
 def table(results: dict[str, Any], cell: str) -> str:
-    """Markdown: start and end of every run of a cell on the test split, and how far runs lie apart."""
+    """Markdown: start and end of every run of a cell on the test split, and how much runs differ."""
     runs = [row for row in results["runs"] if row["cell"] == cell]
     lines = [
         "| seed | repeat | Pearson | RMSE | mass | held-out reward |",
@@ -156,7 +152,7 @@ def table(results: dict[str, Any], cell: str) -> str:
 
 
 def grid(results: dict[str, Any]) -> str:
-    """Markdown: what every cell gains on the validation split, over its runs, and what its terms weigh."""
+    """Markdown: each cell's gains on the validation split over its runs, and the balance of its terms."""
     lines = [
         "| cell | runs | Pearson's gain: mean [least, most] | reward's gain | RMSE's change | mass, least | "
         "Term 1 : Term 2, median |",
@@ -212,7 +208,7 @@ def plot(results: dict[str, Any], cell: str, path: Path) -> None:
 
 
 class Experiment:
-    """Cells x seeds x repeats of one task, one run per core at a time; what is in its JSON is not run again."""
+    """Cells x seeds x repeats of one task, one run per core at a time; runs in its JSON are not run again."""
 
     def __init__(self, path: Path, task: str, steps: int, command: str, device: str) -> None:
         self.path, self.task, self.steps, self.device = path, TASKS[task], steps, device
@@ -224,12 +220,12 @@ class Experiment:
         self._cores: SimpleQueue[int] = SimpleQueue()
 
     def run(self, cells: Sequence[str], seeds: Sequence[int], repeats: int) -> bool:
-        """True when every run came to its end."""
+        """True if every run finished."""
         known = {(row["cell"], row["seed"], row["repeat"]) for row in self.results["runs"]}
         self.results["cells"] |= {cell: list(CELLS[cell]) for cell in cells}
         for seed in seeds:
             warm_up(self._folder(seed), self.task, seed, self.device)
-        # Repeat by repeat, so that an early end leaves all cells and seeds.
+        # Repeat by repeat, so that after an early end all cells and seeds have runs.
         wanted = [(cell, seed, repeat) for repeat in range(repeats) for cell in cells for seed in seeds]
         cores = sorted(os.sched_getaffinity(0))
         for core in cores:
@@ -244,12 +240,12 @@ class Experiment:
         cell, seed, repeat = job
         core = self._cores.get()
         try:
-            # Of this thread alone, and of the processes that it starts.
+            # This holds for this thread only, and for the processes that it starts.
             os.sched_setaffinity(0, {core})
             out = self._folder(seed) / f"{cell}_{self.steps}_{repeat}"
-            flags = ("--train.seed", str(repeat), "--real.scale", self.task.scale, "--real.device", self.device)
+            flags = ("--train.seed", str(repeat), "--real.device", self.device)
             length = ("--train.max_steps", str(self.steps))
-            found = measure(self._folder(seed), out, *length, *flags, *CELLS[cell])
+            found = measure(self._folder(seed), out, self.task.config, *length, *flags, *CELLS[cell])
         except RuntimeError as error:
             print(f"{cell}, seed {seed}, repeat {repeat + 1} failed: {error}", file=sys.stderr, flush=True)
             return False
@@ -268,7 +264,7 @@ def main() -> int:
     parser.add_argument("--cells", nargs="+", default=["exact"], choices=sorted(CELLS), metavar="CELL")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=100, help="of REAL; each number has a JSON of its own")
+    parser.add_argument("--steps", type=int, default=100, help="steps of REAL; each number has its own JSON")
     parser.add_argument("--task", default="rubric", choices=sorted(TASKS))
     parser.add_argument("--output_dir", type=Path, default=Path("runs/repeat"))
     parser.add_argument("--device", default="cpu")

@@ -35,18 +35,11 @@ say "supervised warm-up"
   --seed "$seed" --log_steps 20 --device cpu
 
 say "REAL"
-"$python" -m real_openrlhf.train_real \
+"$python" -m real_openrlhf.train_real --config examples/quickstart/config.yaml \
   --actor.model_name_or_path "$out/warmup" \
   --data.prompt_dataset "$out/data/train.jsonl" \
-  --data.input_key prompt --data.label_key label --data.max_len 128 \
-  --rollout.batch_size 16 --rollout.n_samples_per_prompt 8 --rollout.max_new_tokens 32 \
-  --train.micro_batch_size 32 --train.max_steps 100 --train.seed "$seed" \
-  --actor.adam.lr 2e-4 \
-  --real.scale 1-5 --real.anchor "score " --real.keep_groups all \
-  --eval.dataset "valid=$out/data/valid.jsonl,test=$out/data/test.jsonl" --eval.steps 25 \
-  --ckpt.best_metric_key valid/expected/pearson \
-  --ckpt.output_dir "$out/real" \
-  --train.full_determinism_enable --real.device cpu
+  --eval.dataset "valid=$out/data/valid.jsonl,test=$out/data/test.jsonl" \
+  --train.seed "$seed" --ckpt.output_dir "$out/real"
 
 say "report"
 "$python" examples/quickstart/report.py --run "$out/real" --prompts "$out/data/test.jsonl" --output_dir "$out"

@@ -10,7 +10,7 @@ it, so the tally cannot be summed at a glance and the reasoning matters:
     L07 rhyme +2 L08 irony +2 L09 detail +1 L10 humour +1 score 3
 
 The label is the clipped, rounded, noisy tally. The warm-up data pair such labels with feedback of two
-kinds of annotators: a careful one reads every line, sloppy ones jump lines and slip in a few tallies.
+kinds of annotators: a careful one reads every line, sloppy ones skip lines and make mistakes in a few tallies.
 So better feedback exists than most of the warm-up data shows, and RL can find it.
 
     python examples/quickstart/task.py --output_dir runs/quickstart/data --seed 0
@@ -47,7 +47,7 @@ class TaskConfig:
     rubric_share           probability that a line shows a feature of the rubric
     flip_share             probability that a line is the flip instead
     center, slope, noise   label = clip(round(center + slope * tally + N(0, noise)), 1, 5)
-    jumps                  probabilities that a sloppy annotator goes 1, 2, 3, ... lines on
+    jumps                  probabilities that a sloppy annotator moves on by 1, 2, 3, ... lines
     slip_share             probability that a sloppy annotator's tally is off by one
     """
 

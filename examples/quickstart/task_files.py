@@ -1,4 +1,4 @@
-"""What the synthetic tasks share: their files and their command line.
+"""Code that the synthetic tasks share: their files and their command line.
 
 A task draws items, labels them and writes feedback; here these become train.jsonl, valid.jsonl and test.jsonl
 (prompt, label), sft.jsonl (prompt, response) and words.txt (every word of the task, one a line).
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 
 class Task(Protocol):
-    """Items are hashable and have a `prompt`; all chance comes from the generator that is handed in."""
+    """Items are hashable and have a `prompt`; all random choices use the generator that is passed in."""
 
     anchor: str  # text before the score
 
@@ -34,7 +34,7 @@ class Task(Protocol):
 
 
 def jumping(length: int, jumps: Sequence[float], rng: random.Random) -> list[int]:
-    """Places that a sloppy annotator visits of `length`. jumps: probabilities of going 1, 2, 3, ... places on."""
+    """Indices, of `length`, that a sloppy annotator reads. jumps: probabilities of moving on by 1, 2, 3, ... places."""
     steps = range(1, len(jumps) + 1)
     visited, at = [], -1
     while (at := at + rng.choices(steps, jumps)[0]) < length:
@@ -58,7 +58,7 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, object]]) -> None:
 def write_files(output_dir: Path, task: Task, *, seed: int, sizes: dict[str, int], careful_share: float) -> None:
     """All files of a task. sizes: rows of train, valid, test and sft. No prompt of one file occurs in another."""
     if not 0.0 <= careful_share <= 1.0:
-        raise ValueError(f"--careful_share must lie in [0, 1], got {careful_share}")
+        raise ValueError(f"--careful_share must be between 0 and 1, got {careful_share}")
     rng = random.Random(seed)
     items = unique_items(task, rng)
     output_dir.mkdir(parents=True, exist_ok=True)

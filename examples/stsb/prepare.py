@@ -7,8 +7,8 @@ DIR holds stsb_train.jsonl, stsb_dev.jsonl and stsb_test.jsonl with the columns 
 PhilipMay/stsb-multi-mt (English) is tried through `datasets`.
 
 The work is done by the package's builder (`python -m real_openrlhf.data stsb --sft` writes the same rows as parquet).
-Splits are by pair: a pair of sentences, in either order, stays in one split only. Where STS-B itself repeats
-a pair, the test split keeps it before dev, and dev before train; the number of dropped rows is reported.
+Splits are by pair: a pair of sentences, in either order, is in one split only. If STS-B itself repeats a pair,
+the test split keeps it rather than dev, and dev rather than train; the number of dropped rows is reported.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         scale=ScoreScale.parse(str(BUILDER.scale)),
         template=JudgeTemplate.load(str(BUILDER.template)),
         fractions={},
-        # STS-B is sorted by source (captions, news, forums): its first rows stand for nothing else.
+        # STS-B is sorted by source (captions, news, forums): its first rows do not represent the rest.
         shuffle=True,
         sft=True,
         rounding=args.rounding,

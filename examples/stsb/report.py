@@ -2,7 +2,7 @@
 
     python examples/stsb/report.py --start runs/stsb/start --real runs/stsb/real --output_dir runs/stsb
 
---start is a run with --train.max_steps 0 on the model as it came; --real is the REAL run on the warmed-up
+--start is a run with --train.max_steps 0 on the model before any training; --real is the REAL run on the warmed-up
 model, whose first evaluation is "after warm-up" and whose last is "after REAL". Writes report.md.
 """
 
@@ -140,7 +140,7 @@ def wall_table(path: Path) -> list[str]:
 
 
 def samples(rows: list[int], judged: list[dict[int, dict[str, Any]]], count: int = 3) -> list[str]:
-    """The first judgements in words: a rising number can hide reasoning that has turned to gibberish."""
+    """The first judgements as text: a rising number can hide feedback that has become gibberish."""
     lines = ["What was written for the first pairs:"]
     for row in rows[:count]:
         lines += ["", f"Row {row}, label {judged[0][row]['label']:g}:", ""]

@@ -35,11 +35,11 @@ part() {
 
 # What every evaluation and REAL share: the same prompts, lengths and scale.
 common=(
+  --config examples/stsb/config.yaml
   --data.prompt_dataset "$out/data/train.jsonl"
-  --data.input_key prompt --data.label_key label --data.apply_chat_template --data.max_len 320
-  --rollout.batch_size "${PROMPTS:-16}" --rollout.n_samples_per_prompt "${SAMPLES:-8}" --rollout.max_new_tokens 64
+  --rollout.batch_size "${PROMPTS:-16}" --rollout.n_samples_per_prompt "${SAMPLES:-8}"
   --train.micro_batch_size 8 --train.seed "$seed"
-  --real.preset paper --real.scale 0-5
+  --real.preset paper
   --eval.dataset "$out/data/test.jsonl"
   --real.device "$device"
 )
@@ -51,9 +51,8 @@ part "data" "$python" examples/stsb/prepare.py --output_dir "$out/data" --seed "
 part "evaluation of the start model" "$python" -m real_openrlhf.train_real "${common[@]}" \
   --actor.model_name_or_path "$cache/model" --train.max_steps 0 --ckpt.output_dir "$out/start"
 
-part "warm-up" "$python" -m real_openrlhf.train_warmup \
+part "warm-up" "$python" -m real_openrlhf.train_warmup --config examples/stsb/config.yaml \
   --actor.model_name_or_path "$cache/model" --data.prompt_dataset "$out/data/sft.jsonl" --ckpt.output_dir "$out/warmup" \
-  --data.apply_chat_template --data.max_len 320 --rollout.max_new_tokens 64 --real.scale 0-5 \
   --train.seed "$seed" --real.device "$device" \
   --actor.adam.lr 2e-4 --train.batch_size 8 --train.max_steps "${WARMUP_STEPS:-100}" --train.num_episodes 100 --logger.logging_steps 2
 

@@ -1,8 +1,8 @@
-"""Where this package reaches into OpenRLHF 0.11.2, row by row: what to look at when OpenRLHF moves.
+"""Every place where this package depends on internals of OpenRLHF 0.11.2: check these rows when OpenRLHF changes.
 
-The pins make every row true today; tests/unit/actors/test_openrlhf_internals.py reads OpenRLHF's
-source and fails for a row that no longer holds, for an import without a row, and for a method of
-ours that shadows one of OpenRLHF's without saying so here.
+Versions are pinned, so that every row holds today. tests/unit/actors/test_openrlhf_internals.py reads OpenRLHF's
+source and fails for a row that no longer holds, for an import without a row, and for a method of ours that overrides
+one of OpenRLHF's without a row here.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ How = Literal["subclass", "unwrap", "override", "skip", "call", "attributes", "k
 
 @dataclass(frozen=True, kw_only=True)
 class Touch:
-    """One place.
+    """One such place.
 
     where  "module:name" or "module:Class.method", as importable
     how    subclass    our class derives from it
            unwrap      the same, from the plain class under its ray.remote wrapper
            override    our subclass has its own; names: the parent's arguments that we pass to super(), if any
-           skip        must not run, and does not: ours stands in its place or nothing calls it
+           skip        must not run, and does not: ours replaces it, or nothing calls it
            call        used as it is; names: the arguments that we pass
-           attributes  names: what its instances hold and we set or read
-           keys        names: the keys of the dict that we hand over
+           attributes  names: attributes of its instances that we set or read
+           keys        names: the keys of the dict that we pass
            namespace   the arguments that its flags make; names: some that we fill in differently
     by     our module below real_openrlhf
     """
@@ -183,7 +183,7 @@ TOUCHES: tuple[Touch, ...] = (
         where=f"{_ACTOR}.__init__",
         how="override",
         by="actors.policy.model",
-        why="gets a loaded model: its own loading knows bf16 and fp16 only and trusts remote code",
+        why="gets a loaded model: its own loading supports bf16 and fp16 only and trusts remote code",
         names=("pretrain_or_model", "temperature"),
     ),
     Touch(
@@ -297,7 +297,7 @@ TOUCHES: tuple[Touch, ...] = (
         where=f"{_POLICY}.init_model_from_pretrained",
         how="skip",
         by="actors.policy.policy_actor",
-        why="loads bf16 with flash attention and wants vLLM handles; RealPolicyActor.build takes its place",
+        why="loads bf16 with flash attention and needs vLLM handles; RealPolicyActor.build takes its place",
     ),
     Touch(
         where=f"{_POLICY}.fit",
@@ -334,7 +334,7 @@ TOUCHES: tuple[Touch, ...] = (
         where=_REFERENCE,
         how="unwrap",
         by="actors.policy.reference_actor",
-        why="rank, rendezvous and process group, as of the policy",
+        why="rank, rendezvous and process group, as for the policy",
     ),
     Touch(
         where=f"{_BASE}.__init__",

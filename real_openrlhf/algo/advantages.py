@@ -30,7 +30,7 @@ def rloo_advantages(
 
 
 def scaled(advantages: Tensor, *, standardise: bool, clip: float | None) -> Tensor:
-    """[K] advantages divided by their population std + 1e-8, then clipped to [-clip, clip]; each if asked for."""
+    """[K] advantages divided by their population std + 1e-8 (if `standardise`), then clipped to [-clip, clip]."""
     if standardise:
         advantages = advantages / (advantages.std(correction=0) + EPSILON)
     if clip is not None:

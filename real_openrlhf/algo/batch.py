@@ -1,4 +1,4 @@
-"""Groups become tensors here: the packed row, masks by position, targets, denominators."""
+"""Turns groups into the tensors of a batch: the packed row, masks by position, targets, denominators."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["Packed", "RealBatch", "Row", "collate", "denominators_of", "pack", "
 
 @dataclass(frozen=True, kw_only=True)
 class RealBatch:
-    """N rollouts: what the network reads is packed (see `packing`), what the loss reads is [N, T], right-padded.
+    """N rollouts. The network's inputs are packed into one row (see `packing`); the loss's are [N, T], right-padded.
 
     token_ids, position_ids   [L] int64, the packed row
-    layout          where prompts and rollouts lie in it
-    logit_index     [M] int64, ascending: the tokens whose logits are needed, each once
-    logit_row       [N, T] int64: which of these M predicts the response's token, 0 at padding
-    score_row       [R] int64: which of them the score row is read from
+    layout          where in it prompts and rollouts begin and end
+    logit_index     [M] int64, ascending: positions in the row at which logits are needed, each once
+    logit_row       [N, T] int64: which of these M predicts each token of the response, 0 at padding
+    score_row       [R] int64: which of these M each score row is read from
     response_ids    [N, T] int64, 0 at padding
     response_mask, cot_mask, score_mask   [N, T] bool
     score_rows      the rows of all N rollouts
@@ -71,7 +71,7 @@ class RealBatch:
 
 
 def denominators_of(rows: Sequence[Row], *, trains_score_token: bool) -> Denominators:
-    """What this rank adds to the denominators of an optimizer step."""
+    """This rank's part of the denominators of an optimizer step."""
     scored = sum(r.rollout.score_length for r in rows) if trains_score_token else 0
     return Denominators(
         rollouts=float(len(rows)),
@@ -125,9 +125,9 @@ def collate(rows: Sequence[Row]) -> RealBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """A packed row (see `packing`) and, of each rollout, the indices of the T + 1 tokens that predict its tokens.
+    """A packed row (see `packing`) and, for each rollout, the indices of the T + 1 tokens that predict a next token.
 
-    The last of these stands behind the rollout's last token: it predicts what would come next.
+    The first T predict the rollout's own tokens; the last, its final token, predicts what would come next.
     """
 
     token_ids: Tensor
@@ -137,7 +137,7 @@ class Packed:
 
 
 def pack(groups: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> Packed:
-    """Groups of a prompt [P] and its responses [T] each -> one row."""
+    """Pack groups, each a prompt [P] and its responses [T], into one row."""
     layout = layout_of([(len(prompt), [len(r) for r in responses]) for prompt, responses in groups])
     positions, predictors = [], []
     for group in layout.groups:
@@ -159,7 +159,7 @@ def pack(groups: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> Packed:
 def _packed(rows: Sequence[Row], score_rows: ScoreRows, response_mask: Tensor) -> dict[str, Any]:
     """The fields of the packed row, and where in it each response token and score row is predicted."""
     n = len(rows)
-    # Sequences as score rows number them: the responses, then the labels that are written by force.
+    # Sequences in the order in which score rows number them: the responses, then the branches with forced labels.
     sequences = [r.rollout.token_ids for r in rows]
     sequences += [branch.sequence(sequences[branch.rollout]) for branch in score_rows.branches]
     groups, order, start = [], [], 0

@@ -1,4 +1,4 @@
-"""A score scale's tokens in the context of the answer anchor."""
+"""A score scale bound to a tokenizer: each label's tokens after the answer anchor (the text right before the score)."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def decode(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class BoundAnchor:
-    """An anchor with the scale's tokens behind it.
+    """An anchor, and the tokens of the scale's labels after it.
 
     text    the anchor as configured
-    prefix  the text of the tokens before the score: the anchor, less a final space that the
-            tokenizer merges into the score's first token (" 4")
+    prefix  the text of the tokens before the score: the anchor without the final space, if the
+            tokenizer merges that into the score's first token (" 4")
     labels  [S] the tokens of each label
     """
 
@@ -44,18 +44,18 @@ class BoundAnchor:
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """[S] the labels' tokens, where each label is one token; ScaleError where one is several."""
+        """[S] the labels' tokens, if each label is one token; ScaleError if one has several."""
         if not self.trie.is_flat:
             raise ScaleError(
                 f"after the anchor {self.text!r} some labels of this scale are several tokens; "
-                "what asked for their tokens knows labels of one token only"
+                "here every label must be one token"
             )
         return tuple(label[0] for label in self.labels)
 
 
 @dataclass(frozen=True)
 class BoundScale:
-    """A scale bound to one tokenizer and an ordered list of anchors; the first that is found counts."""
+    """A scale bound to one tokenizer and an ordered list of anchors: the first that a response contains counts."""
 
     scale: ScoreScale
     anchors: tuple[BoundAnchor, ...]
@@ -67,24 +67,24 @@ class BoundScale:
 
     @property
     def extra_tokens(self) -> int:
-        """How far a label written by force may reach beyond the longest response: 0 for labels of one token."""
+        """By how many tokens a forced label may exceed the longest response: 0 for labels of one token."""
         return max(len(label) for anchor in self.anchors for label in anchor.labels) - 1
 
 
 def bind_scale(scale: ScoreScale, tokenizer: Tokenizer, anchors: Sequence[str] = (DEFAULT_ANCHOR,)) -> BoundScale:
-    """Find each label's tokens as they stand right behind each anchor (" 4" and "4" differ).
+    """Find each label's tokens right after each anchor (" 4" and "4" differ).
 
-    Raises ScaleError, with the tokens shown, when two labels have the same tokens or one has none,
-    and when the labels split into tokens in another way after one anchor than after another.
+    Raises ScaleError, which shows the tokens, when two labels have the same tokens or one has none,
+    and when the labels split into tokens differently after different anchors.
     """
     if not anchors:
         raise ScaleError("at least one answer anchor is needed")
     bound = [_bind_anchor(scale, tokenizer, anchor) for anchor in anchors]
     for other in bound[1:]:
-        # One trie serves a whole batch, whatever anchors its rollouts wrote.
+        # A batch has one trie, and its rollouts may have written different anchors.
         if not other.trie.shape.same_shape(bound[0].trie.shape):
             raise ScaleError(
-                f"the labels split into tokens in another way after the anchor {other.text!r} "
+                f"the labels split into tokens differently after the anchor {other.text!r} "
                 f"({_shown(scale, tokenizer, other.labels)}) than after {bound[0].text!r} "
                 f"({_shown(scale, tokenizer, bound[0].labels)}); choose anchors that end alike"
             )
@@ -98,7 +98,7 @@ def _bind_anchor(scale: ScoreScale, tokenizer: Tokenizer, anchor: str) -> BoundA
     common = 0
     while all(len(ids) > common + 1 for ids in encoded) and len({ids[common] for ids in encoded}) == 1:
         common += 1
-    # Labels that begin alike ("10", "11") share tokens that are not the anchor's.
+    # Labels with the same beginning ("10", "11") share tokens that do not belong to the anchor.
     shared = next((n for n in range(common, 0, -1) if _reads(decode(tokenizer, encoded[0][:n]), anchor)), common)
     labels = tuple(tuple(ids[shared:]) for ids in encoded)
     if not all(labels) or len(set(labels)) != len(labels):
@@ -130,5 +130,5 @@ def _shown(scale: ScoreScale, tokenizer: Tokenizer, labels: Sequence[Sequence[in
 
 
 def _reads(prefix: str, anchor: str) -> bool:
-    """The prefix is the anchor, but perhaps for space at its end."""
+    """The prefix is the anchor, possibly without space at its end."""
     return prefix.rstrip() == anchor.rstrip() and anchor.startswith(prefix)

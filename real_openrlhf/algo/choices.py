@@ -1,4 +1,4 @@
-"""The words that settings of the algorithm are chosen by. No torch here: flags are parsed before it is imported."""
+"""The allowed values of the algorithm's settings. No torch here: flags are parsed before it is imported."""
 
 from __future__ import annotations
 

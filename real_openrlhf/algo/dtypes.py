@@ -1,4 +1,4 @@
-"""The one rule for precision: float32 at least, and never less than what came in."""
+"""The rule for precision: compute in float32 at least, and in float64 where the input is float64."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ def kl_per_token(
     """[N, T] log-probs -> [N, T] estimates of KL(pi || ref), each value within [-10, 10].
 
     k1 as a loss has zero expected gradient on-policy, and k3's gradient is not that of the reverse
-    KL. So the value is the estimator's and the gradient w * k1 * grad log pi, w = pi / pi_rollout
-    clipped and detached (w = 1 on-policy): OpenRLHF's `--algo.kl.unbiased_gradient`.
+    KL. So the value comes from the chosen estimator, but the gradient is always w * k1 * grad log pi, with
+    w = pi / pi_rollout clipped and detached (w = 1 on-policy): OpenRLHF's `--algo.kl.unbiased_gradient`.
     """
     log_ratio = upcast(logprobs) - upcast(ref_logprobs)
     if estimator == "k1":
@@ -27,7 +27,7 @@ def kl_per_token(
         value = log_ratio**2 / 2
     elif estimator == "k3":
         bounded = log_ratio.clamp(min=-10)
-        # expm1: near the reference the difference of exp and 1 would be rounding noise in fp32.
+        # expm1, since near the reference exp(x) - 1 would be rounding noise in fp32.
         value = (-bounded).expm1() + bounded
     else:
         raise ValueError(f"unknown KL estimator {estimator!r}; use k1, k2 or k3")

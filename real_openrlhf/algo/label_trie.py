@@ -8,20 +8,20 @@ s_1 .. s_n has the probability
 where q(s), the probability of going on from s into a longer label of the scale, is the sum over the
 next longer labels l (those that begin with s, with no other label in between) of the product over
 the rest of l's tokens. p(s) is thus the probability that s is the longest label with which the text
-behind c begins: "1" and "10" exclude each other, "4." is "4" on a scale with "4.5", and the sum
+after c begins: "1" and "10" exclude each other, "4." is "4" on a scale with "4.5", and the sum
 over the scale is at most 1. What follows a label, end of text or not, plays no part. A scale whose
 labels are one token each has q = 0 and one factor: the plain score distribution.
 
 Reading. The trie's inner nodes are the prefixes after which some label goes on; node 0 is the empty
 prefix, at the score position. Every p needs the distribution over a node's children at every inner
 node. A response passes some of them: those whose prefix it wrote. The others ("1" when "2" was
-written) are not passed, and leaving out their labels would bias E[score] and its gradient, so
-their prefix is written by force, by the engine and by the trainer alike: see
-`real_openrlhf.algo.score_rows.Branch`.
+written) are not passed. Leaving out their labels would bias E[score] and its gradient, so both the
+engine and the trainer append their prefix to the chain of thought and read the distribution there
+(a forced label): see `real_openrlhf.algo.score_rows.Branch`.
 
-Tokens. A label's tokens are those that the tokenizer gives it right behind the anchor. The same
-text in other tokens ("10" as one token where the label is "1", "0") has a probability of its own
-that is not the label's: it is off the scale, never imputed.
+Tokens. A label's tokens are those that the tokenizer gives it right after the anchor. The same
+text in other tokens ("10" as one token where the label is "1", "0") has another probability, which
+does not count for the label: it is off the scale.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class LabelTrie:
-    """The shape of the label trie; the token ids themselves stand in the rows.
+    """The shape of the label trie, without token ids; those are in `ScoreRows.token_ids`.
 
     path    [S, M] int64: which child of node m label s takes, -1 where its path does not pass m
     longer  [Q, 2] int64: pairs (s, l) of a label and a next longer one
@@ -66,7 +66,7 @@ class LabelTrie:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelMatch:
-    """What the tokens behind an anchor are on the scale.
+    """Which label the tokens after an anchor are.
 
     label  the longest label that they begin with; None: none
     cut    they end at an inner node: a longer label might have followed
@@ -84,13 +84,13 @@ class TokenTrie:
 
     @cached_property
     def prefixes(self) -> tuple[tuple[int, ...], ...]:
-        """M inner nodes by their prefix, the shorter first: node 0 is ()."""
+        """The prefixes of the M inner nodes, shorter ones first: node 0 is ()."""
         found = {label[:n]: None for label in self.labels for n in range(len(label))}
         return tuple(sorted(found, key=len))
 
     @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
-        """Per inner node the tokens that follow it, in the order of the labels."""
+        """For each inner node, the tokens that follow it, in the order of the labels."""
         found: dict[tuple[int, ...], dict[int, None]] = {prefix: {} for prefix in self.prefixes}
         for label in self.labels:
             for n, token in enumerate(label):
@@ -117,14 +117,14 @@ class TokenTrie:
 
     @cached_property
     def branches(self) -> tuple[tuple[int, ...], ...]:
-        """The fewest prefixes that pass every inner node, each with one token behind it that goes on.
+        """The fewest prefixes that together pass every inner node, each followed by one more token.
 
-        The token is never read: it makes the last node a row that predicts something, as in a response.
+        That token is never read. With it, the last node is a row that predicts a token, as in a response.
         """
         return self.branches_for(range(1, len(self.prefixes)))
 
     def branches_for(self, nodes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        """As `branches`, for these nodes alone."""
+        """The same as `branches`, for these nodes alone."""
         found: list[tuple[int, ...]] = []
         for m in reversed(nodes):  # the deepest first: they pass the others
             prefix = self.prefixes[m]
@@ -153,5 +153,5 @@ class TokenTrie:
 
 
 def passes(token_ids: Sequence[int], prefix: tuple[int, ...]) -> bool:
-    """The tokens begin with the prefix and go on: one of their rows is that of the prefix's node."""
+    """Whether the tokens begin with the prefix and continue after it, so that one of their rows is at that node."""
     return len(token_ids) > len(prefix) and tuple(token_ids[: len(prefix)]) == prefix

@@ -1,6 +1,7 @@
-"""The fused loss: every objective's coefficients meet the policy's log-probs here, and only here.
+"""The loss of every objective: its coefficients times the policy's log-probs. Nowhere else are they combined.
 
-Per rollout (paper, Eq. 8; see `Coefficients` for the objective's part):
+Per rollout (paper, Eq. 8; the factors in front, such as cot, are the objective's, see `Coefficients`; w and W are
+importance weights, 1 unless `tis_cap` is set):
 
     term 1          - cot * sum_t w_t log pi(c_t) - score * w log pi(sampled score)
     squared error   + squared_error * W (E[score] - y)^2
@@ -30,14 +31,14 @@ from real_openrlhf.algo.types import Denominators, LossInputs, LossOutputs
 @dataclass(frozen=True, kw_only=True)
 class LossOptions:
     """
-    aggregation   of Term 1, KL and entropy
+    aggregation   what Term 1, KL and entropy are divided by, see the module's docstring
     ratio         "on_policy": one update per batch, no ratio; "clip": clipped ratio against the
                   rollout's own log-probs; "none": several updates without correction
     clip_low/high bounds 1 - low and 1 + high of the clipped ratio
     tis_cap       C of the truncated importance weight min(C, pi / pi_rollout), detached: per token
-                  on Term 1, the truncated product over the chain of thought on Term 2. Under
-                  "clip" the ratio already holds it, and it is not applied. None: off
-    renormalise   E[score] and likelihood from the distribution on the scale alone
+                  on Term 1 (w), the truncated product over the chain of thought on Term 2 (W).
+                  Not applied under "clip", whose ratio corrects for the same. None: off
+    renormalise   divide label probabilities by their sum before E[score] and likelihood are computed
     """
 
     aggregation: Aggregation = "token_sum"
@@ -60,15 +61,15 @@ def policy_loss(
 ) -> LossOutputs:
     """The loss of N rollouts; see the module's docstring.
 
-    loss_scale undoes what the trainer does to losses (ranks times accumulation steps under
-    DeepSpeed, which averages both). Rollouts that are not readable add nothing to Term 2, empty
-    masks add exactly 0, and the result always has a gradient path.
+    loss_scale undoes the trainer's averaging: under DeepSpeed it is ranks times accumulation steps, since
+    DeepSpeed averages over both. Rollouts that are not readable add nothing to Term 2. Empty masks add
+    exactly 0, and even then the loss has a gradient path, so that `backward` works.
     """
     if inputs.rollout_logprobs is None and options.needs_rollout_logprobs:
         raise ValueError("clipped ratios and importance weights need rollout_logprobs")
     if inputs.ref_logprobs is None and options.kl_coef:
         raise ValueError("the KL needs ref_logprobs")
-    # Padding may hold anything, also inf and nan: it is cut off first, or 0 * inf would come back in the gradient.
+    # Padding may hold anything, also inf and nan. It is masked first, else 0 * inf would make gradients nan.
     logprobs = _masked(inputs.token_logprobs, inputs.response_mask)
     rollout_logprobs = _masked(inputs.rollout_logprobs, inputs.response_mask)
     coefficient = inputs.cot.to(logprobs)[:, None] * inputs.cot_mask
@@ -119,7 +120,7 @@ def _masked(tensor: None, mask: Tensor) -> None: ...
 @overload
 def _masked(tensor: Tensor | None, mask: Tensor) -> Tensor | None: ...
 def _masked(tensor: Tensor | None, mask: Tensor) -> Tensor | None:
-    """The tensor in fp32 or wider, 0 where the mask is False, whatever stood there."""
+    """The tensor in fp32 or wider, with 0 where the mask is False, whatever value was there."""
     return None if tensor is None else torch.where(mask, upcast(tensor), 0.0)
 
 
@@ -127,7 +128,7 @@ def _surrogate(
     logprobs: Tensor, coefficient: Tensor, rollout_logprobs: Tensor | None, action_mask: Tensor, options: LossOptions
 ) -> tuple[Tensor, Tensor]:
     """[N, T] coefficient times (weighted) log-prob or clipped ratio, and the mask of clipped tokens."""
-    nothing = torch.zeros_like(action_mask)
+    no_clipping = torch.zeros_like(action_mask)
     if options.ratio == "clip":
         assert rollout_logprobs is not None
         log_ratio = torch.where(action_mask, logprobs - rollout_logprobs, 0.0).clamp(-20.0, 20.0)
@@ -140,7 +141,7 @@ def _surrogate(
         assert rollout_logprobs is not None
         log_ratio = torch.where(action_mask, logprobs.detach() - rollout_logprobs, 0.0)
         weight = coefficient * log_ratio.exp().clamp(max=options.tis_cap)
-    return torch.where(action_mask, weight * logprobs, 0.0), nothing
+    return torch.where(action_mask, weight * logprobs, 0.0), no_clipping
 
 
 def _sequence_weight(

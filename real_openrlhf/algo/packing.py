@@ -1,12 +1,12 @@
-"""Which rollouts share a forward pass, and how they lie in it.
+"""Which rollouts share a forward pass, and where they are in its row of tokens.
 
 A micro-batch is one row of tokens without padding,
 
     [ prompt 1 | rollout | rollout | ... | prompt 2 | rollout | ... ]
 
-in which every rollout sees its prompt and itself, so that a prompt is computed once for all of its
-rollouts that are there. Position ids restart behind the prompt for every rollout. Branches of score
-rows lie behind the rollouts of their group, as further rollouts.
+in which every rollout attends to its prompt and to itself, so that a prompt is computed once for all of
+its rollouts in the row. For every rollout, position ids continue from the end of the prompt. Branches of
+score rows come after the rollouts of their group, as further rollouts.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class Row:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that the network reads for it behind the prompt: the response, and the branches of its score rows."""
+        """Tokens that the network reads for it after the prompt: the response, and the branches of its score rows."""
         return self.length + sum(b.position + len(b.token_ids) for b in self.rollout.score_rows.branches)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedGroup:
-    """A prompt and the rollouts behind it: where they start in the row, and their lengths in tokens."""
+    """A prompt and the rollouts after it: where the prompt starts in the row, and all lengths in tokens."""
 
     start: int
     prompt: int
@@ -64,7 +64,7 @@ class PackedGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptLayout:
-    """How the packed groups follow one another in a row of n_tokens tokens.
+    """Where the packed groups are in a row of n_tokens tokens; they follow one another without gaps.
 
     Example, a prompt of 3 tokens with rollouts of 2 and 1, then a prompt of 2 with a rollout of 1:
     starts 0 and 6, responses (2, 1) and (1,), n_tokens 9, position ids [0 1 2 | 3 4 | 3 | 0 1 | 2].
@@ -78,23 +78,23 @@ class PromptLayout:
 
 
 def rows_of(groups: Sequence[TrainGroup]) -> list[Row]:
-    """The rollouts of all groups, groups in order, so that a micro-batch holds neighbours."""
+    """The rollouts of all groups, group after group."""
     return [Row(group=g, index=i) for g in groups for i in range(len(g.group))]
 
 
 def shared(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """Neighbours of one group: they share its prompt."""
+    """The rows in runs that belong to one group and so share its prompt."""
     for _, part in groupby(rows, key=lambda row: id(row.group)):
         yield list(part)
 
 
 def n_tokens(rows: Sequence[Row]) -> int:
-    """Tokens of a micro-batch, each prompt once."""
+    """Number of tokens of a micro-batch, each prompt counted once."""
     return sum(part[0].group.group.prompt_ids.numel() + sum(r.n_tokens for r in part) for part in shared(rows))
 
 
 def layout_of(lengths: Sequence[tuple[int, Sequence[int]]]) -> PromptLayout:
-    """From the lengths of each prompt and of its rollouts."""
+    """The layout of groups, each given by the lengths of its prompt and of its rollouts."""
     groups, start = [], 0
     for prompt, responses in lengths:
         groups.append(PackedGroup(start=start, prompt=prompt, responses=tuple(responses)))
@@ -103,11 +103,10 @@ def layout_of(lengths: Sequence[tuple[int, Sequence[int]]]) -> PromptLayout:
 
 
 def micro_batches(rows: Sequence[Row], *, max_rollouts: int, max_tokens: int) -> list[list[Row]]:
-    """The rows as few micro-batches, each of at most max_rollouts rollouts and max_tokens tokens.
+    """Divide the rows into few micro-batches, each of at most max_rollouts rollouts and max_tokens tokens.
 
-    A group is split only where it exceeds either bound by itself, and pays for its prompt once per
-    part. A single rollout above max_tokens is a micro-batch of its own. The order of the rows does
-    not matter, and rows of one group need not be neighbours.
+    A group is split only where it alone exceeds a bound; then each part computes the prompt again. A
+    single rollout above max_tokens becomes a micro-batch alone. The rows may come in any order.
     """
     by_group: dict[int, list[Row]] = {}
     for row in rows:
@@ -120,10 +119,10 @@ def micro_batches(rows: Sequence[Row], *, max_rollouts: int, max_tokens: int) ->
 
 
 def spread(batches: list[list[Row]], n: int) -> list[list[Row]]:
-    """The same rows in n micro-batches: the largest are halved, between groups where there are several.
+    """The same rows in n micro-batches: the largest ones are halved, between groups if they have several.
 
-    Ranks run equally many forward and backward passes, since each of them is a collective operation
-    when parameters or gradients are sharded. ValueError with fewer rows than n.
+    All ranks must run equally many forward and backward passes, since each pass is a collective
+    operation when parameters or gradients are sharded. ValueError with fewer rows than n.
     """
     if sum(len(b) for b in batches) < n:
         raise ValueError(f"{sum(len(b) for b in batches)} rollouts cannot make {n} micro-batches")
@@ -139,7 +138,7 @@ def spread(batches: list[list[Row]], n: int) -> list[list[Row]]:
 
 
 def _fill(parts: Sequence[tuple[list[Row], int]], max_rollouts: int, max_tokens: int) -> list[list[Row]]:
-    """First fit of parts with their numbers of tokens, longest first."""
+    """Bin packing by first fit, longest parts first. parts: rows, and their number of tokens."""
     bins: list[list[Row]] = []
     tokens: list[int] = []
     for part, size in sorted(parts, key=lambda x: x[1], reverse=True):

@@ -12,15 +12,18 @@ from real_openrlhf.algo.choices import AnswerReward
 from real_openrlhf.algo.score_stats import score_stats
 from real_openrlhf.algo.types import GroupScores, Targets
 
-# The likelihood that an unreadable rollout is given in its reward.
+# The likelihood of the label that an unreadable rollout's reward assumes.
 FLOOR_PROBABILITY = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
 class RealRewards:
-    """[K] float64 each. regression = -(E[score] - y)^2; answer = log pi(y) or pi(y), without lambda.
+    """The two parts of the reward, [K] float64 each.
 
-    For unreadable rollouts the two hold the parts of the floor.
+    regression  -(E[score] - y)^2
+    answer      log pi(y) or pi(y), not yet multiplied by lambda
+
+    Unreadable rollouts have constants here, see `real_rewards`.
     """
 
     regression: Tensor
@@ -30,7 +33,7 @@ class RealRewards:
 def real_rewards(
     scores: GroupScores, *, answer: AnswerReward, invalid_penalty: float, renormalise: bool
 ) -> RealRewards:
-    """Paper, Eq. 5, in its two parts, at the weights that sampled the rollouts.
+    """The two parts of the paper's Eq. 5, under the weights that sampled the rollouts.
 
     An unreadable rollout gets -max over v in the scale and 0 of (v - y)^2 (minus the penalty)
     and the answer reward of probability 1e-6.

@@ -1,4 +1,4 @@
-"""How responses are drawn: what a controller asks engines and judges for."""
+"""How responses are sampled: what a controller asks engines and judges for."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How responses are drawn.
+    """How responses are sampled.
 
     temperature   0 is greedy
-    seed          None leaves the engine's own
-    continues     the prompts go on behind what the engine has just been asked: it may keep what it computed for that
+    seed          None: the engine's own random state decides
+    continues     the prompts continue sequences that the engine has just computed, so it may keep its prefix cache
     """
 
     n: int

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from real_openrlhf.algo.bound_scale import BoundAnchor, BoundScale, Tokenizer, decode
 from real_openrlhf.algo.types import NO_ANCHOR, OFF_SCALE, SPLIT_ANCHOR, TRUNCATED, ScoreReading
 
-# Decimal points and thousands separators: full-width, Arabic, raised and Swiss ones, and the hard spaces of French. In
+# Decimal points and thousands separators: full-width, Arabic, raised and Swiss ones, and French no-break spaces. In
 # Chinese and Japanese 点 is both: "4点5" is 4.5, "4点" four points.
 _POINTS = frozenset(".,．，٫٬،·'’点點\u00a0\u202f")
-# Units in Latin letters, of more languages than English; those of other scripts need no list.
+# Units in Latin letters, in several languages; units in other scripts need no list.
 _UNIT = re.compile(
     r"(?:points?|pts?|stars?|marks?|pkt|punkte?n?|puntos?|pontos?|punt[oi]|punten|puan|poin|poäng|điểm|"
     r"sterne?n?|étoiles?|estrell?as?|stell[ae]|sao)(?![^\W\d_])",
@@ -26,7 +26,7 @@ _UNIT = re.compile(
 )
 # "4半" and "4分半" are 4.5.
 _AND_A_HALF = re.compile(r"[分点點星점]?半")
-# Tokens tried on both sides of a bisected position; no character has more bytes than 4.
+# Number of tokens tried on both sides of a bisected position: a character has at most 4 bytes, so at most 4 tokens.
 _SLACK = 4
 
 
@@ -46,7 +46,7 @@ class ScoreReader:
         return cls(bound, tokenizer, frozenset(end_ids))
 
     def read(self, token_ids: Sequence[int]) -> ScoreReading:
-        """The score of a response [T].
+        """Find the score of a response [T].
 
         | response                                    | result                                      |
         |---------------------------------------------|---------------------------------------------|
@@ -54,17 +54,19 @@ class ScoreReader:
         | "... score is 4分", "4점", "4pts"            | position and label of the 4: a unit         |
         | "... score is 4th", "4a", "4点5", "4分半"    | position, no label: "off_scale": another    |
         |                                             | word or number                              |
-        | several anchors                             | the last whole one counts, whatever follows |
+        | the anchor several times                    | the last complete one counts, whatever      |
+        |                                             | comes after it                              |
         | "... score is 7" or "is 45" on "1".."5"     | position, no label: "off_scale"             |
         | "... score is 10." on "1".."10"             | the longest label that fits: "10"           |
-        | cut after "1" on "1".."10", after "4." on a | position, no label: "off_scale"; which      |
-        |   scale with "4.5"                          | label it was going to be is not known       |
+        | ends after "1" on "1".."10", after "4." on  | position, no label: "off_scale", since a    |
+        |   a scale with "4.5"                        | longer label might have followed            |
         | a label's text in other tokens than those   | position, no label: "off_scale"             |
         |   that the tokenizer gives it               |                                             |
         | end of text right after the anchor          | position, no label: "off_scale"             |
-        | cut after or inside the anchor              | invalid: "truncated"                        |
+        | ends after or inside the anchor             | invalid: "truncated"                        |
         | the anchor never written                    | invalid: "no_anchor"                        |
-        | anchor and score share an unforeseen token  | invalid: "split_anchor"                     |
+        | one token has the anchor's end and the      | invalid: "split_anchor"                     |
+        |   score's beginning                         |                                             |
         | text after the first end of text            | ignored                                     |
         """
         ids = list(token_ids)
@@ -74,7 +76,7 @@ class ScoreReader:
         text = self._decode(body)
         truncated_at_anchor = False
         for index, anchor in enumerate(self.bound.anchors):
-            # A final space of the anchor may be missing: whether it is a token depends on the tokenizer.
+            # The anchor's final space may be missing: some tokenizers make it a token, others merge it into the score.
             if not ended and text.endswith((anchor.prefix, anchor.prefix.rstrip())):
                 return ScoreReading(position=None, label_index=None, reason=TRUNCATED, anchor_index=index)
             if anchor.prefix in text:
@@ -95,10 +97,10 @@ class ScoreReader:
         )
 
     def _boundary(self, body: list[int], head: str) -> int | None:
-        """The number of tokens that read `head`, if one of them ends where it ends.
+        """How many tokens of `body` decode to `head`; None if `head` ends inside a token.
 
-        Bisection: a few decodes for any length. The decoded length grows with the number of tokens,
-        but for characters that are split over tokens, hence the tokens around the place as well.
+        Bisection takes few decodes, however long the text. It needs that decoded text grows with the number of
+        tokens; characters split over several tokens break that, so tokens around the found place are tried too.
         """
         low, high = 0, len(body)
         while low < high:
@@ -124,11 +126,11 @@ class ScoreReader:
 
 
 def _goes_on(label: str, rest: str) -> bool:
-    """Whether the text behind a label belongs to it: "45", "4.5", "4th" and "Goodish" were not meant as "4" and "Good".
+    """Whether the text after a label belongs to it: "45", "4.5", "4th" and "Goodish" do not mean "4" and "Good".
 
-    A unit is none of the number: "4分", "4점", "4балла", "4pts". Other Latin letters right behind a number make another
-    word of it ("4th", "4a", and so the ordinals "4º" and "4ª"); letters of another script than the label's last one do
-    not.
+    A unit is not part of the number: "4分", "4점", "4балла", "4pts". Other Latin letters right after a number make it
+    another word ("4th", "4a", and also the ordinals "4º" and "4ª"). Letters of another script than the label's last
+    one do not.
     """
     after = rest[:1]
     if after in _POINTS and rest[1:2].isnumeric():
@@ -143,11 +145,11 @@ def _goes_on(label: str, rest: str) -> bool:
 
 
 def _script(letter: str) -> str:
-    """The first word of its Unicode name: LATIN, CYRILLIC, CJK, HANGUL, THAI, ..."""
+    """The first word of the letter's Unicode name: LATIN, CYRILLIC, CJK, HANGUL, THAI, ..."""
     return unicodedata.name(letter, "?").split()[0].removeprefix("FULLWIDTH")
 
 
 def _ends_inside(text: str, anchor: str) -> bool:
-    """The text breaks off inside the anchor, at least its first word written."""
+    """The text ends inside the anchor, after at least the anchor's first word."""
     shortest = max(1, len(anchor.split(" ", 1)[0]))
     return any(text.endswith(anchor[:n]) for n in range(len(anchor) - 1, shortest - 1, -1))

@@ -1,8 +1,8 @@
-"""The rows of logits at which scores are read, and how labels' log-probs come out of them.
+"""The rows of logits at which scores are read, and how labels' log-probs are computed from them.
 
-A label of one token is read from one row. Labels of several tokens are read from one row per inner
-node of their trie, see `real_openrlhf.algo.label_trie` for the definition: rows of the response
-itself where it passes the node, rows of a branch, a label written by force, elsewhere.
+Labels of one token are read from one row. Labels of several tokens are read from one row per inner
+node of their trie (defined in `real_openrlhf.algo.label_trie`). Where the response passes the node, the
+row is in the response; elsewhere it is in a branch, in which the label is forced.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from real_openrlhf.algo.label_trie import LabelTrie, TokenTrie, passes
 
 @dataclass(frozen=True, kw_only=True)
 class Branch:
-    """A label written by force: the response of `rollout` up to `position`, then token_ids.
+    """A forced label: the response of `rollout` up to `position`, then token_ids instead of what it wrote.
 
-    It has score rows and nothing else: no Term 1, no KL, no entropy. The simplest carrier computes
-    the prompt and the chain of thought once more for it, in any layout of the batch: a scale "1-10"
-    in digits costs one branch for each rollout that wrote neither "1" nor "10", a scale of
-    single tokens none. The last token is never read from.
+    It has score rows and nothing else: no Term 1, no KL, no entropy. Its chain of thought is computed once
+    more. A scale "1-10" in digits costs one branch for each rollout that wrote neither "1" nor "10"; a scale of
+    single tokens costs none. Nothing is read from the last token.
     """
 
     rollout: int
@@ -32,7 +31,7 @@ class Branch:
     token_ids: tuple[int, ...]
 
     def sequence(self, response: Tensor) -> Tensor:
-        """[T] response of its rollout -> [position + len(token_ids)] int64, the branch in full."""
+        """[T] response of its rollout -> [position + len(token_ids)] int64, all tokens of the branch."""
         return torch.cat([response[: self.position], response.new_tensor(self.token_ids)])
 
 
@@ -41,12 +40,12 @@ class ScoreRows:
     """R score rows of n_rollouts rollouts.
 
     rollout    [R] int64: which rollout the row belongs to
-    node       [R] int64: which inner node of the trie the row stands at (0: the score position)
-    sequence   [R] int64: where the row's logits stand: below n_rollouts in that rollout's response,
-               n_rollouts + b in branch b
+    node       [R] int64: which inner node of the trie the row belongs to (0: the score position)
+    sequence   [R] int64: the sequence that has the row's logits: a number below n_rollouts is that rollout's
+               response, n_rollouts + b is branch b
     position   [R] int64: index into that sequence of the token that the row predicts
     token_ids  [R, C] int64: the candidate tokens, the children of the node; -1 is padding
-    branches   B of them, with rollout numbers
+    branches   the B branches, which name their rollouts by number
 
     Example, "1", "2", "10" as [1], [2], [1, 0], a response [7, 9, 2] with its score at 2: node 0 is
     read in the response, node 1 in the branch [7, 9, 1, 0]. node [0, 1], sequence [0, 1],
@@ -113,7 +112,7 @@ class ScoreRows:
 
     @classmethod
     def cat(cls, parts: Sequence[ScoreRows]) -> ScoreRows:
-        """The rows of several carriers as one; rollouts and branches are numbered through."""
+        """Concatenate: rollouts and branches are numbered consecutively."""
         n_rollouts = sum(part.n_rollouts for part in parts)
         rollouts, sequences, before = [], [], 0
         branches: list[Branch] = []
@@ -126,7 +125,7 @@ class ScoreRows:
                 Branch(rollout=b.rollout + before, position=b.position, token_ids=b.token_ids) for b in part.branches
             ]
             before += part.n_rollouts
-        # Rollouts without a score know the number of labels, not the trie.
+        # The trie is taken from a rollout with a score; the others have only the number of labels.
         read = [part for part in parts if part.rollout.numel()] or [parts[0]]
         return cls(
             rollout=torch.cat(rollouts),
@@ -141,11 +140,11 @@ class ScoreRows:
 
     @property
     def forced(self) -> list[int]:
-        """The rows that stand in branches."""
+        """Indices of the rows that are read in branches."""
         return (self.sequence >= self.n_rollouts).nonzero()[:, 0].tolist()
 
     def prefix(self, row: int, response: Sequence[int]) -> list[int]:
-        """The tokens before what the row predicts. response: that of the row's rollout."""
+        """The tokens before the one that the row predicts. response: of the row's rollout."""
         sequence, position = int(self.sequence[row]), int(self.position[row])
         if sequence < self.n_rollouts:
             return list(response[:position])

@@ -1,4 +1,4 @@
-"""The score scale: its values and the strings that stand for them. Its tokens are in `bound_scale`."""
+"""The score scale: its values and how the model writes them. Their tokens are in `bound_scale`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEFAULT_ANCHOR = "So the overall score is "
 
 
 class ScaleError(ValueError):
-    """The scale cannot be used: wrong values, or labels that the tokenizer does not tell apart."""
+    """The scale cannot be used: wrong values, or labels that the tokenizer cannot tell apart."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,12 @@ class ScoreScale:
 
     def tensor(self) -> Tensor:
         """[S] float64."""
-        import torch  # here: a scale is parsed with the flags, before torch is imported
+        import torch  # imported here, since a scale is parsed with the flags, before torch is imported
 
         return torch.tensor(self.values, dtype=torch.float64)
 
     def target(self, value: float) -> Target:
-        """A label y as its two neighbours on the scale, y = (1 - w) low + w high.
+        """A label y expressed by its two neighbours on the scale, y = (1 - w) low + w high.
 
         Raises ScaleError outside [lowest, highest] and for anything that is not a finite number.
 
@@ -109,12 +109,12 @@ class ScoreScale:
         return Target(value=float(value), low=low, high=high, weight=weight)
 
     def is_correct(self, label_index: int | None, target: Target) -> bool:
-        """A decoded score is correct when it is nearest to y; at a tie either neighbour is."""
+        """Whether a decoded score is the label nearest to y; at a tie either neighbour is correct."""
         return label_index in target.nearest
 
 
 def __getattr__(name: str) -> Any:
-    # The model cards of earlier exports import it from here.
+    # Model cards of earlier exports import `bind_scale` from here.
     if name == "bind_scale":
         return importlib.import_module("real_openrlhf.algo.bound_scale").bind_scale
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

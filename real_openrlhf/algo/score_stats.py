@@ -16,7 +16,7 @@ class ScoreStats:
 
     expected    E[score] = sum_k v_k p_k, the RAIL predictor (paper, section 2.2)
     likelihood  (1 - w) log p_low + w log p_high, log pi(y | x, c) for a label between two scores
-    mass        sum_k p_k over the scale, of the full vocabulary, also when renormalised
+    mass        sum_k p_k over the scale, with probabilities over the full vocabulary, even with renormalise
     """
 
     expected: Tensor
@@ -34,8 +34,8 @@ def score_stats(
     """[N, S] log-probs of the labels, [S] values, N targets -> ScoreStats.
 
     Full-vocabulary probabilities are the paper's definition: mass off the scale pulls E[score]
-    towards 0. renormalise=True takes the distribution given that the score is on the scale, for
-    E[score] and for the likelihood alike.
+    towards 0. With renormalise=True, E[score] and likelihood use the distribution given that the
+    score is on the scale.
     """
     probs = label_logprobs.exp()
     mass = probs.sum(-1)
@@ -45,7 +45,7 @@ def score_stats(
     weight = targets.weight.to(logprobs)
     at_low = logprobs.gather(-1, targets.low[:, None])[:, 0]
     at_high = logprobs.gather(-1, targets.high[:, None])[:, 0]
-    # 0 * -inf is nan: a weight of exactly 0 or 1 must not look at the other neighbour.
+    # 0 * -inf is nan, so with a weight of exactly 0 or 1 the other neighbour must not enter.
     likelihood = torch.where(weight < 1, (1 - weight) * at_low, 0.0) + torch.where(weight > 0, weight * at_high, 0.0)
     return ScoreStats(expected=expected, likelihood=likelihood, mass=mass)
 

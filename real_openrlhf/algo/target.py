@@ -1,4 +1,4 @@
-"""A human label as the loss needs it. No torch here: a scale is parsed before it is imported."""
+"""A human label as the loss needs it. No torch here: scales are parsed before torch is imported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Target:
 
     @property
     def nearest(self) -> tuple[int, ...]:
-        """The labels nearest to y: one, or half way between two both."""
+        """Indices of the labels nearest to y: one, or both neighbours if y is half way between them."""
         if math.isclose(self.weight, 0.5, rel_tol=0.0, abs_tol=_TIE):
             return (self.low, self.high)
         return (self.low,) if self.weight < 0.5 else (self.high,)

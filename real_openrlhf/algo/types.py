@@ -1,4 +1,4 @@
-"""The carriers of the algorithm: what a rollout, a group and a loss are made of.
+"""The data classes of the algorithm: a rollout, a group of rollouts, and what goes into and comes out of the loss.
 
 Axis letters, used in names and shapes throughout the package:
 
@@ -34,10 +34,10 @@ REASONS = (NO_ANCHOR, TRUNCATED, SPLIT_ANCHOR, OFF_SCALE)
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreReading:
-    """Where a response's score stands and what was written there.
+    """Where in a response the score is, and what was written there.
 
     position     index into the response of the (first) score token; None: the rollout is invalid
-    label_index  index of the written label on the scale; None: nothing that is a label was written
+    label_index  index of the written label on the scale; None: what was written is not a label
     reason       one of REASONS when position or label_index is None, else None
     anchor_index which of the template's anchors was found; None without one
 
@@ -82,10 +82,10 @@ class Rollout:
 
     @property
     def cot_length(self) -> int:
-        """Tokens of the chain of thought: all before the score, or all there are without one.
+        """Tokens of the chain of thought: all before the score; without a score, the whole response.
 
-        For a rollout without a score the whole response, end of text included, is what made it
-        invalid, so all of it carries Term 1.
+        The whole response, end of text included, is the reason why a rollout has no score, so Term 1
+        applies to all of it.
         """
         return int(self.token_ids.numel()) if self.reading.position is None else self.reading.position
 
@@ -102,10 +102,10 @@ class Rollout:
 
     @property
     def score_length(self) -> int:
-        """Tokens that were drawn as the score: those at the trie's inner nodes, from the score position on.
+        """Number of tokens that were sampled as the score: those at the trie's inner nodes, from the score position on.
 
-        They decide which label was written. Of "10" on "1".."10" two, and of "1" as well: the token
-        that does not go on to "10" is part of the draw. 0 for a rollout without a score.
+        They decide which label was written. On "1".."10", "10" has two of them, and so has "1": the next
+        token, which did not continue it to "10", decided too. 0 for a rollout without a score.
         """
         return int((self.score_rows.sequence < self.score_rows.n_rollouts).sum())
 
@@ -162,7 +162,7 @@ class Targets:
         return len(self.value)
 
     def __getitem__(self, rows: Any) -> Targets:
-        """Some of them, by anything that indexes a tensor's first axis and keeps it."""
+        """The targets of some rollouts. rows: whatever indexes a tensor's first axis and keeps it, such as a slice."""
         return Targets(value=self.value[rows], low=self.low[rows], high=self.high[rows], weight=self.weight[rows])
 
     def to(self, device: torch.device | str) -> Targets:
@@ -189,15 +189,15 @@ class GroupScores:
 
 @dataclass(frozen=True, kw_only=True)
 class Coefficients:
-    """Detached weights of each rollout's terms, [K] float64 each, and what they were made from.
+    """The weights of each rollout's loss terms, [K] float64 each, without gradients, and what they were computed from.
 
     The loss of one rollout is, before aggregation,
 
         - cot * sum_t log pi(c_t) - score * log pi(sampled score)
         + squared_error * (E[score] - y)^2 - likelihood * log pi(y)
 
-    rewards and advantages ([K] float64) are for logs; floored counts readable rollouts whose
-    reward lies below that of an invalid one.
+    rewards and advantages ([K] float64) are for logs. zero_variance: all rewards of the group are equal.
+    floored: number of readable rollouts with a lower reward than an unreadable rollout gets.
     """
 
     cot: Tensor
@@ -220,7 +220,7 @@ class Coefficients:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainGroup:
-    """A group with the coefficients its objective gave it: what the policy trains on.
+    """A group with the coefficients that the objective gave it: what the policy trains on.
 
     ref_logprobs  one [T] float32 per rollout, log-probs of its tokens under the reference policy; None without a KL
     """
@@ -257,13 +257,13 @@ class Denominators:
 class LossInputs:
     """Everything the fused loss reads for N rollouts. See `real_openrlhf.algo.loss`.
 
-    float32 stands for float32 or wider; what is narrower is cast up. Padding may hold anything.
+    float32 here means float32 or wider; narrower tensors are cast up. Padding may hold anything.
 
     token_logprobs    [N, T] float32 with grad: log pi of the sampled ids at temperature T
     label_logprobs    [N, S] float32 with grad: log pi of the labels at the score positions
-    readable          [N] bool
+    readable          [N] bool: the rollout has a score position
     cot_mask          [N, T] bool: tokens of the chain of thought
-    score_mask        [N, T] bool: the tokens drawn as the score (all False where not readable)
+    score_mask        [N, T] bool: the tokens sampled as the score (all False where not readable)
     response_mask     [N, T] bool
     cot, score, squared_error, likelihood   [N] float32: the coefficients
     targets           the N labels
@@ -292,10 +292,11 @@ class LossInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class LossOutputs:
-    """loss: scalar with grad. terms: each summand with grad, they add up to loss (before loss_scale).
-
-    sums: detached sums over this micro-batch, to be added over micro-batches and ranks before
-    they are divided (metrics never average averages).
+    """
+    loss   scalar with grad
+    terms  each summand of the loss, with grad, before loss_scale
+    sums   sums for metrics over this micro-batch, without grad. They are added up over micro-batches and ranks
+           before they are divided (metrics never average averages)
     """
 
     loss: Tensor
@@ -304,7 +305,7 @@ class LossOutputs:
 
 
 def group_scores(group: Group, values: Tensor, target: Target) -> GroupScores:
-    """The objective's view of a group, from the log-probs that came back with the rollouts."""
+    """What an objective needs of a group, from the log-probs that came back with the rollouts."""
     label_logprobs = torch.stack([r.score_rows.label_logprobs(r.score_logprobs)[0] for r in group.rollouts])
     sampled = [-1 if r.reading.label_index is None else r.reading.label_index for r in group.rollouts]
     return GroupScores(

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: complete or not there at all. Files only; what goes into them is the caller's."""
+"""Checkpoints on disk: complete or not there at all. Only files are handled here; the caller decides what they hold."""

@@ -14,7 +14,7 @@ from real_openrlhf.checkpoint.errors import CheckpointError, IncompatibleCheckpo
 
 logger = logging.getLogger(__name__)
 
-# Of a model's config: where it came from, how it is run, who wrote it; not what it is.
+# Keys of a model's config that do not change the model: where it came from, how it is run, who wrote it.
 _VOLATILE = (
     "_name_or_path",
     "name_or_path",
@@ -29,9 +29,11 @@ _VOLATILE = (
 
 
 class Severity(Enum):
-    """REFUSE: resuming would silently train on something else. LAYOUT: shards do not fit and cannot be made to.
-
-    RESHARD: shards do not fit, but are converted while they are loaded. WARN: may change.
+    """
+    REFUSE   resuming would silently train something else, or on something else
+    LAYOUT   the shards do not fit and cannot be converted
+    RESHARD  the shards do not fit, but are converted when they are loaded
+    WARN     may change, with a warning
     """
 
     REFUSE = "refuse"
@@ -42,7 +44,7 @@ class Severity(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Mismatch:
-    """One field that differs; name of a setting as `settings.<name>`."""
+    """One field that differs. name: for settings, `settings.<name>`."""
 
     name: str
     saved: Any
@@ -79,20 +81,23 @@ _SEVERITY = {
 }
 _STRINGS = ("model_sha256", "tokenizer_sha256", "data_sha256", "template_sha256", "preset", "adapters")
 _INTEGERS = ("seed", "ranks", "zero_stage")
-# DeepSpeed's universal checkpoints are made of ZeRO's shards.
+# ZeRO stages whose shards DeepSpeed can convert to universal checkpoints.
 _RESHARDED_STAGES = (1, 2, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """What a run trains, on what, and over how many ranks.
+    """What a run trains, on which data, and on how many ranks.
 
-    model_sha256       `model_config_sha256`; tokenizer_sha256 `tokenizer_sha256`
-    data_sha256        `Dataset.sha256`; template_sha256 `PromptTemplate.sha256`
-    scale              (value, label) pairs in order; anchors the texts before the score
-    ranks, zero_stage  of the policy group: the layout of its shards
-    adapters           rank, scale and places of LoRA adapters; "none" without
-    settings           what may change (learning rate, ...): JSON values by flag name
+    model_sha256       see `model_config_sha256`
+    tokenizer_sha256   see `tokenizer_sha256`
+    data_sha256        `JudgeDataset.sha256`
+    template_sha256    `PromptTemplate.sha256`
+    scale              (value, label) pairs in order
+    anchors            the texts before the score
+    ranks, zero_stage  of the policy; they decide the layout of its shards
+    adapters           rank, scale and target modules of LoRA adapters; "none" without
+    settings           settings that may change (learning rate, ...): JSON values by flag name
     """
 
     model_sha256: str
@@ -134,8 +139,8 @@ class RunIdentity:
         return cls(**{**content, "scale": scale, "anchors": anchors, "settings": settings})
 
     def diff(self, other: RunIdentity) -> list[Mismatch]:
-        """Fields in which `other` (now) differs from this one (saved), in the order of the fields."""
-        # Compared as JSON, so that a tuple and the list it was read back as are the same.
+        """The differences between this identity (saved) and `other` (now), in the order of the fields."""
+        # Compared as JSON, since tuples are read back as lists.
         saved, now = self.to_json(), other.to_json()
         pairs = [(name, saved[name], now[name], severity) for name, severity in _SEVERITY.items()]
         absent = "not set"
@@ -150,12 +155,11 @@ class RunIdentity:
 
 
 def check(saved: RunIdentity, now: RunIdentity, *, force: bool) -> list[Mismatch]:
-    """Raise if a run that is `now` must not resume what was `saved`; returns what was let through, and logs it.
+    """Raise if a run with the identity `now` must not resume from `saved`. Returns and logs the allowed differences.
 
-    IncompatibleCheckpointError: other model, adapters, tokenizer, data, template, scale or anchors; `force` lets them
-    through.
-    LayoutError, whatever `force`: another ZeRO stage, or another number of ranks without ZeRO. With ZeRO 1, 2 or 3
-    another number of ranks is let through: the policy converts the shards (actors.policy_checkpoint).
+    IncompatibleCheckpointError: other model, adapters, tokenizer, data, template, scale or anchors, unless `force`.
+    LayoutError, even with `force`: another ZeRO stage, or another number of ranks without ZeRO. With ZeRO 1, 2 or 3
+    another number of ranks is allowed: the policy converts the shards (actors.policy.shards).
     """
     mismatches = saved.diff(now)
     refused = [m for m in mismatches if m.severity is Severity.REFUSE]
@@ -166,7 +170,7 @@ def check(saved: RunIdentity, now: RunIdentity, *, force: bool) -> list[Mismatch
         raise IncompatibleCheckpointError(
             "the checkpoint belongs to another run:\n"
             + "".join(f"  {m}\n" for m in refused)
-            + "resume with what the checkpoint was made with, start afresh in a new output folder, or force it"
+            + "resume with the settings that the checkpoint was made with, start in a new output folder, or force it"
         )
     if layout:
         raise LayoutError(
@@ -187,12 +191,12 @@ def json_sha256(content: Any) -> str:
 
 
 def model_config_sha256(config: Mapping[str, Any]) -> str:
-    """Of `PretrainedConfig.to_dict()`, less what says where the model lies and how it is run."""
+    """sha256 of `PretrainedConfig.to_dict()` without keys that do not change the model."""
     return json_sha256(_without(config, _VOLATILE))
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """Of a Hugging Face tokenizer: vocabulary, merges, special tokens, chat template."""
+    """sha256 of a Hugging Face tokenizer: vocabulary, merges, special tokens, chat template."""
     content: dict[str, Any] = {
         "vocab": tokenizer.get_vocab(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
@@ -200,13 +204,13 @@ def tokenizer_sha256(tokenizer: Any) -> str:
     }
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        # Padding and truncation are set anew by every call.
+        # Every call sets padding and truncation again, so they do not count.
         content["backend"] = _without(json.loads(backend.to_str()), ("padding", "truncation"))
     return json_sha256(content)
 
 
 def _without(content: Any, names: tuple[str, ...]) -> Any:
-    """Nested dicts less some keys; configs of vision or MoE models hold configs."""
+    """Nested dicts without these keys: configs of vision or MoE models contain further configs."""
     if isinstance(content, Mapping):
         return {str(key): _without(value, names) for key, value in content.items() if key not in names}
     return content

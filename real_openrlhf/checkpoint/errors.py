@@ -1,4 +1,4 @@
-"""What can be wrong with checkpoints."""
+"""Errors of checkpoints."""
 
 from __future__ import annotations
 
@@ -22,4 +22,4 @@ class LayoutError(CheckpointError):
 
 
 class CheckpointWriteError(RuntimeError):
-    """A save failed and left nothing behind; earlier checkpoints are untouched and the run can go on."""
+    """A save failed and left no files; earlier checkpoints are untouched and the run can go on."""

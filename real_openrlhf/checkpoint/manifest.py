@@ -1,4 +1,4 @@
-"""The manifest: written last, it is what makes a folder a checkpoint.
+"""The manifest of a checkpoint. It is written last: a folder without it is not a checkpoint.
 
 {"format": "real_openrlhf.checkpoint", "format_version": 1,
  "step": 40, "sequence": 4, "time": "2025-01-31T12:00:00+00:00",
@@ -28,10 +28,10 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointMeta:
-    """What a checkpoint says about its run, readable without loading any state.
+    """What a checkpoint says about its run; it can be read without loading any state.
 
     identity         what must be the same to resume
-    weight_version   of the weights that the engines had at the step boundary
+    weight_version   version of the weights that the engines had at the end of the step
     """
 
     identity: RunIdentity
@@ -58,7 +58,7 @@ class CheckpointMeta:
 
 @dataclass(frozen=True, kw_only=True)
 class FileEntry:
-    """path: below the checkpoint, with slashes. size: bytes. kind, hash: see `Fingerprint`."""
+    """path: relative to the checkpoint, with slashes. size: bytes. kind, hash: see `Fingerprint`."""
 
     path: str
     size: int
@@ -75,10 +75,12 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """step: done before the save. sequence: counts saves; a run that went back saves a lower step later.
-
-    time: ISO 8601, UTC. metric: of metric_name; None when not measured or undefined.
-    best: whether it was the best of its folder when it was written.
+    """
+    step      number of steps done before the save
+    sequence  number of the save; a run that resumed from an earlier step may save a lower step later
+    time      ISO 8601, UTC
+    metric    value of metric_name; None when not measured or undefined
+    best      whether it was the best of its folder when it was written
     """
 
     step: int
@@ -107,14 +109,14 @@ class Manifest:
             f"for files above {limit:g} MiB, whose middle is checked by nothing but the size",
             "files": [asdict(entry) for entry in self.files],
         }
-        # From the text as it will be read: JSON turns tuples into lists and integer keys into strings.
+        # The checksum is made from what will be read back: JSON turns tuples into lists and integer keys into strings.
         content = json.loads(json.dumps(content))
         content["checksum"] = _checksum(content)
         return (json.dumps(content, indent=1) + "\n").encode()
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Of a checkpoint folder. CheckpointError, naming the file, if it is missing, invalid or of another version."""
+        """Read a checkpoint's manifest. CheckpointError, naming it, if it is missing, invalid or of another version."""
         path = folder / MANIFEST_FILE
         try:
             content = json.loads(path.read_bytes())
@@ -143,7 +145,7 @@ class Manifest:
                 files=tuple(FileEntry(**entry) for entry in content["files"]),
             )
         except (KeyError, TypeError, CheckpointError) as error:
-            raise CheckpointError(f"{path} is not a whole manifest: {error}") from error
+            raise CheckpointError(f"{path} is not a complete manifest: {error}") from error
 
 
 def list_files(folder: Path, fingerprint: Fingerprint) -> tuple[FileEntry, ...]:
@@ -157,9 +159,9 @@ def list_files(folder: Path, fingerprint: Fingerprint) -> tuple[FileEntry, ...]:
 
 
 def find_defect(folder: Path, manifest: Manifest, *, hashes: bool) -> str | None:
-    """The first file that is not as the manifest says, in words; None when all are there.
+    """The first file that is not as the manifest says, in words; None when all are right.
 
-    hashes=False looks at sizes only and reads nothing.
+    hashes=False compares sizes only and reads no file.
     """
     for entry in manifest.files:
         path = folder / entry.path
@@ -202,19 +204,19 @@ class Checkpoint:
         return self.manifest.meta
 
     def read_json(self, name: str) -> Any:
-        """What `write_json` wrote. CheckpointError if it is not there or not JSON."""
+        """Read what `write_json` wrote. CheckpointError if it is missing or not JSON."""
         try:
             return json.loads((self.path / name).read_bytes())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path / name} cannot be read: {error}") from error
 
     def read_torch(self, name: str) -> Any:
-        """What `write_torch` wrote, on the CPU; no code of the file is run. CheckpointError if it cannot be read."""
+        """Read what `write_torch` wrote, onto the CPU, without running code in the file. Else CheckpointError."""
         import torch
 
         try:
             return torch.load(self.path / name, weights_only=True, map_location="cpu")
-        except Exception as error:  # torch raises whatever its unpickler met
+        except Exception as error:  # torch passes on any error of its unpickler
             raise CheckpointError(f"{self.path / name} cannot be read: {error}") from error
 
     def verify(self) -> None:

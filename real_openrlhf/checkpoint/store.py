@@ -1,12 +1,12 @@
 """The folder of a run's checkpoints.
 
     <root>/step_20/             a checkpoint; complete iff manifest.json is there and every file matches it
-    <root>/step_20.seq_2/       what a later save of the same step displaced, until rotation takes it
+    <root>/step_20.seq_2/       an earlier save of the same step, until rotation deletes it
     <root>/.tmp-step_40-.../    a save in progress
     <root>/.del-step_10-.../    a deletion in progress
 
-Every state between two system calls leaves a complete checkpoint under one of the first two names once
-there was one. All that the store knows it reads from the manifests, so nothing is lost with the process.
+Once there is a complete checkpoint, there is one at any time, under one of the first two names: also between two system
+calls of a save. The store reads all that it knows from the manifests, so nothing is lost when the process dies.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class CheckpointStore:
         higher_is_better: bool = True,
         hash_whole_up_to: int = 64 * durable.MIB,
     ) -> None:
-        """Touches nothing yet.
+        """Does not touch the folder yet.
 
-        keep               how many of the newest saves to keep; the best one comes on top
+        keep               how many of the newest saves to keep, in addition to the best one
         keep_best          never delete the best by metric
         metric_name        metrics of another name are not compared
         hash_whole_up_to   bytes; of larger files only the size and the first and last MiB are checked
@@ -72,7 +72,7 @@ class CheckpointStore:
     # --- saving
 
     def open(self) -> CheckpointStore:
-        """Make the folder, prove that it can be written, remove what dead processes left. CheckpointError if not."""
+        """Make the folder, check that it can be written, remove leftovers of dead processes. CheckpointError if not."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             probe = self.root / durable.owned_name("del", "probe")
@@ -88,15 +88,15 @@ class CheckpointStore:
         except OSError as error:
             raise CheckpointError(f"checkpoints cannot be written into {self.root}: {error}") from error
         for path in stale:
-            logger.info("removing %s, left by a process that ended in the middle of it", path)
+            logger.info("removing %s, left by a process that ended while writing it", path)
             durable.remove_tree(path)
         self._opened = True
         return self
 
     def check_shared(self, sees: Callable[[str], Sequence[bool]]) -> None:
-        """Whether the processes that will write here see this very folder; CheckpointError if one does not.
+        """Check that all processes that will write here see this same folder; CheckpointError if one does not.
 
-        sees: given a path, says for each of them whether it is there. Opens the store.
+        sees: for a given path, says for each of these processes whether it exists there. Opens the store.
         """
         self.open()
         probe = self.root / durable.owned_name("del", "probe")
@@ -112,7 +112,7 @@ class CheckpointStore:
             )
 
     def begin(self, step: int, meta: CheckpointMeta) -> CheckpointWriter:
-        """Start a save; opens the store if need be. CheckpointWriteError if not even a folder can be made."""
+        """Start a save; opens the store if necessary. CheckpointWriteError if not even a folder can be made."""
         if type(step) is not int or step < 0:
             raise ValueError(f"a step is a whole number of at least 0, got {step!r}")
         path = self.root / durable.owned_name("tmp", f"step_{step}")
@@ -159,7 +159,7 @@ class CheckpointStore:
         return checkpoint
 
     def _install(self, temporary: Path, final: Path) -> None:
-        """Rename into place. A checkpoint of the same step is moved to a name under which it still is found."""
+        """Rename into place. An earlier checkpoint of the same step gets a name under which it can still be found."""
         aside: Path | None = None
         if final.is_dir():
             aside = self.root / durable.owned_name("del", final.name)
@@ -179,13 +179,13 @@ class CheckpointStore:
             durable.fsync_folder(self.root)
         except OSError as error:
             raise CheckpointWriteError(
-                f"{final} is in place but may not survive a power cut ({error}); nothing older was deleted"
+                f"{final} is in place but may not survive a power failure ({error}); nothing older was deleted"
             ) from error
         if aside is not None and aside.name.startswith("."):
             durable.remove_tree(aside)
 
     def _rotate(self, newest: int) -> None:
-        """Delete what is neither among the newest `keep` nor the best. newest: sequence of the one just saved."""
+        """Delete all but the newest `keep` checkpoints and the best one. newest: sequence of the last save."""
         complete, _ = self._scan()
         if not any(c.manifest.sequence == newest for c in complete):
             logger.error("the checkpoint just saved in %s cannot be read back; nothing older is deleted", self.root)
@@ -199,32 +199,32 @@ class CheckpointStore:
                 self._delete(checkpoint.path)
 
     def _delete(self, path: Path) -> None:
-        """First out of sight, so that a crash leaves no half of a checkpoint under its name."""
+        """Delete a checkpoint. It is renamed first, so that a crash leaves no partial checkpoint under its name."""
         hidden = self.root / durable.owned_name("del", path.name)
         try:
             os.rename(path, hidden)
         except OSError as error:
-            logger.warning("%s could not be deleted and takes up space: %s", path, error)
+            logger.warning("%s could not be deleted and still takes up space: %s", path, error)
             return
         durable.remove_tree(hidden)
 
     # --- finding
 
     def complete(self) -> list[Checkpoint]:
-        """Checkpoints in the order in which they were saved; files compared by size only. Broken ones are left out."""
+        """Complete checkpoints in the order in which they were saved. Files are compared by size only."""
         return self._scan()[0]
 
     def best(self) -> Checkpoint | None:
-        """The best of `complete` by metric, the earlier of equals; None when no metric was saved."""
+        """The best of `complete` by metric, the earliest of equals; None when no metric was saved."""
         ranked = self._ranked(self.complete())
         return ranked[0] if ranked else None
 
     def find(self, which: str | Path) -> Checkpoint:
         """A complete checkpoint, every file compared with its hash.
 
-        which: "latest" (saved last, whatever its step), "best", or a path, or a name in the store.
-        Broken ones are passed over with a warning, but not if asked for by path. Raises NoCheckpointError
-        when there is none of any kind, else CheckpointError.
+        which: "latest" (saved last, whatever its step), "best", a path, or a name in the store.
+        Broken checkpoints are skipped with a warning, unless one is asked for by path. Raises NoCheckpointError
+        when there is no checkpoint at all, not even a broken one, else CheckpointError.
         """
         if which not in ("latest", "best"):
             return self._find_path(Path(expand(str(which))))
@@ -263,13 +263,13 @@ class CheckpointStore:
         except PermissionError as error:
             raise CheckpointError(f"no permission to read the checkpoint {path}") from error
         if inside and not (path / MANIFEST_FILE).exists():
-            raise CheckpointError(f"{path} holds checkpoints but is none; give one of them: {', '.join(inside)}")
+            raise CheckpointError(f"{path} holds checkpoints but is not one; give one of them: {', '.join(inside)}")
         checkpoint = self._read(path)
         checkpoint.verify()
         return checkpoint
 
     def _scan(self) -> tuple[list[Checkpoint], list[str]]:
-        """(complete checkpoints by sequence, what is wrong with the others); sizes only."""
+        """(complete checkpoints by sequence, what is wrong with the others); compares sizes only."""
         complete, defects = [], []
         for path in self._folders():
             try:
@@ -280,13 +280,13 @@ class CheckpointStore:
         return sorted(complete, key=lambda c: (c.manifest.sequence, c.step)), defects
 
     def _folders(self) -> list[Path]:
-        """Whatever has the name of a checkpoint."""
+        """All folders with the name of a checkpoint."""
         try:
             return sorted(path for path in self.root.iterdir() if _NAME.fullmatch(path.name))
         except FileNotFoundError:
             return []
         except NotADirectoryError as error:
-            raise CheckpointError(f"{self.root} is a file; checkpoints lie in a folder") from error
+            raise CheckpointError(f"{self.root} is a file; checkpoints need a folder") from error
         except OSError as error:
             raise CheckpointError(f"the checkpoints in {self.root} cannot be listed: {error}") from error
 
@@ -301,7 +301,7 @@ class CheckpointStore:
         return Checkpoint(path=path, manifest=manifest)
 
     def _ranked(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-        """Those with the metric, best first; of equals the one saved earlier, a displaced one last."""
+        """Checkpoints with the metric, best first; of equals the earlier one first, a displaced one last."""
         sign = -1.0 if self.higher_is_better else 1.0
         measured = [
             (sign * c.metric, _displaced(c, checkpoints), c.manifest.sequence, c)
@@ -313,9 +313,9 @@ class CheckpointStore:
     def _pass_over(self, defect: str) -> None:
         if defect not in self._warned:
             self._warned.add(defect)
-            logger.warning("passing over a checkpoint: %s", defect)
+            logger.warning("skipping a checkpoint: %s", defect)
 
 
 def _displaced(checkpoint: Checkpoint, among: Sequence[Checkpoint]) -> bool:
-    """Whether its step was saved again later."""
+    """Whether the checkpoint's step was saved again later."""
     return any(c.step == checkpoint.step and c.manifest.sequence > checkpoint.manifest.sequence for c in among)

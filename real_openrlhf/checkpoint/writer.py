@@ -1,4 +1,5 @@
-"""One save in progress: files go into a temporary folder, which becomes a checkpoint at `commit` or vanishes."""
+"""One save in progress: files are written into a temporary folder, which becomes a checkpoint at `commit`, else is
+removed."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ class CheckpointWriter:
         except CheckpointWriteError:
             ...  # logged already; the run goes on without this checkpoint
 
-    Any exception inside the block, a full disk among them, removes the temporary folder, is logged as an
-    error, and comes out as CheckpointWriteError; KeyboardInterrupt and SystemExit come out as they are.
+    After any exception inside the block, such as a full disk, the temporary folder is removed, the error is logged, and
+    CheckpointWriteError is raised; KeyboardInterrupt and SystemExit are raised unchanged.
     """
 
     def __init__(self, path: Path, step: int, install: Callable[[CheckpointWriter, float | None], Checkpoint]) -> None:
@@ -41,33 +42,33 @@ class CheckpointWriter:
         self._closed = ""
 
     def write_json(self, name: str, content: Any) -> None:
-        """A new file `name` (may hold slashes). Tuples come back as lists, keys as strings."""
+        """Write a new file `name` (may have slashes). Tuples are read back as lists, keys as strings."""
         with self._guard():
             self._write(name, (json.dumps(content, indent=1) + "\n").encode())
 
     def write_torch(self, name: str, state: Any) -> None:
-        """A new file `name` of tensors, numbers, strings, lists, dicts: what `weights_only` loading allows.
+        """Write a new file `name` of tensors, numbers, strings, lists, dicts: what `weights_only` loading allows.
 
-        The state is held in memory once more; large shards belong into `path` directly.
+        This makes a copy of the state in memory; write large shards into `path` directly.
         """
         import torch
 
         with self._guard():
             buffer = io.BytesIO()
             torch.save(state, buffer)
-            # What cannot be read back must fail now, not after the crash.
+            # If it cannot be read back, that must fail now, not at a resume.
             torch.load(io.BytesIO(buffer.getbuffer()), weights_only=True, map_location="cpu")
             self._write(name, buffer.getvalue())
 
     def commit(self, metric: float | None = None) -> Checkpoint:
-        """Make it a checkpoint: fsync, manifest, rename, then rotation. NaN counts as no metric."""
+        """Make the folder a checkpoint: fsync, manifest, rename, then rotation. NaN counts as no metric."""
         with self._guard():
             checkpoint = self._install(self, metric)
         self._closed = "committed"
         return checkpoint
 
     def abort(self) -> None:
-        """Remove the temporary folder; nothing after a commit or another abort."""
+        """Remove the temporary folder; does nothing after a commit or another abort."""
         if not self._closed:
             self._closed = "aborted"
             remove_tree(self.path)
@@ -83,7 +84,7 @@ class CheckpointWriter:
                 logger.warning("the checkpoint of step %d was neither committed nor aborted: aborted", self.step)
             self.abort()
         elif self._closed:
-            return  # failed inside of a method, which has dealt with it; or after the commit
+            return  # the error came from a method, which has handled it; or it came after the commit
         else:
             with self._guard():
                 raise error
@@ -95,7 +96,7 @@ class CheckpointWriter:
         try:
             yield
         except Exception as error:
-            room = self._room()  # before the clean-up makes some
+            room = self._room()  # asked before the clean-up frees space
             self.abort()
             if not isinstance(error, CheckpointWriteError):
                 message = f"the checkpoint of step {self.step} was not saved: {type(error).__name__}: {error}{room}"
@@ -111,7 +112,7 @@ class CheckpointWriter:
             raise
 
     def _room(self) -> str:
-        """torch reports a full disk as "unexpected pos"; so say what is left."""
+        """How much space is left, in words: torch reports a full disk only as "unexpected pos"."""
         try:
             return f" ({shutil.disk_usage(self.path.parent).free / MIB:.0f} MiB were free on that disk)"
         except OSError:

@@ -1,4 +1,4 @@
-"""A file that is replaced as a whole or not at all."""
+"""Writes files atomically: the new file replaces the old one completely, or not at all."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from real_openrlhf.common.durable import fsync_file
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; at the end of the block it takes the file's place.
+    """Yield a temporary path in the same folder to write to; at the end of the block it takes the file's place.
 
-    An exception in the block leaves the old file as it was. OSError where the folder cannot be written.
+    An exception in the block leaves the old file as it was. OSError if the folder cannot be written.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -27,6 +27,6 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """UTF-8, whole or not at all."""
+    """Write text as UTF-8, completely or not at all."""
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")

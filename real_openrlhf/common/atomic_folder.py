@@ -1,4 +1,4 @@
-"""A folder that is replaced as a whole or not at all."""
+"""Writes folders atomically: the new folder replaces the old one completely, or not at all."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def atomic_folder(target: str | Path) -> Iterator[Path]:
-    """Yield an empty folder beside `target`; at the end of the block it takes the target's place.
+    """Yield an empty folder next to `target`; at the end of the block it takes the target's place.
 
-    Where the file system can swap two folders in one step (Linux, local disks), `target` exists throughout.
-    Elsewhere it is missing between two renames; if the process dies just there, the next `atomic_folder` or
-    `repair_folder` brings the old one back. An exception in the block leaves the old folder as it was and
-    comes out as it is. Raises FolderError if the target is a file or cannot be written beside.
+    Where the file system can swap two folders in one step (Linux, local disks), `target` exists all the time.
+    Elsewhere it is missing between two renames; if the process dies just then, the next `atomic_folder` or
+    `repair_folder` brings the old one back. An exception in the block leaves the old folder as it was and is
+    raised unchanged. Raises FolderError if the target is a file, or if its parent folder cannot be written.
     """
     target = _resolved(target)
     repair_folder(target)
@@ -49,7 +49,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
 
 
 def replace_folder(source: str | Path, target: str | Path) -> None:
-    """Put a finished folder in the target's place, on the same file system; with the promises of `atomic_folder`."""
+    """Put a finished folder in the target's place, with the promises of `atomic_folder`. Both on one file system."""
     source, target = Path(source), _resolved(target)
     repair_folder(target)
     durable.fsync_tree(source)
@@ -60,7 +60,7 @@ def replace_folder(source: str | Path, target: str | Path) -> None:
 
 
 def repair_folder(target: str | Path) -> None:
-    """Undo what a process left that died while replacing `target`. Programs that read it may call this first."""
+    """Clean up after a process that died while replacing `target`. Programs that read it may call this first."""
     target = _resolved(target)
     if not target.parent.is_dir():
         return
@@ -74,14 +74,14 @@ def repair_folder(target: str | Path) -> None:
             durable.fsync_folder(target.parent)
         stale = [*displaced, *durable.leftovers(target.parent, ("tmp",), target.name)]
     except OSError as error:
-        raise FolderError(f"{target} cannot be put in order: {error}") from error
+        raise FolderError(f"{target} cannot be repaired: {error}") from error
     for path in stale:
-        logger.info("removing %s, left by a process that ended in the middle of it", path)
+        logger.info("removing %s, left by a process that ended while writing it", path)
         durable.remove_tree(path)
 
 
 def _resolved(target: str | Path) -> Path:
-    """A link is followed: what it points to is replaced, and it stays."""
+    """The target of a link: that folder is replaced, the link stays."""
     path = Path(expand(str(target))).resolve()
     if path.exists() and not path.is_dir():
         raise FolderError(f"{path} is a file; give a folder")
@@ -89,7 +89,7 @@ def _resolved(target: str | Path) -> Path:
 
 
 def _swap_in(temporary: Path, target: Path) -> Path | None:
-    """Returns where the old folder is now; None when there was none."""
+    """Put `temporary` in the place of `target`. Returns where the old folder is now; None when there was none."""
     if not target.exists():
         os.rename(temporary, target)
         return None

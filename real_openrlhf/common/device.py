@@ -1,8 +1,8 @@
-"""Decides cpu/gloo/fp32 or cuda/nccl/bf16. Nothing else in the package asks which it is.
+"""Decides cpu/gloo/fp32 or cuda/nccl/bf16. All other code takes the decision from here.
 
-The driver resolves one `Device` and hands it to every actor (it is frozen and picklable). What
-depends on the machine, such as its cores, is computed where it is asked for: call `engine_env`,
-`trainer_env`, `current` and `memory_stats` in the actor's own process.
+The driver resolves one `Device` and gives it to every actor (it is frozen and picklable). Values that depend on the
+machine, such as its number of cores, are computed in the process that calls: call `engine_env`, `trainer_env`,
+`current` and `memory_stats` in the actor's own process.
 """
 
 from __future__ import annotations
@@ -26,51 +26,52 @@ _TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _VLLM_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 # Mean |engine log-prob - policy log-prob| per token, right after a weight sync, above which the
-# weights count as not synced. fp32: the two implementations differ by about 1e-5 in the mean;
+# weights count as not synced. fp32: the two implementations differ by about 1e-5 on average;
 # a single stale matrix (a tied head) gives 0.08 and more. bf16 keeps 8 bits of mantissa: between two
-# implementations, or a packed row and its separate rows, 0.03 to 0.06 per token were seen with honest weights, output
-# layers in fp32 (tests/gpu/results/h100). Dummy or stale weights differ by nats.
+# implementations, or a packed row and its separate rows, 0.03 to 0.06 per token were seen with correct weights and
+# output layers in fp32 (tests/gpu/results/h100). Dummy or stale weights differ by whole nats.
 SYNC_TOLERANCE = {"fp32": 1e-3, "bf16": 0.2}
 
-# Rewards of a group that lie closer together than this count as equal (--real.tolerance). In bf16, log p(y) of one text
-# differs by 0.03 to 0.06 between two honest computations, so the rewards of rollouts that agree spread over about 0.1;
-# divided by their own standard deviation, that noise would become advantages of +-1.
+# Rewards of a group that differ by less than this count as equal (--real.tolerance). In bf16, log p(y) of one text
+# differs by 0.03 to 0.06 between two correct computations, so rewards that should be equal spread over about 0.1.
+# Divided by its own standard deviation, that noise would become advantages of +-1.
 REWARD_TOLERANCE = {"fp32": 1e-6, "bf16": 0.1}
 
-# vLLM 0.29 takes 256 sequences at a time on most cards, which leaves an A100 idle, and 1,024 on others from 70 GiB on.
+# Sequences that an engine runs at a time on a GPU. vLLM 0.29's default is 256 on most cards, too few for an A100, and
+# 1,024 on others from 70 GiB on.
 GPU_SEQUENCES = 512
 GPU_BATCHED_TOKENS = 8192
 
-# GiB of KV cache per engine on a CPU: some 90,000 tokens of a 135M-parameter model in fp32, so that 256 requests of a
-# few hundred tokens run at once and none is preempted and computed again.
+# GiB of KV cache per engine on a CPU: some 90,000 tokens of a 135M-parameter model in fp32. So 256 requests of a few
+# hundred tokens run at once, and none is preempted and computed again.
 CPU_KVCACHE_GIB = "4"
-# Tokens of one forward pass of an engine on a CPU: vLLM's default there.
+# Most tokens in one forward pass of an engine on a CPU: vLLM's default there.
 CPU_BATCHED_TOKENS = 4096
 
-# Tokens of one KV cache block of an engine on a CPU. Whole blocks of a prompt are shared by its rollouts; what is left
-# over is computed once per rollout, and vLLM's blocks there hold 128.
+# Tokens per KV cache block of an engine on a CPU. A prompt's rollouts share its full blocks; the rest of the prompt is
+# computed once per rollout. vLLM's default there, 128, leaves a longer rest.
 CPU_BLOCK_TOKENS = 32
 
-# Memory of a training rank or an engine on a CPU stays with the process: large blocks come from glibc's heap, which is
-# not trimmed, and lie in huge pages where the kernel has some. To map the pages of a fresh activation costs more than
-# an element-wise operation that writes it, and a step makes hundreds. glibc reads these when a process starts.
+# With these, the process of a training rank or an engine on a CPU keeps its memory: large blocks come from glibc's
+# heap, which is not trimmed, in huge pages where the kernel has some. Mapping the pages of a fresh activation costs
+# more than an element-wise operation that writes it, and a step has hundreds. glibc reads these when a process starts.
 CPU_ALLOCATOR_ENV = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
     "MALLOC_TOP_PAD_": str(64 * 2**20),
     "THP_MEM_ALLOC_ENABLE": "1",
 }
-# A thread that waits for the others of a parallel region soon sleeps: spinning, it would keep the one that it waits for
-# from a core that other work has taken.
+# Threads that wait for the others of a parallel region soon sleep. Spinning threads would keep the core from the thread
+# they wait for, if other programs use the remaining cores.
 CPU_PROCESS_ENV = {"GOMP_SPINCOUNT": SPINS, **CPU_ALLOCATOR_ENV}
 
 
-# A weight sync for which it is not known yet whether every engine worker shares its GPU with a rank of the policy.
+# Sync backend when it is not known yet whether every engine worker shares its GPU with a policy rank.
 IPC_ELSE_GLOO = "ipc_else_gloo"
 
 
 class DeviceError(ValueError):
-    """The requested device or dtype does not exist here."""
+    """The requested device or dtype is not available."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ class Device:
     """One of the two stacks the package runs on.
 
     name        "cpu" or "cuda"
-    dtype_name  "fp32" or "bf16": of the forward pass, of the engines and of weights in transit
+    dtype_name  "fp32" or "bf16": of the forward pass, of the engines and of weights that are sent
     """
 
     name: str
@@ -94,11 +95,11 @@ class Device:
     def resolve(cls, requested: str = "auto", param_dtype: str = "auto", cluster_gpus: int | None = None) -> Device:
         """From flags: requested "auto", "cpu" or "cuda"; param_dtype "auto", "fp32" or "bf16".
 
-        cluster_gpus: GPUs of the Ray cluster, where one is joined or about to be started. It then
-        decides instead of this process's own GPUs: the driver often sits on a head node without any.
+        cluster_gpus: number of GPUs of the Ray cluster, if one is joined or about to be started. They then
+        count instead of this process's own GPUs, since the driver often runs on a head node without any.
 
-        Raises DeviceError for unknown names, for "cuda" where there is none, and for GPUs of this process that torch
-        cannot use, or not in this dtype; those of other nodes are looked at by `check_card`, there.
+        Raises DeviceError for unknown names, for "cuda" without GPUs, and for GPUs of this process that torch cannot
+        use, or not in this dtype. GPUs of other nodes are checked there, by `check_card`.
         """
         if requested not in ("auto", "cpu", "cuda"):
             raise DeviceError(f"device must be 'auto', 'cpu' or 'cuda', got {requested!r}")
@@ -121,7 +122,7 @@ class Device:
             logger.warning("bf16 on a CPU without AVX512-BF16 is about ten times slower than fp32")
         return cls(name=name, dtype_name=dtype)
 
-    # -- names by which libraries know the choice ------------------------------------------------
+    # -- the choice in the words of other libraries ----------------------------------------------
 
     @property
     def is_cuda(self) -> bool:
@@ -141,7 +142,7 @@ class Device:
 
     @property
     def attn_implementation(self) -> str:
-        """The default; flash attention where its CUDA kernels load. It has no fp32 kernels."""
+        """The default: flash attention if its CUDA kernels can be loaded. It has none for fp32."""
         usable = self.is_cuda and self.dtype_name == "bf16" and flash_attn_available()
         return "flash_attention_2" if usable else "sdpa"
 
@@ -170,19 +171,19 @@ class Device:
             raise DeviceError(found)
 
     def set_local_rank(self, local_rank: int) -> None:
-        """Choose this process's GPU; nothing to choose on a CPU."""
+        """Select this process's GPU; does nothing on a CPU."""
         if self.is_cuda:
             torch.cuda.set_device(local_rank)
 
     def trainer_threads(self, ranks_on_node: int) -> int:
-        """Threads of torch in a training rank: its share of the cores on a CPU, else what torch has."""
+        """Number of torch threads in a training rank: on a CPU its share of the cores, else torch's own number."""
         return torch.get_num_threads() if self.is_cuda else max(1, len(_cores()) // ranks_on_node)
 
     def logits_mb(self) -> int:
         """Default of --real.logits_mb: a tenth of this process's GPU, 1 GiB on a CPU.
 
-        An eighth of it is a chunk of the output layer, and what it cannot keep is computed twice. On an H100, 8,192
-        rows of 151,936 logits took 127 ms with 1 GiB, 62 with 4, 45 with 16 (tests/gpu/results/h100).
+        A chunk of the output layer takes an eighth of it; what does not fit is computed again in the backward pass. On
+        an H100, 8,192 rows of 151,936 logits took 127 ms with 1 GiB, 62 with 4, 45 with 16 (tests/gpu/results/h100).
         """
         return torch.cuda.get_device_properties(self.current()).total_memory // 10 // 2**20 if self.is_cuda else 1024
 
@@ -195,16 +196,16 @@ class Device:
             torch.cuda.empty_cache()
 
     def rng_state(self) -> torch.Tensor | None:
-        """State of the GPU's generator of random numbers; None on a CPU, whose generator is torch's own."""
+        """State of the GPU's random number generator; None on a CPU, where torch's own generator is used."""
         return torch.cuda.get_rng_state() if self.is_cuda else None
 
     def set_rng_state(self, state: torch.Tensor | None) -> None:
-        """The inverse. A state of the other kind of device is left alone."""
+        """Restore what `rng_state` returned. A state from the other kind of device is ignored."""
         if self.is_cuda and state is not None:
             torch.cuda.set_rng_state(state)
 
     def memory_stats(self) -> dict[str, int]:
-        """{"peak_bytes"}: most that torch ever held on the GPU, or the process's highest RSS."""
+        """{"peak_bytes": ...}: the most that torch ever held on the GPU, or the process's highest RSS."""
         if self.is_cuda:
             return {"peak_bytes": int(torch.cuda.max_memory_allocated())}
         return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
@@ -212,20 +213,20 @@ class Device:
     # -- Ray -------------------------------------------------------------------------------------
 
     def bundle(self) -> dict[str, float]:
-        """What one actor (one rank, one engine worker) occupies in a placement group."""
+        """The resources of one actor (one rank, one engine worker) in a placement group."""
         return {"GPU": 1, "CPU": 1} if self.is_cuda else {"CPU": 1}
 
     def sync_backend(self, requested: str = "auto", *, colocated: bool, one_host: bool) -> str:
-        """Of the weight sync.
+        """The backend of the weight sync.
 
-        requested: a backend or "auto" (--sync.backend). one_host: policy rank 0 and all engine workers are on one.
-        auto on CPUs: "shared_memory" on one host, else "gloo". On GPUs: "nccl"; colocated, where NCCL refuses two
-        processes of one group on the same GPU, IPC_ELSE_GLOO: `RayWeightSync`, which knows the GPUs, takes "ipc" if
+        requested: a backend or "auto" (--sync.backend). one_host: policy rank 0 and all engine workers are on one host.
+        auto on CPUs: "shared_memory" on one host, else "gloo". On GPUs: "nccl". Colocated, NCCL refuses two processes
+        of one group on the same GPU, so auto is IPC_ELSE_GLOO: `RayWeightSync`, which knows the GPUs, takes "ipc" if
         every engine worker is on the GPU of a policy rank, else "gloo", through CPU memory.
-        vLLM's own engine for colocated GPUs (also called ipc) is not used. It loads layer by layer, and says that of
-        tied weights it processes only one layer's: a stale head is what the agreement check is there to find.
+        vLLM's own transfer for colocated GPUs (also called ipc) is not used. It loads layer by layer and, as it says
+        itself, processes only one layer of tied weights, which would leave a stale head.
 
-        Raises DeviceError for shared memory between hosts; config.validate has refused NCCL where it cannot be.
+        Raises DeviceError for shared memory between hosts; config.validate has refused NCCL where it cannot work.
         """
         if requested == "auto":
             if not self.is_cuda:
@@ -239,22 +240,22 @@ class Device:
         return requested
 
     def actor_options(self, share: float = 1.0) -> dict[str, Any]:
-        """Options of one Ray actor; share < 1 lets several actors live on one bundle."""
+        """Options of one Ray actor; with share < 1, several actors can run on one bundle."""
         if not 0 < share <= 1:
-            raise DeviceError(f"the share of a bundle must lie in (0, 1], got {share}")
+            raise DeviceError(f"the share of a bundle must be above 0 and at most 1, got {share}")
         return {"num_cpus": share, "num_gpus": share if self.is_cuda else 0}
 
     # -- environment variables -------------------------------------------------------------------
 
     def engine_env(self, tensor_parallel_size: int = 1) -> dict[str, str]:
-        """For a process about to start vLLM. What the environment already sets is kept as it is."""
+        """Environment variables for a process that will start vLLM. Variables that are already set stay as they are."""
         env = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
         if self.is_cuda:
-            # FlashInfer compiles its sampler at every start, for which it needs nvcc.
+            # FlashInfer compiles its sampler at every start and needs nvcc for that.
             env["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
         else:
             env |= {
-                # vLLM's default leaves one core out; on two cores that is half the machine.
+                # vLLM's default leaves out one core; on two cores that is half the machine.
                 "VLLM_CPU_OMP_THREADS_BIND": "|".join(_split_cores(tensor_parallel_size)),
                 "VLLM_CPU_KVCACHE_SPACE": CPU_KVCACHE_GIB,
                 # Saves two inductor compilations of the sampler at every start.
@@ -271,21 +272,21 @@ class Device:
         max_num_batched_tokens: int | None = None,
         fp32_head: bool = True,
     ) -> dict[str, Any]:
-        """vLLM engine arguments that depend on the device; None: its default.
+        """vLLM engine arguments that depend on the device; None: vLLM's default.
 
-        fp32_head: in bf16, logits are products with sums in fp32 that are not rounded, as the policy's are
+        fp32_head: logits of a bf16 model are summed in fp32 and not rounded, as the policy's are
         (`LogprobHead`). vLLM reads head_dtype in model_executor/layers/logits_processor.py; the
-        weight stays the model's own, so that a sync loads it as ever.
+        weight itself does not change, so that a sync loads it as usual.
 
-        On CPU a seeded request must never have its prompt cut into chunks: vLLM 0.29 takes back the
-        sample drawn for an unfinished chunk by Generator.set_offset (gpu_model_runner.py), which CPU
-        generators do not have, and the engine dies of it.
+        On CPU, the prompt of a seeded request must never be cut into chunks: vLLM 0.29 takes back the
+        sample drawn for an unfinished chunk by Generator.set_offset (gpu_model_runner.py). CPU
+        generators do not have that method, and the engine dies.
         """
         options: dict[str, Any] = {}
         if self.dtype_name == "bf16" and fp32_head:
             options["hf_overrides"] = {"head_dtype": "float32"}
         if self.is_cuda:
-            # vLLM wants room for a token of every sequence.
+            # vLLM needs room for at least one token of every sequence.
             sequences = max_num_seqs or min(GPU_SEQUENCES, max_num_batched_tokens or GPU_SEQUENCES)
             tokens = max_num_batched_tokens or max(GPU_BATCHED_TOKENS, sequences)
             return options | {"max_num_seqs": sequences, "max_num_batched_tokens": tokens}
@@ -299,10 +300,11 @@ class Device:
         }
 
     def trainer_env(self, ranks_on_node: int, *, adam_offload: bool = False) -> dict[str, str]:
-        """For a training rank. Ray sets OMP_NUM_THREADS to the actor's CPUs, hence one thread.
+        """Environment variables for a training rank.
 
-        On a GPU that is enough unless DeepSpeed's CPU Adam does the updates (adam_offload): it reads the variable when
-        it is loaded. The cores are counted in the driver's process; OMP_NUM_THREADS in its environment stands there.
+        Ray sets OMP_NUM_THREADS to the actor's CPUs, which is one thread. On a GPU that is enough, unless DeepSpeed's
+        CPU Adam does the updates (adam_offload), which reads the variable when it is loaded. The cores are counted in
+        the driver's process; if OMP_NUM_THREADS is set there, that value is used.
         """
         if ranks_on_node < 1:
             raise DeviceError(f"ranks_on_node must be at least 1, got {ranks_on_node}")
@@ -314,7 +316,7 @@ class Device:
 
 
 def _look_at_cards(name: str, dtype: str) -> None:
-    """DeviceError for GPUs here that cannot do what was resolved; a warning where they are left idle."""
+    """DeviceError for GPUs here that cannot be used as resolved; a warning if they are left idle."""
     cards = local_cards()
     if name == "cpu":
         if cards:
@@ -326,7 +328,7 @@ def _look_at_cards(name: str, dtype: str) -> None:
 
 
 def flash_attn_available() -> bool:
-    """flash-attn with its compiled kernels; an installation without CUDA has an empty stand-in."""
+    """Whether flash-attn is there with its compiled kernels; without CUDA, an empty module is installed instead."""
     try:
         return hasattr(importlib.import_module("flash_attn_2_cuda"), "varlen_fwd")
     except (ImportError, OSError):
@@ -334,7 +336,7 @@ def flash_attn_available() -> bool:
 
 
 def _cores() -> list[int]:
-    """The cores this process may use; a container or Slurm may have given it a part of the host."""
+    """The cores that this process may use: in a container or under Slurm, maybe only a part of the host's."""
     return sorted(os.sched_getaffinity(0))
 
 

@@ -1,4 +1,4 @@
-"""Files and folders that outlive the process: fsync, atomic renames, and temporary names that tell their owner."""
+"""Durable files and folders: fsync, atomic renames, and temporary names that tell which process made them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 MIB = 1 << 20
-# Whether a process of another machine lives cannot be asked; a save that stands still for so long is dead.
+# Whether a process on another machine is alive cannot be asked: a save without progress for so long counts as dead.
 FOREIGN_STALE_SECONDS = 3600.0
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-# Not every file system can fsync a folder; there the rename is as durable as it gets.
+# Errors of file systems that cannot fsync a folder; there, a rename cannot be made more durable.
 _NO_FOLDER_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
@@ -36,7 +36,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def fsync_file(path: Path) -> None:
-    """Force a file that was written by anybody to the disk."""
+    """Force a file to the disk, whichever process wrote it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -55,7 +55,7 @@ def fsync_folder(path: Path) -> None:
 
 
 def fsync_tree(root: Path) -> None:
-    """Every file and folder of a tree, bottom up, `root` last."""
+    """fsync every file and folder of a tree, bottom up, `root` last."""
     for folder, _, names in os.walk(root, topdown=False, onerror=_raise):
         for name in names:
             fsync_file(Path(folder) / name)
@@ -63,7 +63,7 @@ def fsync_tree(root: Path) -> None:
 
 
 def files_of(root: Path) -> Iterator[Path]:
-    """Every file below root, sorted by path. Raises ValueError for what a copy of the folder could lose."""
+    """Every file below root, sorted by path. Raises ValueError for links and special files, which a copy could lose."""
     for folder, folders, names in os.walk(root, onerror=_raise):
         folders.sort()
         for name in sorted(folders + names):
@@ -79,22 +79,22 @@ def _raise(error: OSError) -> None:
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Swap two existing paths in one step. False, and nothing done, where the system or file system cannot."""
+    """Swap two existing paths in one step. Returns False and does nothing if the system or file system cannot."""
     try:
         renameat2 = ctypes.CDLL(None).renameat2
     except (OSError, AttributeError):
         return False
-    # Whatever the reason for a failure, plain renames are the way left, and report what is wrong with the paths.
+    # Whatever the reason for a failure, the caller then uses plain renames, which report what is wrong with the paths.
     return renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), ctypes.c_uint(_RENAME_EXCHANGE)) == 0
 
 
 class Fingerprint:
-    """sha256 of a file; of one above the limit, its first and last MiB (the size is checked beside it)."""
+    """sha256 of a file; of a large file, only of its first and last MiB (its size is checked separately)."""
 
     WHOLE, EDGES = "sha256", "sha256_first_and_last_mib"
 
     def __init__(self, whole_up_to: int = 64 * MIB) -> None:
-        """whole_up_to: bytes; larger files are not read in whole."""
+        """whole_up_to: bytes; larger files are not read completely."""
         self.whole_up_to = whole_up_to
 
     def of(self, path: Path) -> tuple[str, str]:
@@ -123,7 +123,7 @@ class Fingerprint:
 
 
 def owned_name(kind: str, name: str) -> str:
-    """A hidden name beside `name` that tells which process made it."""
+    """A hidden temporary name for `name` that tells which process made it."""
     return f".{kind}-{name}-{_host()}-{os.getpid()}-{_start_time(os.getpid())}-{secrets.token_hex(4)}"
 
 
@@ -149,7 +149,7 @@ def _alive(path: Path, host: str, pid: int, start: int) -> bool:
         return False
     except PermissionError:
         pass
-    # A number is given out again; a process is known by its number and start time.
+    # Process numbers are used again, so a process is identified by its number and its start time.
     now = _start_time(pid)
     return start == 0 or now == 0 or now == start
 
@@ -176,7 +176,7 @@ def _start_time(pid: int) -> int:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return 0
-    # The command's name stands in parentheses and may hold anything, spaces included.
+    # The command's name is in parentheses and may hold anything, spaces included.
     return int(text.rpartition(")")[2].split()[19])
 
 
@@ -188,6 +188,6 @@ def remove_tree(path: Path) -> bool:
         else:
             path.unlink(missing_ok=True)
     except OSError as error:
-        logger.warning("%s could not be removed and takes up space: %s", path, error)
+        logger.warning("%s could not be removed and still takes up space: %s", path, error)
         return False
     return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class RunError(RuntimeError):
-    """A run cannot go on, and the message says why and what to do: shown without a traceback."""
+    """A run cannot go on. The message says why and what to do, and is shown without a traceback."""
 
 
 def one_line(error: BaseException) -> str:
@@ -13,4 +13,4 @@ def one_line(error: BaseException) -> str:
 
 
 class FolderError(ValueError):
-    """A folder cannot be written or put in order; the message names it."""
+    """A folder cannot be written or repaired; the message names it."""

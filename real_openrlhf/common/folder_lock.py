@@ -1,4 +1,4 @@
-"""One writer per folder: a lock file that the kernel frees when the process ends, however it ends."""
+"""One writer per folder: a lock file whose lock the kernel releases when the process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from real_openrlhf.common.errors import FolderError
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".real_openrlhf.lock"
-# File systems without locks: the run goes on, and two writers are not found out there.
+# Errors of file systems without locks: there the run goes on, and two writers are not detected.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -27,13 +27,14 @@ class FolderInUseError(FolderError):
 
 
 class FolderLock:
-    """Held from when it is made until `release`, the end of the `with` block, or the end of the process.
+    """A lock on a folder, held from its construction until `release`, the end of the `with` block, or of the process.
 
-    folder: made if it is missing; `release` removes it again if nothing was written into it. flag: what names it, for
-    messages. file: a file in it, where that alone is written and not the whole folder.
+    folder  made if it is missing; `release` removes it again if nothing was written into it
+    flag    the flag that names the folder, for messages
+    file    lock only this file in the folder, not the whole folder
 
-    Raises FolderInUseError where another process, or another lock of this one, holds it, FolderError for a folder that
-    cannot be made or written.
+    Raises FolderInUseError if another process, or another lock of this process, holds it, and FolderError if the
+    folder cannot be made or written.
     """
 
     def __init__(self, folder: str | Path, flag: str, *, file: Path | None = None) -> None:
@@ -53,11 +54,11 @@ class FolderLock:
 
     def _acquire(self) -> None:
         if any(lock.path.resolve() == self.path.resolve() for lock in _HELD if lock._descriptor is not None):
-            # Not asked of the kernel: on NFS, to close a second descriptor would free the first one's lock.
-            raise FolderInUseError(f"{self.what} is in use: this very process writes into it; {_ADVICE}")
+            # The kernel is not asked: on NFS, closing a second descriptor would release the first one's lock.
+            raise FolderInUseError(f"{self.what} is in use: this process itself writes into it; {_ADVICE}")
         while True:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # Python's descriptors are closed in programs that this process starts; `_forget` sees to plain forks.
+            # Programs that this process starts do not inherit the descriptor; for plain forks, `_forget` closes it.
             self._descriptor = descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,11 +69,11 @@ class FolderLock:
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
-                logger.warning("%s cannot be locked: %s; see to it that one program writes there", self.what, error)
+                logger.warning("%s cannot be locked: %s; make sure only one program writes there", self.what, error)
                 return
             if _is_still(descriptor, self.path):
                 break
-            # The holder before has just removed its file.
+            # The earlier holder has just removed the lock file.
             self._close()
         me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.ftruncate(descriptor, 0)
@@ -86,7 +87,7 @@ class FolderLock:
     def release(self) -> None:
         """A second call does nothing."""
         if self._descriptor is not None:
-            # Removed while it is held: whoever opened it meanwhile sees that it is gone, and makes another.
+            # Removed while still locked: a process that opened it meanwhile sees that it is gone, and makes a new one.
             self.path.unlink(missing_ok=True)
             self._close()
         made, self._made = self._made, []
@@ -94,7 +95,7 @@ class FolderLock:
             try:
                 folder.rmdir()
             except OSError:
-                break  # something was written, or it was never made
+                break  # something was written into the folder, or it was never made
 
     def _close(self) -> None:
         if self._descriptor is not None:
@@ -102,7 +103,7 @@ class FolderLock:
             os.close(descriptor)
 
     def _forget(self) -> None:
-        """In a forked child: the lock is the parent's, and must end with it."""
+        """In a forked child: give up the inherited lock, which belongs to the parent and must end with it."""
         self._made = []
         self._close()
 
@@ -132,11 +133,11 @@ def _holder(descriptor: int) -> str:
         found = json.loads(os.pread(descriptor, 4096, 0))
         return f"process {found['pid']} on {found['host']}, since {found['since']},"
     except (OSError, ValueError, KeyError, TypeError):
-        return "another process"  # it has not written its name yet
+        return "another process"  # it has not written its number yet
 
 
 def _is_still(descriptor: int, path: Path) -> bool:
-    """Whether the open file is the one that the name stands for."""
+    """Whether the path still names the open file."""
     mine = os.fstat(descriptor)
     try:
         there = os.stat(path)

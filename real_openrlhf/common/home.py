@@ -1,7 +1,7 @@
-"""The one place where caches go that libraries keep in the home folder, where that cannot be written.
+"""Moves the caches that libraries keep in the home folder to a temporary folder, if the home folder cannot be written.
 
 DeepSpeed makes ~/.triton when it is imported, vLLM writes ~/.cache/vllm, and so on. Call `use_writable_caches` before
-they are imported, in every process that imports them: on another node the home folder is another.
+they are imported, in every process that imports them, since other nodes may have another home folder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _CACHE, _CONFIG, _DATA = ("XDG_CACHE_HOME", ".cache"), ("XDG_CONFIG_HOME", ".config"), ("XDG_DATA_HOME", ".local/share")
-# Variable -> where its library writes without it: a variable that stands for a folder at home, and what is below.
+# Environment variable -> where its library writes if it is not set: a base folder (its own variable, and its default
+# below the home folder), and a path below that.
 _PLACES = {
     "TRITON_CACHE_DIR": (("TRITON_HOME", ""), ".triton"),
     "TORCH_EXTENSIONS_DIR": (_CACHE, "torch_extensions"),
@@ -28,7 +29,7 @@ _PLACES = {
     "WANDB_CONFIG_DIR": (_CONFIG, "wandb"),
     "WANDB_DATA_DIR": (_DATA, "wandb"),
 }
-# What is downloaded may be there to be read, though nothing can be added: then only what is written goes elsewhere.
+# A Hugging Face cache that can be read but not written is still used for reading; only writes go elsewhere.
 _HUB = (_CACHE, "huggingface")
 _HUB_WRITES = {"HF_MODULES_CACHE": "modules", "HF_DATASETS_CACHE": "datasets"}
 
@@ -40,9 +41,9 @@ class HomeError(ValueError):
 
 
 def use_writable_caches(*, tell: bool = True) -> None:
-    """Point libraries to a temporary folder where their place at home cannot be written; what is set stays as it is.
+    """Set libraries' cache variables to a temporary folder where their default cannot be written. Set ones stay.
 
-    tell: warn. Raises HomeError where there is no writable temporary folder either.
+    tell: log a warning. Raises HomeError if there is no writable temporary folder either.
     """
     wanted = _wanted()
     if not wanted:
@@ -55,12 +56,12 @@ def use_writable_caches(*, tell: bool = True) -> None:
 
 
 def chosen_here() -> frozenset[str]:
-    """Variables that `use_writable_caches` set in this process; on another node they would be wrong."""
+    """Variables that `use_writable_caches` set in this process; on another node their values would be wrong."""
     return frozenset(name for name, value in _chosen.items() if os.environ.get(name) == value)
 
 
 def _wanted() -> dict[str, str]:
-    """Variable -> folder below the temporary one."""
+    """The variables that must be set -> folder below the temporary one."""
     _takes_a_file.cache_clear()
     wanted = {
         name: name.lower()
@@ -84,9 +85,9 @@ def _place(base: tuple[str, str], below: str) -> Path:
 
 
 def _writable(path: Path) -> bool:
-    """Whether the folder can be made or written; found out by a file that has no name, so that nothing is left."""
+    """Whether the folder can be made or written. Tested with a file without a name, so that nothing is left over."""
     if not path.is_absolute():
-        return False  # a user without an entry and without HOME: "~" would become a folder of that name
+        return False  # a user without a home folder: "~" would become a folder of that name
     while not path.exists():
         path = path.parent
     return _takes_a_file(path)
@@ -102,17 +103,17 @@ def _takes_a_file(folder: Path) -> bool:
 
 
 def _temporary(wanted: dict[str, str]) -> Path:
-    """This user's own folder among the temporary ones: it is found again by the next run."""
+    """This user's own temporary folder, the same in every run."""
     try:
         folder = Path(tempfile.gettempdir()) / f"real_openrlhf_{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or not _takes_a_file(folder):
-            # Somebody else's, in a folder that all may write.
+            # Another user made it, in a folder that all may write.
             folder = Path(tempfile.mkdtemp(prefix="real_openrlhf_"))
     except OSError as error:
         raise HomeError(
             f"HOME {_home()} cannot be written, nor can a temporary folder ({error.strerror or error}); set HOME or "
-            f"TMPDIR to a folder that can, or {', '.join(wanted)}"
+            f"TMPDIR to a folder that can be written, or set {', '.join(wanted)}"
         ) from error
     return folder

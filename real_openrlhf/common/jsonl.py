@@ -1,4 +1,4 @@
-"""A JSONL file in which every line is whole, also after a crash in the middle of one."""
+"""JSONL files in which every line is complete, even after a crash while one was written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class JsonLinesError(ValueError):
 
 
 class JsonLines:
-    """Appends objects. A write that fails half way is taken back and raises OSError."""
+    """Appends objects. A write that fails halfway is undone and raises OSError."""
 
     def __init__(self, path: str | Path, *, append: bool) -> None:
         self.path = Path(path)
@@ -41,7 +41,7 @@ class JsonLines:
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """Line number from 1, and the line's value; a torn last line is left out with a warning.
+    """Pairs of line number, from 1, and value. An incomplete last line is left out with a warning.
 
     Raises JsonLinesError for a line that is not JSON.
     """
@@ -51,7 +51,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
 
 
 def keep_lines(path: str | Path, keep: Callable[[int, Any], bool] = lambda number, value: True) -> None:
-    """Drop a torn last line and every line for which keep(number, value) is false. Atomic.
+    """Drop an incomplete last line, and every line for which keep(number, value) is false. Atomic.
 
     keep may raise; the file is then as it was. Raises JsonLinesError for a line that is not JSON.
     """
@@ -74,11 +74,11 @@ def keep_lines(path: str | Path, keep: Callable[[int, Any], bool] = lambda numbe
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes | None, Any]]:
-    """Number, raw line and value; a torn last line comes as None."""
+    """Number, raw line and value of each line; for an incomplete last line, raw line and value are None."""
     with open(path, "rb") as source:
         for number, line in enumerate(source, start=1):
             if not line.endswith(b"\n"):
-                logger.warning("%s: the last line was cut off and is dropped", path)
+                logger.warning("%s: the last line is incomplete and is dropped", path)
                 yield number, None, None
                 continue
             try:

@@ -1,4 +1,4 @@
 """Numbers that several folders must agree on."""
 
-# Below this share of the mean a spread is rounding noise, and a correlation of it would mean nothing.
+# A spread below this share of the mean is rounding noise, and a correlation computed from it would be meaningless.
 CONSTANT = 1e-13

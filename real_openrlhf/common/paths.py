@@ -8,15 +8,15 @@ from pathlib import Path
 
 
 def expand(text: str) -> str:
-    """A leading ~ or ~user is that home folder; anything else stays, so that hub ids and words pass through.
+    """Replace a leading ~ or ~user by that home folder. Anything else, such as a hub id, stays as it is.
 
-    A shell expands ~ in `--flag ~/x` only, neither in `--flag=~/x` nor in a file.
+    A shell expands ~ only in `--flag ~/x`, neither in `--flag=~/x` nor in a file.
     """
     return os.path.expanduser(text)
 
 
 def path_argument(text: str) -> Path:
-    """For argparse: a path, which is not blank."""
+    """For argparse: a path that is not blank."""
     return Path(text_argument(text))
 
 
@@ -28,5 +28,5 @@ def text_argument(text: str) -> str:
 
 
 def looks_like_a_path(text: str) -> bool:
-    """Whether a name that is not there was meant as a path, not as a hub id ("name" or "owner/name")."""
+    """Whether a name that does not exist was meant as a path, not as a hub id ("name" or "owner/name")."""
     return text.startswith(("/", ".", "~")) or text.count("/") > 1 or "\\" in text or text.endswith("/")

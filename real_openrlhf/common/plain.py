@@ -1,4 +1,4 @@
-"""Values as JSON can hold them."""
+"""Converts values to what JSON can hold."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-HALF_CHARACTER = "not valid Unicode: half of a surrogate pair stands alone"
+HALF_CHARACTER = "not valid Unicode: half of a surrogate pair is missing"
 
 
 class NotPlainError(ValueError):
-    """A value that JSON cannot hold. column: its dotted name."""
+    """A value that JSON cannot hold. column: the dotted name of the value's column."""
 
     def __init__(self, column: str, reason: str) -> None:
         super().__init__(reason)
@@ -23,7 +23,7 @@ class NotPlainError(ValueError):
 def plain(value: Any) -> Any:
     """NaN and infinities become None, dates ISO text, decimals and UUIDs text, numpy's numbers and arrays Python's.
 
-    Raises NotPlainError for bytes, half characters, values nested too deeply, and whatever else JSON has no form for.
+    Raises NotPlainError for bytes, half characters, values nested too deeply, and other values that JSON cannot hold.
     """
     if not isinstance(value, Mapping):
         return _whole(value, "")
@@ -58,7 +58,7 @@ def _plain(value: Any, column: str) -> Any:
 
 
 def has_half_character(text: str) -> bool:
-    """Whether half of a surrogate pair stands alone in it, as JSON's escapes may spell it: no encoding can write it."""
+    """Whether the text has half of a surrogate pair alone: JSON's escapes can spell it, no encoding can write it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -15,11 +15,11 @@ class BatchPlan:
 
     n_prompts            training prompts
     ranks                policy ranks
-    prompts_per_step, samples_per_step
+    prompts_per_step, samples_per_step     prompts and rollouts of a step
     samples_per_update   rollouts per optimizer update, over all ranks
-    updates_per_epoch, updates_per_step
+    updates_per_epoch, updates_per_step    optimizer updates per pass over a step's rollouts, and in all
     samples_per_rank     rollouts per update and rank
-    steps_by_data        steps that the prompts last for; fewer where dynamic sampling refills
+    steps_by_data        for how many steps the prompts last; fewer if dynamic sampling refills
     total_steps          the same, or --train.max_steps if that is smaller
     total_updates        optimizer updates of the whole run, for the learning-rate schedule
     at_most              refilling makes the number of steps an upper bound
@@ -45,10 +45,10 @@ def updates_per_step(config: Config) -> int:
 
 
 def resolve_ratio(config: Config) -> Ratio:
-    """--real.ratio as the loss takes it.
+    """--real.ratio in the loss's terms.
 
-    A single update per batch is on-policy, unless clip is asked for, or the batch was sampled one version ahead:
-    then the ratio is clipped, or truncated importance weights (is_correction_level) stand in for it.
+    A single update per batch is on-policy, unless clip is asked for, or the batch was sampled by weights that are one
+    version old: then the ratio is clipped, or truncated importance weights (is_correction_level) replace it.
     """
     if config.real.ratio == "clip":
         return "clip"
@@ -60,7 +60,7 @@ def resolve_ratio(config: Config) -> Ratio:
 def batch_plan(config: Config, n_prompts: int) -> BatchPlan:
     """Raises ConfigError when the prompts do not fill a single step. The configuration must be valid."""
     episodes, prompts = config.train.num_episodes, config.rollout.batch_size
-    # The prompt stream runs on from one episode into the next; the last, short batch is left out.
+    # The prompt stream continues from one episode into the next; only the last, incomplete batch is left out.
     by_data = n_prompts * episodes // prompts
     if by_data == 0:
         name = "train" if config.supervised else "rollout"

@@ -1,4 +1,4 @@
-"""From a command line to a resolved configuration: defaults < preset < --config FILE < flags."""
+"""Turns a command line into a resolved configuration: defaults < preset < --config FILE < flags."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _EPILOG = (
 
 
 class _BoolAction(argparse.BooleanOptionalAction):
-    """--x, --no-x, and --x true|false as scripts write it."""
+    """--x, --no-x, and --x true|false, as some scripts write it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -95,7 +95,7 @@ def _add(group: Any, item: Flag, default: Any, shows: bool) -> None:
         group.add_argument(f"--{item.name}", action=_BoolAction, metavar="BOOL", help=text)
         return
     metavar = item.metavar or {int: "N", float: "X", str: "TEXT"}[item.kind]
-    # "+" also for pairs: the message about their number is then ours.
+    # "+" for pairs too, so that the message about a wrong number of values is ours.
     group.add_argument(f"--{item.name}", metavar=metavar, nargs="+" if item.many else None, help=text)
 
 
@@ -137,7 +137,7 @@ def resolve(explicit: dict[str, Any], from_file: dict[str, Any] | None = None, *
         chosen = warmup_values(chosen)
     preset = preset_values(chosen.get("real.preset", DEFAULT_PRESET))
     if chosen.get("real.keep_groups") == "all":
-        # Without dynamic sampling nothing is refilled; only an explicit wish for both is a contradiction.
+        # Without dynamic sampling nothing is refilled; only asking for both explicitly is a contradiction.
         chosen.setdefault("real.refill", False)
     values = {**preset, **chosen}
     overridden = [name for name, value in preset.items() if values[name] != value]
@@ -154,7 +154,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     content = _parse_yaml(text, path) if path.suffix in (".yaml", ".yml") else _parse_json(text, path)
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigError(f"--config: {path} must hold one mapping of flags to values")
-    # Files written by a run record what was overridden; that is worked out anew.
+    # Files written by a run record what was overridden; here that is determined again.
     content.pop("overridden", None)
     return values_of_mapping(content, source=f"--config {path}")
 
@@ -172,7 +172,7 @@ def _parse_json(text: str, path: Path) -> Any:
         return json.loads(text, object_pairs_hook=no_duplicates)
     except ConfigError:
         raise
-    except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits is a ValueError too
         raise ConfigError(f"--config: {path} is not JSON: {error}") from None
 
 
@@ -202,7 +202,7 @@ def _without_value(error: argparse.ArgumentError) -> str:
 
 
 def _explain(rest: Sequence[str], argv: Sequence[str]) -> str:
-    """What is wrong with the arguments that the parser left over."""
+    """A message about the arguments that the parser did not recognise."""
     unknown = [text.partition("=")[0] for text in rest if text.startswith("-") and not text[1:2].isdigit()]
     if not unknown:
         before = argv[: list(argv).index(rest[0])]

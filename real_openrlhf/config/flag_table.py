@@ -1,4 +1,7 @@
-"""All flags of train_real as Markdown: `python -m real_openrlhf.config.flag_table`; config/README.md holds it."""
+"""Prints all flags of train_real as a Markdown table: `python -m real_openrlhf.config.flag_table`.
+
+config/README.md holds its output.
+"""
 
 from __future__ import annotations
 

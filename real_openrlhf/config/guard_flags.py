@@ -7,17 +7,17 @@ from typing import ClassVar
 
 from real_openrlhf.config.flags import Section, flag
 
-# Name of a watch -> what it sees go wrong. `controller.guards` has one rule for each.
+# Name of a watch -> the fault that it looks for. `controller.guards` has one rule for each.
 WATCHES = {
     "mass": "the score distribution leaves the scale",
     "reward": "the reward falls",
     "evaluation": "held-out prompts are judged worse than at the start",
     "scores": "E[score] is nearly the same for everything",
-    "length": "feedback runs into its bound, or there is none",
-    "entropy": "nothing explores any more",
-    "terms": "one term's gradient drowns the other",
+    "length": "responses are truncated, or there is no feedback",
+    "entropy": "rollouts do not explore any more",
+    "terms": "one term's gradient is much larger than the other's",
 }
-# A lopsided gradient is a cause, not yet a damage: it warns.
+# An imbalance of the gradients may cause damage but is not damage itself: it only warns.
 STOPPING = tuple(name for name in WATCHES if name != "terms")
 
 
@@ -25,26 +25,22 @@ STOPPING = tuple(name for name in WATCHES if name != "terms")
 class GuardConfig(Section):
     prefix: ClassVar[str] = "guard"
     stop: tuple[str, ...] = flag(STOPPING, "watches that may stop the run, or none", choices=(*WATCHES, "none"))
-    window: int = flag(
-        10, "steps of a moving average; the first so many are the start that later ones are held to", ge=1
-    )
+    window: int = flag(10, "steps of a moving average, which is compared with that of the first so many steps", ge=1)
     warn_steps: int = flag(10, "warn when a watch has seen the same fault this many steps in a row", ge=1)
-    stop_steps: int = flag(50, "stop when it has seen it this many steps in a row", ge=1)
-    stop_evaluations: int = flag(3, "the same for what evaluations show; the first one warns", ge=1)
-    mass_drop: float | None = flag(
-        0.05, "mass: fault when the mean mass lies this far below its start; none: off", gt=0
-    )
+    stop_steps: int = flag(50, "stop when a watch has seen the same fault this many steps in a row", ge=1)
+    stop_evaluations: int = flag(3, "the same for faults in evaluations, of which the first warns", ge=1)
+    mass_drop: float | None = flag(0.05, "mass: fault when the mean mass is this far below its start; none: off", gt=0)
     reward_errors: float | None = flag(
-        3.0, "reward: fault when its average lies so many standard errors below its start; none: off", gt=0
+        3.0, "reward: fault when its average is so many standard errors below its start; none: off", gt=0
     )
     evaluation: bool = flag(
-        True, "evaluation: fault when reward or Pearson lie below the start's by more than their paired interval"
+        True, "evaluation: fault when reward or Pearson are below the start's, with the whole paired interval"
     )
     min_spread: float | None = flag(
         0.02, "scores: fault when the standard deviation of E[score] is below this share of the scale; none: off", gt=0
     )
     max_truncated: float | None = flag(
-        0.5, "length: fault when more than this share of the responses is cut off; none: off", gt=0
+        0.5, "length: fault when more than this share of the responses is truncated; none: off", gt=0
     )
     min_cot: float | None = flag(1.0, "length: fault when feedback has fewer tokens on average; none: off", gt=0)
     min_entropy: float | None = flag(0.1, "entropy: fault when it is below this share of its start; none: off", gt=0)

@@ -1,4 +1,4 @@
-"""The one adapter from `Config` to the nested arguments that OpenRLHF's classes read."""
+"""Converts `Config` to the nested arguments that OpenRLHF's classes read. This is done nowhere else."""
 
 from __future__ import annotations
 
@@ -97,15 +97,15 @@ _OPENRLHF_DEFAULTS: dict[str, Any] = {
     "use_ms": False,
     "local_rank": -1,
 }
-# Sections of `Config` that OpenRLHF does not know.
+# Sections of `Config` that OpenRLHF does not have.
 _OURS = ("real.", "sync.", "ray.")
 
 
 def to_openrlhf_args(config: Config, *, device_dtype: str, attn: str, sync_backend: str = "nccl") -> SimpleNamespace:
-    """The namespace of openrlhf.cli.train_ppo_ray, with what "auto" and None stand for filled in.
+    """The namespace of openrlhf.cli.train_ppo_ray, with "auto" and None replaced by their values.
 
     device_dtype: "fp32" or "bf16"; attn: transformers' name of the attention; sync_backend: "nccl" or
-    "gloo". No secret is handed on. `adam` and `muon` are namespaces of their own, since OpenRLHF
+    "gloo". No secret is passed on. `adam` and `muon` are separate namespaces, since OpenRLHF
     passes `vars()` of them to the optimizer.
     """
     flat = copy.deepcopy(_OPENRLHF_DEFAULTS)
@@ -116,7 +116,7 @@ def to_openrlhf_args(config: Config, *, device_dtype: str, attn: str, sync_backe
     flat.update(
         {
             "actor.eps_clip_low_high": config.actor.clip_bounds,
-            # Read by the strategy's constructor beside the ones under `actor`.
+            # OpenRLHF's strategy reads this one here, in addition to those under `actor`.
             "max_norm": config.actor.max_norm,
             "optim": "adam",
             "algo.advantage.is_correction_threshold": [0.0, config.algo.advantage.is_correction_threshold],

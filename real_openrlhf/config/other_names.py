@@ -1,4 +1,4 @@
-"""What OpenRLHF before its dotted flags, and TRL, call their flags, and what answers them here."""
+"""Flags of TRL, and of OpenRLHF before its dotted flags, with the flags that replace them here."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from real_openrlhf.config.unsupported import why_unsupported
 
 _KL = "algo.kl.init_coef"
 
-# Their flag -> ours; a value that belongs to it stands behind it.
+# Their flag -> ours, followed by its value if there is only one that fits, or by a comma and an explanation.
 OURS: dict[str, str] = {
     # -- OpenRLHF
     "pretrain": "actor.model_name_or_path",
@@ -133,17 +133,17 @@ OURS: dict[str, str] = {
     "resume_from_checkpoint": "ckpt.load",
     "metric_for_best_model": "ckpt.best_metric_key",
     "eval_strategy": "eval.steps",
-    "vllm_mode": "train.colocate_all, or leave it out for GPUs of their own",
+    "vllm_mode": "train.colocate_all, or leave it out for separate GPUs",
     "use_peft": "ds.lora.rank above 0",
     "lora_r": "ds.lora.rank",
     "lora_target_modules": "ds.lora.target_modules",
     "dtype": "ds.param_dtype",
     "torch_dtype": "ds.param_dtype",
-    "deepspeed": "ds.zero_stage and its neighbours",
+    "deepspeed": "ds.zero_stage and related flags",
 }
 
 _NO_CRITIC, _NO_REWARD = "critic.adam.lr", "reward.model_name_or_path"
-# Their flag -> OpenRLHF's flag of today, whose reason in `unsupported` holds for it.
+# Their flag -> OpenRLHF's present flag, whose reason in `unsupported` holds for both.
 _TODAY: dict[str, str] = {
     "advantage_estimator": "algo.advantage.estimator",
     "lambd": "algo.advantage.lambd",
@@ -196,13 +196,13 @@ _TODAY: dict[str, str] = {
     **dict.fromkeys(("reward_funcs", "reward_weights", "reward_clip_range", "normalize_reward"), _NO_REWARD),
 }
 
-# Their flag -> why there is nothing for it here.
+# Their flag -> why there is no such flag here.
 _NOTHING: dict[str, str] = {
     "fp16": "models train in bf16 or fp32 (--ds.param_dtype)",
     "load_in_8bit": "quantised training is not supported",
     "pretrain_data": "there is no second loss on other text",
     "ptx_coef": "there is no second loss on other text",
-    "overlong_buffer_len": "length is not punished; a cut-off rollout has no score (--real.invalid_penalty)",
+    "overlong_buffer_len": "length is not penalised; a truncated rollout has no score (--real.invalid_penalty)",
     "per_device_eval_batch_size": "the engines batch evaluation themselves",
     "save_strategy": "use --ckpt.save_steps",
     "use_vllm": "rollouts always come from vLLM",
@@ -217,7 +217,7 @@ def all_other_names() -> tuple[str, ...]:
 
 
 def other_name(name: str) -> str | None:
-    """What to use for a flag of OpenRLHF's earlier versions or of TRL, as a clause; None: it is no such flag."""
+    """A clause that says what to use for a flag of TRL or of earlier versions of OpenRLHF; None: it is no such flag."""
     if name in OURS:
         return f"here this is --{OURS[name]}"
     reason = why_unsupported(_TODAY[name]) if name in _TODAY else _NOTHING.get(name)

@@ -1,12 +1,12 @@
 """Named settings: `exact` is the objective's gradient, `paper` what the paper says, `reference` its authors' scripts.
 
-`exact`, the default, is `paper` with beta = 1: both terms have the weight that the product rule gives them. Under the
-paper's beta = 0.01 little but a hundredth of Term 2 holds the score distribution while Term 1 moves the network below
-it. What was measured of both is in examples/quickstart/README.md.
+`exact`, the default, is `paper` with beta = 1: both terms have the weight that the product rule gives them. With the
+paper's beta = 0.01 only a hundredth of Term 2 keeps the score distribution in place while Term 1 changes the network.
+Measurements of both are in examples/quickstart/README.md.
 
-A preset lies between the defaults and everything that a user gives, and the run records which one
-it used and what was overridden. Beta and the aggregation of Term 1 belong together: under a token
-sum, beta = 0.01 makes Term 2 weaker by about the length of the chain of thought than under a mean.
+A preset overrides the defaults, and all that a user gives overrides the preset; the run records which preset it used
+and what was overridden. Beta and the aggregation of Term 1 belong together: under a token sum, beta = 0.01 makes Term 2
+weaker by about the length of the chain of thought than under a mean.
 
 `warmup` is that of train_warmup, and of it alone: given responses are learned, with the learning rate and the passes of
 the paper's authors.
@@ -21,7 +21,7 @@ from typing import Any
 
 DEFAULT_PRESET = "exact"
 
-# What both columns share.
+# Settings that all presets share.
 _COMMON: dict[str, Any] = {
     "real.objective": "real",
     "real.lam": 1.0,

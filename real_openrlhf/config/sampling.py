@@ -1,4 +1,4 @@
-"""How responses are drawn, as the flags say."""
+"""How responses are sampled, according to the flags."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The configuration of a run: one frozen dataclass per flag prefix, the flag's name is the path.
+"""The configuration of a run: one frozen dataclass per flag prefix. A flag's name is the path to its field.
 
-Names are OpenRLHF's wherever it has the flag; REAL's own stand under `real`, `sync` and `ray`.
-Defaults are those of the preset `exact` where the preset has a say (see `presets`). Values that are
-impossible on their own are refused here, contradictions between flags in `validate`.
+Names are OpenRLHF's wherever it has the flag; flags of this package begin with `real`, `guard`, `sync` and `ray`.
+Defaults are those of the preset `exact` for flags that presets set (see `presets`). Impossible values of single flags
+are refused here, contradictions between flags in `validate`.
 """
 
 # ruff: noqa: RUF009  (flag() makes a dataclass field)
@@ -77,7 +77,7 @@ class ActorConfig(Section):
 @dataclass(frozen=True, kw_only=True)
 class RefConfig(Section):
     prefix: ClassVar[str] = "ref"
-    num_nodes: int = flag(1, "nodes of the reference group; with LoRA there is none, the policy's ranks do it", ge=1)
+    num_nodes: int = flag(1, "nodes of the reference group; with LoRA there is no such group", ge=1)
     num_gpus_per_node: int = flag(1, "ranks of the reference group per node", ge=1)
     offload: bool = flag(False, "keep the reference model's weights in CPU memory (ZeRO-3)")
 
@@ -87,15 +87,15 @@ class VllmConfig(Section):
     prefix: ClassVar[str] = "vllm"
     num_engines: int = flag(1, "rollout engines", ge=1)
     tensor_parallel_size: int = flag(1, "GPUs per engine", ge=1)
-    enable_prefix_caching: bool = flag(True, "compute a prompt's cache once for its rollouts")
+    enable_prefix_caching: bool = flag(True, "compute a prompt's KV cache once for all of its rollouts")
     enforce_eager: bool = flag(False, "no CUDA graphs in the engines")
     gpu_memory_utilization: float | None = flag(
         None, "share of GPU memory that an engine may take; none: 0.9, or the most that colocation allows", gt=0, le=1
     )
     enable_sleep: bool = flag(False, "engines release GPU memory while the policy trains")
-    max_num_seqs: int | None = flag(None, "rollouts that an engine writes at a time; none: 512 on a GPU", ge=1)
+    max_num_seqs: int | None = flag(None, "rollouts that an engine generates at a time; none: 512 on a GPU", ge=1)
     max_num_batched_tokens: int | None = flag(None, "tokens of an engine's pass; none: 8192 on a GPU", ge=1)
-    fp32_head: bool = flag(True, "logits of bf16 engines in fp32, as the policy's are")
+    fp32_head: bool = flag(True, "compute logits of bf16 engines in fp32, as the policy does")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ class LoraConfig(Section):
     dropout: float = flag(0.0, "dropout inside the adapters", ge=0, lt=1)
 
     def __str__(self) -> str:
-        """What a checkpoint, a plan and a model card say of the adapters."""
+        """The adapters in words, for plans and model cards. Checkpoints compare this text, so it must not change."""
         if self.rank == 0:
             return "none"
         return f"rank {self.rank}, alpha {self.alpha}, beside {' '.join(sorted(self.target_modules))}"
@@ -125,9 +125,9 @@ class DsConfig(Section):
     grad_accum_dtype: Literal["fp32", "bf16"] | None = flag(
         None, "dtype of accumulated gradients; none: fp32 under ZeRO 2 and 3"
     )
-    enable_sleep: bool = flag(False, "the policy keeps its optimizer in CPU memory while it does not train")
+    enable_sleep: bool = flag(False, "keep the policy's optimizer in CPU memory while it does not train")
     use_liger_kernel: bool | None = flag(
-        None, "Liger's RMSNorm, rotary embedding and SwiGLU in the policy; none: on GPUs, where liger-kernel knows it"
+        None, "Liger's RMSNorm, rotary embedding and SwiGLU in the policy; none: on GPUs, if Liger knows the model"
     )
     lora: LoraConfig = field(default_factory=LoraConfig)
 
@@ -145,7 +145,7 @@ class TrainConfig(Section):
     seed: int = flag(42, "seed of data order, samples of the data, engines and policy", ge=0, le=2**31 - 1)
     full_determinism_enable: bool = flag(False, "seed every sampling request and use deterministic kernels; slower")
     colocate_all: bool = flag(False, "engines and policy share their GPUs")
-    async_enable: bool = flag(False, "sample the next batch while training: rollouts are one version of weights late")
+    async_enable: bool = flag(False, "sample the next batch while training, by weights that are one version old")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +192,7 @@ class EvalConfig(Section):
     n_samples_per_prompt: int = flag(1, "generations per held-out prompt", ge=1)
     max_samples: int | None = flag(None, "use so many held-out rows, drawn by --eval.seed", ge=1)
     engine: Literal["shared", "own"] = flag(
-        "shared", "borrow the rollout engines between steps, or start an own one that judges beside the next step"
+        "shared", "borrow the rollout engines between steps, or start another engine that judges during the next step"
     )
     force_anchor: bool = flag(False, "evaluation: continue a response without a score once behind the answer anchor")
     seed: int = flag(42, "seed of evaluation and of its sample", ge=0)
@@ -211,7 +211,7 @@ class CkptConfig(Section):
     output_dir: str = flag("", "folder of the trained model, logs and samples; needed unless --dry_run", path=True)
     path: str | None = flag(None, "folder of the checkpoints; none: <output_dir>/checkpoints", path=True)
     save_steps: int = flag(-1, "save a checkpoint every so many steps; -1: only when a signal stops the run")
-    max_num: int = flag(3, "how many of the newest checkpoints to keep; the best comes on top", ge=1)
+    max_num: int = flag(3, "how many of the newest checkpoints to keep, in addition to the best", ge=1)
     best_metric_key: str = flag(
         "expected/pearson",
         "evaluation metric that chooses the exported judge and the best checkpoint; none: the last weights",
@@ -234,7 +234,7 @@ class CkptConfig(Section):
 
     @property
     def folder(self) -> str:
-        """Where checkpoints lie."""
+        """The folder of the checkpoints."""
         return self.path or f"{self.output_dir}/checkpoints"
 
 
@@ -242,7 +242,7 @@ class CkptConfig(Section):
 class KLConfig(Section):
     prefix: ClassVar[str] = "algo.kl"
     init_coef: float = flag(0.0, "weight of the KL to the model that training began with; 0: off", ge=0)
-    estimator: KLEstimator = flag("k3", "estimator of the KL's value; its gradient is unbiased by either")
+    estimator: KLEstimator = flag("k3", "estimator of the KL's value; the gradient is unbiased with each")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,14 +269,14 @@ class RealConfig(Section):
     lam: float = flag(1.0, "lambda, weight of the label's likelihood in the reward", ge=0)
     beta: float = flag(1.0, "weight of Term 2, the reward's own gradient; 1 is the exact gradient", ge=0)
     answer_reward: AnswerReward = flag(
-        "logprob", "log-prob of the label in one joint advantage, or its prob in a second"
+        "logprob", "label's log-prob, added to the reward, or its probability, with a separate advantage"
     )
     standardise: bool = flag(True, "divide advantages by their standard deviation within the group")
     advantage_clip: float | None = flag(1.0, "clip advantages to [-this, this]; none: off", gt=0)
     tolerance: float | None = flag(
         None, "a group whose rewards differ by less gets advantages of 0; none: 1e-6 in fp32, 0.1 in bf16", ge=0
     )
-    invalid_penalty: float = flag(0.0, "taken off the reward of a rollout without a score", ge=0)
+    invalid_penalty: float = flag(0.0, "subtracted from the reward of a rollout without a score", ge=0)
     renormalise: bool = flag(False, "E[score] from the probabilities on the scale alone, made to sum to 1")
     aggregation: Aggregation = flag("token_sum", "Term 1: sum over tokens per rollout, or mean over all tokens")
     ratio: Literal["auto", "clip", "none"] = flag("auto", "off-policy ratio; auto: clip, or none with a single update")
@@ -290,7 +290,7 @@ class RealConfig(Section):
     min_readable: float = flag(0.25, "stop after the first rollouts with a smaller share of scores", ge=0, le=1)
     dead_steps: int = flag(20, "stop after this many steps in a row without any advantage; 0: never", ge=0)
     logits_mb: int | None = flag(
-        None, "megabytes that logits may take in training, beyond which they are computed twice; none: by device", ge=1
+        None, "megabytes that logits may take in training; what does not fit is computed twice; none: by device", ge=1
     )
     device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to train")
 
@@ -298,7 +298,7 @@ class RealConfig(Section):
         super().__post_init__()
         for anchor in self.anchor:
             if not anchor.strip():
-                self.reject("anchor", f"is blank: {anchor!r}; give the text that stands right before the score")
+                self.reject("anchor", f"is blank: {anchor!r}; give the text right before the score")
         try:
             ScoreScale.parse(self.scale)
         except ScaleError as error:
@@ -310,7 +310,7 @@ class RealConfig(Section):
 
     @property
     def filters_groups(self) -> bool:
-        """Dynamic sampling is on."""
+        """Whether dynamic sampling is on."""
         return self.keep_groups != "all"
 
 
@@ -351,7 +351,8 @@ class LoggerConfig(Section):
     samples: int = flag(4, "judgements per step that are written out", ge=0)
     term_grad_norm_steps: int = flag(10, "log the gradient norm of each loss term every so many steps; 0: never", ge=0)
     term_grad_norm_at: Literal["logits", "parameters"] = flag(
-        "logits", "where it is measured; parameters: there too, two more backward passes and two gradients of memory"
+        "logits",
+        "where to measure it; parameters: there too; needs two more backward passes and memory for two gradients",
     )
     progress: bool = flag(True, "show a progress bar")
 
@@ -373,14 +374,14 @@ class SyncConfig(Section):
 @dataclass(frozen=True, kw_only=True)
 class RayConfig(Section):
     prefix: ClassVar[str] = "ray"
-    address: str | None = flag(None, "cluster to join; none: RAY_ADDRESS or the job's cluster, else an own one")
+    address: str | None = flag(None, "cluster to join; none: RAY_ADDRESS or the job's cluster, else one is started")
     placement_timeout: float = flag(600.0, "seconds to wait for the cluster to have room", gt=0)
-    num_cpus: int | None = flag(None, "CPUs of an own cluster; none: all", ge=1)
+    num_cpus: int | None = flag(None, "CPUs of a cluster that the run starts; none: all", ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Section):
-    """A run. overridden: flags that differ from the preset; set by the parser."""
+    """The configuration of a run. overridden: flags that differ from the preset; set by the parser."""
 
     actor: ActorConfig = field(default_factory=ActorConfig)
     ref: RefConfig = field(default_factory=RefConfig)
@@ -399,7 +400,7 @@ class Config(Section):
     sync: SyncConfig = field(default_factory=SyncConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     assume_gpus: str | None = flag(
-        None, "with --dry_run: plan for GPUs that are not here, as in 8x80GB, or 2x8x80GB on two nodes"
+        None, "with --dry_run: plan for GPUs that are not here: 8x80GB, 8xA100-80GB, or on two nodes 2x8x80GB"
     )
     dry_run: bool = flag(False, "check everything, print the plan and stop")
     overridden: tuple[str, ...] = ()
@@ -416,42 +417,42 @@ class Config(Section):
 
     @property
     def ranks(self) -> int:
-        """Ranks of the policy."""
+        """Number of policy ranks."""
         return self.actor.num_nodes * self.actor.num_gpus_per_node
 
     @property
     def reference_ranks(self) -> int:
-        """Ranks of the reference group: none without a KL, none with LoRA, where the policy is its own reference."""
+        """Ranks of the reference group: 0 without a KL, and 0 with LoRA, where the policy is its own reference."""
         if self.algo.kl.init_coef == 0 or self.ds.lora.rank > 0:
             return 0
         return self.ref.num_nodes * self.ref.num_gpus_per_node
 
     @property
     def colocated_utilisation(self) -> float:
-        """The most of a GPU that an engine may take beside the policy: more where both give it up in turn.
+        """The largest share of a GPU that an engine may take next to the policy: more if both free memory in turn.
 
-        The rest is for the policy's weights, for whatever of it stays awake, and for two CUDA contexts; an estimate.
+        The rest is an estimate for the policy's weights, for what else it keeps on the GPU, and for two CUDA contexts.
         """
         return 0.75 if self.vllm.enable_sleep and self.ds.enable_sleep else 0.5
 
     @property
     def engine_utilisation(self) -> float:
-        """--vllm.gpu_memory_utilization, or what stands for it."""
+        """--vllm.gpu_memory_utilization, or its default."""
         return self.vllm.gpu_memory_utilization or (self.colocated_utilisation if self.train.colocate_all else 0.9)
 
     @property
     def samples_per_step(self) -> int:
-        """Rollouts of a full step."""
+        """Number of rollouts of a full step."""
         return self.rollout.batch_size * self.rollout.n_samples_per_prompt
 
     @property
     def corrects_importance(self) -> bool:
-        """Truncated importance weights are on."""
+        """Whether truncated importance weights are on."""
         return self.algo.advantage.is_correction_level != "off"
 
     @property
     def samples_per_update(self) -> int:
-        """Rollouts per optimizer update over all ranks: --train.batch_size, or what --real.mini_batches makes of it."""
+        """Rollouts per optimizer update over all ranks: --train.batch_size, or a step's / --real.mini_batches."""
         return self.train.batch_size or max(self.samples_per_step // self.real.mini_batches, 1)
 
     @property

@@ -1,4 +1,4 @@
-"""YAML that means what the same JSON means. What its readers understand differently is refused, with key and line."""
+"""Reads only YAML that all YAML readers understand alike. Other YAML is refused, with key and line."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from real_openrlhf.config.flags import ConfigError
 
-# Numbers as JSON, YAML 1.1, YAML 1.2 and people read them alike; YAML 1.1 alone takes 1e-6 for text.
+# Numbers that JSON, YAML 1.1, YAML 1.2 and people understand alike, except that YAML 1.1 takes 1e-6 for text.
 _NUMBER = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _TRUTHS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _NULLS = ("null", "Null", "NULL")
-# What is no number there, but one in YAML 1.1 or 1.2: octal, hexadecimal, binary, base 60, 1_000, infinity.
+# Other forms that are numbers in YAML 1.1 or 1.2 only: octal, hexadecimal, binary, base 60, 1_000, infinity.
 _ODD_NUMBER = re.compile(
     r"[-+]?(0[0-9_.]+([eE][-+]?[0-9]+)?|0o[0-7_]+|0x[0-9a-fA-F_]+|0b[01_]+"
     r"|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?|[0-9_]*_[0-9_.]*([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))|\.(nan|NaN|NAN)"
@@ -23,8 +23,8 @@ _WORD = re.compile(r"yes|no|on|off|y|n", re.IGNORECASE)
 def load_yaml(text: str, where: str) -> Any:
     """Mappings, lists, text, numbers, true, false and null. where: the file, for messages.
 
-    ConfigError for a key that comes twice, for merge keys, aliases and tags, and for what is written without quotes and
-    is text to one reader and something else to another. yaml.YAMLError for what is not YAML.
+    ConfigError for a key that occurs twice, for merge keys, aliases and tags, and for a value without quotes that is
+    text for one reader and something else for another. yaml.YAMLError if it is not YAML.
     """
     import yaml
 
@@ -85,14 +85,14 @@ class _Reader:
         elif _DATE.fullmatch(value):
             advice = "some readers take it for a date; put it in quotes"
         elif self._loses_blanks(node):
-            advice = "YAML drops the blanks behind it; put it in quotes, or remove them"
+            advice = "YAML drops the blanks after it; put it in quotes, or remove them"
         if advice is None:
             return value
         shown = f" {value!r}:" if value else ""
         raise ConfigError(f"{self.where}, line {node.start_mark.line + 1}: {path.rstrip('.')}:{shown} {advice}")
 
     def _loses_blanks(self, node: Any) -> bool:
-        behind = re.match(r"[ \t]*", self.text[node.end_mark.index :])
-        assert behind is not None
-        end = node.end_mark.index + behind.end()
-        return bool(behind[0]) and self.text[end : end + 1] in ("", "\n", "\r")
+        blanks = re.match(r"[ \t]*", self.text[node.end_mark.index :])
+        assert blanks is not None
+        end = node.end_mark.index + blanks.end()
+        return bool(blanks[0]) and self.text[end : end + 1] in ("", "\n", "\r")

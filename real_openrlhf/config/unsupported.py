@@ -1,4 +1,4 @@
-"""OpenRLHF's flags that this package leaves out on purpose, each with the reason."""
+"""Flags of OpenRLHF that this package does not have on purpose, each with the reason."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ _CKPT = "checkpoints always hold all of DeepSpeed's state; see --ckpt.save_steps
 _DEVICE = "REAL decides this itself from the device (--real.device)"
 _VLM = "only text models are trained"
 
-# A key that ends in "." stands for every flag below it.
+# A key that ends in "." means every flag that begins with it.
 UNSUPPORTED: dict[str, str] = {
     "critic.": "REAL has no critic: advantages are leave-one-out within a prompt's rollouts",
     "reward.": "REAL has no reward model: the reward is computed from the score distribution and the label",
@@ -31,7 +31,7 @@ UNSUPPORTED: dict[str, str] = {
     "train.agent_func_path": "a judge answers in one turn; there are no agents",
     "train.dynamic_batch_enable": "micro-batches are always filled by --train.micro_batch_size and "
     "--train.max_tokens_per_gpu",
-    "train.colocate_actor_ref": "policy and reference group are placed apart",
+    "train.colocate_actor_ref": "policy and reference group have separate GPUs",
     "train.colocate_critic_reward": "REAL has neither critic nor reward model",
     "rollout.vllm_generate_batch_size": "a step's prompts are generated together; see --rollout.batch_size and "
     "--real.refill",
@@ -41,8 +41,8 @@ UNSUPPORTED: dict[str, str] = {
     "actor.policy_loss_type": "the loss is REAL's; see --real.objective",
     "actor.loss_agg_mode": "use --real.aggregation",
     "actor.aux_loss_coef": "the balancing loss of mixtures of experts is not supported",
-    "actor.optim": "the optimizer is Adam (--actor.adam.lr and its neighbours)",
-    "actor.muon.": "the optimizer is Adam (--actor.adam.lr and its neighbours)",
+    "actor.optim": "the optimizer is Adam (--actor.adam.lr and related flags)",
+    "actor.muon.": "the optimizer is Adam (--actor.adam.lr and related flags)",
     "actor.freeze_visual_encoder": _VLM,
     "data.image_key": _VLM,
     "data.max_images_per_prompt": _VLM,
@@ -51,7 +51,7 @@ UNSUPPORTED: dict[str, str] = {
     "data.disable_fast_tokenizer": "the tokenizer is the model's own",
     "data.dataloader_num_workers": "prompts are read once, at start",
     "eval.split": "give the split's own file, or a hub id with its split, to --eval.dataset",
-    "ckpt.save_hf": "the final model always is a Hugging Face folder",
+    "ckpt.save_hf": "the final model is always a Hugging Face folder",
     "ckpt.disable_ds": _CKPT,
     "ckpt.max_mem": _CKPT,
     "ckpt.load_enable": "use --ckpt.load latest, best, auto or a path",
@@ -72,7 +72,7 @@ UNSUPPORTED: dict[str, str] = {
 
 
 def why_unsupported(name: str) -> str | None:
-    """The reason why OpenRLHF's flag `name` (without dashes) is left out; None: it is no such flag."""
+    """The reason why OpenRLHF's flag `name` (without dashes) does not exist here; None: it is no such flag."""
     if name in UNSUPPORTED:
         return UNSUPPORTED[name]
     for key, reason in UNSUPPORTED.items():

@@ -1,4 +1,4 @@
-"""Contradictions between flags, found before anything starts."""
+"""Finds contradictions between flags, before anything starts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["ConfigError", "validate"]
 def validate(config: Config, *, device: Literal["cpu", "cuda"] | None = None) -> list[str]:
     """Raise ConfigError for flags that contradict each other; return warnings.
 
-    device: what the run will use, if known; else --real.device counts, and under "auto" the checks
+    device: the device of the run, if known; else --real.device counts, and with "auto" the checks
     that depend on the device are left out.
     """
     for name, item in flags_by_name().items():
@@ -117,7 +117,7 @@ def _sampling(config: Config) -> list[str]:
     ]
 
 
-# Setting of an objective -> its flag. Renormalising is the evaluation's too.
+# Setting of an objective -> its flag. renormalise is not here, since evaluation uses it too.
 OBJECTIVE_FLAGS = {
     "lam": "real.lam",
     "beta": "real.beta",
@@ -163,8 +163,8 @@ def _off_policy(config: Config) -> list[str]:
     ratio = resolve_ratio(config)
     if ratio == "clip" and config.corrects_importance:
         return [
-            "--algo.advantage.is_correction_level has no effect with the clipped ratio, which is taken against the "
-            "engines' own log-probs"
+            "--algo.advantage.is_correction_level has no effect with the clipped ratio, which compares with the "
+            "engines' log-probs already"
         ]
     if ratio == "none":
         return ["--real.ratio none: several updates per batch without an off-policy correction"]
@@ -195,7 +195,7 @@ def _lora(config: Config) -> list[str]:
             raise ConfigError("--ds.lora.* needs --ds.lora.rank above 0; at 0 all parameters are trained")
         return []
     if "all-linear" in lora.target_modules and len(lora.target_modules) > 1:
-        raise ConfigError("--ds.lora.target_modules all-linear stands for all of them; name nothing beside it")
+        raise ConfigError("--ds.lora.target_modules all-linear means all of them; give no other name with it")
     if lora.dropout > 0:
         return [
             f"--ds.lora.dropout {lora.dropout:g}: the policy trains with log-probs of another network than the one "
@@ -214,8 +214,8 @@ def _one_ahead(config: Config) -> list[str]:
         )
     if config.train.full_determinism_enable:
         return [
-            "--train.async_enable: a checkpoint leaves out the batch that was sampled ahead, so a resumed run samples "
-            "it anew by newer weights and is not bitwise that of an unbroken one (--train.full_determinism_enable)"
+            "--train.async_enable: a checkpoint does not hold the batch that was sampled ahead. A resumed run samples "
+            "it again by newer weights, so it is not bitwise an unbroken one (--train.full_determinism_enable)"
         ]
     return []
 
@@ -225,11 +225,11 @@ def _colocated(config: Config) -> list[str]:
         for name, on in (("vllm.enable_sleep", config.vllm.enable_sleep), ("ds.enable_sleep", config.ds.enable_sleep)):
             if on:
                 raise ConfigError(
-                    f"--{name} gives up memory for whoever shares the GPU, but nobody does; add --train.colocate_all"
+                    f"--{name} frees memory for others on the same GPU, but there are none; add --train.colocate_all"
                 )
         if config.sync.backend == "ipc":
             raise ConfigError(
-                "--sync.backend ipc hands weights over inside a GPU, which policy and engines must share; use auto, or "
+                "--sync.backend ipc sends weights inside a GPU, which policy and engines must share; use auto, or "
                 "add --train.colocate_all"
             )
         return []
@@ -250,7 +250,7 @@ def _colocated(config: Config) -> list[str]:
     workers = config.vllm.num_engines * config.vllm.tensor_parallel_size
     if workers != config.ranks:
         raise ConfigError(
-            f"--train.colocate_all puts one engine worker beside each policy rank, but --vllm.num_engines "
+            f"--train.colocate_all puts one engine worker on the GPU of each policy rank, but --vllm.num_engines "
             f"{config.vllm.num_engines} x --vllm.tensor_parallel_size {config.vllm.tensor_parallel_size} = {workers} "
             f"workers and --actor.num_nodes {config.actor.num_nodes} x --actor.num_gpus_per_node "
             f"{config.actor.num_gpus_per_node} = {config.ranks} ranks"
@@ -287,13 +287,13 @@ def _deepspeed(config: Config) -> list[str]:
     if config.logger.term_grad_norm_at == "parameters":
         if ds.zero_stage == 3:
             raise ConfigError(
-                "--logger.term_grad_norm_at parameters needs whole parameters on every rank, which --ds.zero_stage 3 "
-                "divides; use logits, or a lower stage"
+                "--logger.term_grad_norm_at parameters needs complete parameters on every rank, but --ds.zero_stage 3 "
+                "shards them; use logits, or a lower stage"
             )
         if config.actor.gradient_checkpointing_reentrant:
             raise ConfigError(
-                "--logger.term_grad_norm_at parameters asks for one gradient after the other, which torch refuses "
-                "under --actor.gradient_checkpointing_reentrant; drop it, or use logits"
+                "--logger.term_grad_norm_at parameters needs two gradients of one forward pass, which torch refuses "
+                "with --actor.gradient_checkpointing_reentrant; drop that flag, or use logits"
             )
     return []
 
@@ -310,7 +310,7 @@ def _lengths(config: Config) -> list[str]:
             f"{config.data.max_len}: a rollout cannot be divided"
         )
     if config.data.enable_thinking is not None and not config.data.apply_chat_template:
-        raise ConfigError("--data.enable_thinking is a choice of the chat template; add --data.apply_chat_template")
+        raise ConfigError("--data.enable_thinking is passed to the chat template; add --data.apply_chat_template")
     if config.data.input_template is not None and "\\n" in config.data.input_template:
         return ["--data.input_template holds a backslash and an n, not a line break; in bash write $'...\\n...'"]
     return []
@@ -370,21 +370,21 @@ def _device(config: Config, device: str) -> list[str]:
     return warnings
 
 
-# Log p of a token differs by so much between trainer and engine in bf16 with the same weights, as its standard
-# deviation: 0.03 to 0.05 in the mean were measured (common/device.py).
+# Standard deviation of the difference between a token's log-prob in trainer and in engine, in bf16 with the same
+# weights: 0.03 to 0.05 on average were measured (common/device.py).
 _BF16_TOKEN_NOISE = 0.05
 
 
 def _products(config: Config) -> list[str]:
-    """In bf16, importance weights of whole responses: their rounding errors add up over the tokens."""
+    """A warning for importance weights of whole responses in bf16, whose rounding errors add up over the tokens."""
     on_term_2 = config.corrects_importance and resolve_ratio(config) != "clip" and config.real.beta > 0
-    # Of independent errors; a shared part of them would add up faster.
+    # For independent errors; correlated ones would add up faster.
     noise = _BF16_TOKEN_NOISE * math.sqrt(config.rollout.max_new_tokens)
     if not on_term_2 or noise < 0.5:
         return []
     return [
         f"--algo.advantage.is_correction_level {config.algo.advantage.is_correction_level} in bf16: the weight of "
-        f"Term 2 is a product over up to {config.rollout.max_new_tokens} tokens, of which rounding alone moves the "
-        f"logarithm by about {noise:.1f}, so that it is mostly noise; use --real.ratio clip, which leaves Term 2 "
+        f"Term 2 is a product over up to {config.rollout.max_new_tokens} tokens. Rounding alone changes its "
+        f"logarithm by about {noise:.1f}, so it is mostly noise; use --real.ratio clip, which leaves Term 2 "
         "unweighted, or --real.beta 0"
     ]

@@ -1,8 +1,8 @@
 """Where a step's groups come from: collected when they are asked for, or while the step before trains.
 
-One step ahead, the engines sample batch n + 1 by weights n while the policy makes weights n + 1 of
-batch n. Never more than one batch is under way, and nothing is while weights change: the controller
-waits for it before the sync.
+One step ahead, the engines sample batch n + 1 with weights n, while the policy trains on batch n and makes weights
+n + 1. At most one batch is being collected at a time, and none while weights change: the controller waits for it before
+the weight sync.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from real_openrlhf.controller.dynamic_sampling import Collected, PromptSource
 
 
 class PromptStore(PromptSource, Protocol):
-    """Prompts that know where they stand."""
+    """Prompts whose position can be saved and restored."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -27,7 +27,11 @@ class PromptStore(PromptSource, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """collected: the groups of one step. version: of the weights that sampled them. seconds: it took."""
+    """
+    collected  the groups of one step
+    version    of the weights that sampled them
+    seconds    how long collecting took
+    """
 
     collected: Collected
     version: int
@@ -35,7 +39,7 @@ class Batch:
 
 
 class BatchSource:
-    """Batches by step, and the state of the prompts as if no batch had been collected ahead.
+    """Gives the batch of each step. Its saved state is that of the prompts as if no batch had been collected ahead.
 
     collect: (step, weight version) -> the groups that this step trains on. It draws from `prompts`.
     """
@@ -47,7 +51,7 @@ class BatchSource:
         self._before: dict[str, Any] | None = None
 
     def start(self, step: int, version: int) -> None:
-        """Begin to collect the batch of `step` in the background. What goes wrong is raised by its `take`."""
+        """Begin to collect the batch of `step` in the background. An error is raised later, by `take`."""
         if self._ahead is not None:
             raise RuntimeError("a batch is already collected ahead")
         self._before = self.prompts.state_dict()
@@ -59,7 +63,7 @@ class BatchSource:
             except BaseException as error:
                 ahead.set_exception(error)
 
-        # A daemon: it must not keep a run alive whose training has failed.
+        # A daemon thread: it must not keep the process alive when training has failed.
         threading.Thread(target=work, daemon=True, name="rollouts").start()
 
     def wait(self) -> None:
@@ -78,11 +82,11 @@ class BatchSource:
         return Batch(collected=collected, version=version, seconds=time.perf_counter() - start)
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the prompts; those of a batch that was collected ahead still lie before it."""
+        """State of the prompts; with a batch collected ahead, the state before it: a resumed run draws it again."""
         return self.prompts.state_dict() if self._before is None else self._before
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; a batch that was collected ahead is thrown away."""
+        """Continue from `state`; a batch that was collected ahead is thrown away."""
         self.wait()
         self._ahead = self._before = None
         self.prompts.load_state_dict(state)

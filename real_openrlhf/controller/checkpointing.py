@@ -56,7 +56,7 @@ class Checkpointer:
         return self.every > 0 and self.metric is not None
 
     def is_due(self, step: int, evaluation: dict[str, float | None] | None) -> bool:
-        """evaluation: of this very step, None without one. A new best is saved whatever the step."""
+        """evaluation: this step's metrics; None if it had no evaluation. A new best is saved whatever the step."""
         if self.every > 0 and step % self.every == 0:
             return True
         value = self._value(evaluation)
@@ -68,7 +68,7 @@ class Checkpointer:
         return value > best.metric if self.store.higher_is_better else value < best.metric
 
     def save(self, step: int, evaluation: dict[str, float | None] | None = None) -> bool:
-        """False, after a loud log, when it could not be written: the run goes on, earlier ones are untouched."""
+        """False, with an error in the log, if it could not be written: the run goes on, earlier ones are untouched."""
         try:
             with self.store.begin(step, CheckpointMeta(identity=self.identity, weight_version=step)) as writer:
                 self.policy.save_checkpoint(str(writer.path / "policy"))
@@ -81,8 +81,8 @@ class Checkpointer:
         return True
 
     def load(self, checkpoint: Checkpoint) -> int:
-        """Bring every part to where the checkpoint was written; returns its step."""
-        # Absolute: actors have another working folder.
+        """Restore every part to its state in the checkpoint; returns the checkpoint's step."""
+        # An absolute path, since actors have another working folder.
         self.policy.load_checkpoint(str(checkpoint.path.resolve() / "policy"))
         for name, part in self.parts.items():
             part.load_state_dict(checkpoint.read_json(f"{name}.json"))

@@ -6,9 +6,11 @@
                      │
                      └──► evaluator ──► metrics
 
+A group is one prompt with its rollouts. The objective turns a group's rewards into coefficients: the weights of each
+rollout's loss terms (`algo.types.Coefficients`).
 With a KL, the reference ranks add their log-probs to the groups before the policy trains on them.
 With `one_ahead`, engines sample the next batch while the policy trains on this one (controller/batches.py).
-It sees Protocols only (controller/protocols.py); tests run it with fakes.
+The controller knows the actors only as Protocols (controller/protocols.py), so tests run it with fakes.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 
 class NothingLearned(RunError):
-    """Too many steps in a row without a single non-zero advantage."""
+    """Too many steps in a row in which every advantage was zero."""
 
 
 class Controller(TrainingLoop):
@@ -94,12 +96,12 @@ class Controller(TrainingLoop):
         self.reference = reference
         self.decode = decode
         self.since_command = since_command
-        # What is logged once, with the first step of this process that is logged.
+        # Metrics that are logged once, with the first step that this process logs. None until the first update.
         self._once: dict[str, float] | None = None
         self.dead_steps = 0
 
     def checkpointed_parts(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the policy's shards: objects with state_dict and load_state_dict, by name."""
+        """What a checkpoint holds besides the policy's shards: objects with state_dict and load_state_dict, by name."""
         parts: dict[str, Any] = {"controller": self, "prompts": self.batches}
         if self.evaluator is not None:
             parts["evaluator"] = self.evaluator
@@ -107,7 +109,7 @@ class Controller(TrainingLoop):
 
     def step(self) -> None:
         """One step, from prompts to a new version of the weights."""
-        # 1. Rollouts: groups filtered by accuracy, sampled by the newest weights or, one step ahead, by those before.
+        # 1. Rollouts, filtered by accuracy. The newest weights sample them; one step ahead, the weights before those.
         with self.timer.phase("generate"):
             batch = self.batches.take(self.step_number, self.step_number)
             self.rollouts.sleep()
@@ -122,11 +124,11 @@ class Controller(TrainingLoop):
             with self.timer.phase("reference"):
                 found = self.reference.reference_logprobs(groups)
             groups = [replace(group, ref_logprobs=logprobs) for group, logprobs in zip(groups, found, strict=True)]
-        # 4. Policy updates; one step ahead, the engines sample the next batch meanwhile.
+        # 4. Policy updates. One step ahead, the engines sample the next batch at the same time.
         if self.settings.one_ahead and self.step_number + 1 < self.settings.total_steps:
             self.batches.start(self.step_number + 1, self.step_number)
         if self.export.metric is not None:
-            # Training changes the weights that an evaluation beside it may find to be the best.
+            # It may find that these weights are the best so far: they must be exported before training changes them.
             self._finish_evaluation()
         with self.timer.phase("train"):
             trained = self.policy.train(groups)
@@ -135,19 +137,19 @@ class Controller(TrainingLoop):
         with self.timer.phase("generate"):
             self.batches.wait()
         self.step_number += 1
-        # 5. The engines get the new weights and prove it.
+        # 5. The engines get the new weights, and their log-probs are compared with the policy's.
         synced = self._sync()
         # 6. Logs.
         metrics = {**stats, **trained, **sampling_metrics(collected), **synced, "rollouts/age": age}
         metrics.update(speed_metrics(self.timer.pop(), batch))
         self._log_step(metrics, collected, groups)
-        self._guard_against_nothing(groups)
+        self._stop_if_nothing_is_learned(groups)
         self._heed(self.watches.step(metrics))
         # 7. Evaluation and checkpoint.
         self._end_step()
 
     def _age(self, batch: Batch) -> float:
-        """Versions of the weights between the rollouts and the policy that trains on them: 0, or 1 one step ahead."""
+        """How many versions the rollouts' weights are behind the policy's: 0, or 1 with `one_ahead`."""
         age = self.step_number - batch.version
         if not 0 <= age <= (1 if self.settings.one_ahead else 0):
             raise RuntimeError(f"step {self.step_number} got rollouts of weight version {batch.version}")
@@ -176,7 +178,7 @@ class Controller(TrainingLoop):
                     f"rollouts of step {step} come from weight versions {sorted(other)}, expected {version}"
                 )
             if step == 0 and wave == 1:
-                # Before the filter: a judge that writes no score at all would only ever be told that no group is kept.
+                # Before the filter: else a judge that writes no scores fails with "no group was kept", not the cause.
                 self._first_look(groups)
             return groups
 
@@ -222,12 +224,12 @@ class Controller(TrainingLoop):
             self.log.log_samples(self.step_number, samples)
         self.progress.step(self.step_number, metrics)
 
-    def _guard_against_nothing(self, groups: Sequence[TrainGroup]) -> None:
+    def _stop_if_nothing_is_learned(self, groups: Sequence[TrainGroup]) -> None:
         dead = all(group.coefficients.zero_variance for group in groups)
         self.dead_steps = self.dead_steps + 1 if dead else 0
         if self.settings.dead_steps and self.dead_steps >= self.settings.dead_steps:
             raise NothingLearned(
-                f"{self.dead_steps} steps in a row had no group whose rewards differ: nothing explores. Raise "
+                f"{self.dead_steps} steps in a row had no group whose rewards differ: Term 1 learns nothing. Raise "
                 "--rollout.temperature, sample more rollouts per prompt, or look at the judgements in samples.jsonl "
                 "(--real.dead_steps sets this limit, 0 switches it off)."
             )

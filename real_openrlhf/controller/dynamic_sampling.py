@@ -20,12 +20,12 @@ from real_openrlhf.data.stream import StreamExhausted
 
 Keep = Literal["partial", "some_right", "some_wrong", "all"]
 
-# A refill draws for the pass rate seen so far in the step, but never for less than this one.
+# A refill draws as many prompts as the pass rate of the step so far calls for; a lower rate counts as this one.
 LOWEST_RATE = 0.25
 
 
 class CannotFill(RunError):
-    """The data did not yield enough groups to train on."""
+    """The data did not give enough groups to train on."""
 
 
 class PromptSource(Protocol):
@@ -36,7 +36,11 @@ class PromptSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Collected:
-    """kept: the batch. sampled: every group that was generated, for statistics. waves: generations."""
+    """
+    kept     the batch
+    sampled  every group that was generated, for statistics
+    waves    calls of the engines that it took
+    """
 
     kept: list[Group]
     sampled: list[Group] = field(repr=False)
@@ -71,11 +75,11 @@ def collect(
 ) -> Collected:
     """Groups for one step.
 
-    With refill, prompts are drawn until batch_size groups are kept; groups beyond that lose their
-    rollouts, and their prompts go back to the source, to be sampled again by newer weights.
-    Without it, what is kept of one wave is the batch, cut to a multiple of `multiple_of` (ranks).
-    Raises CannotFill when max_refills waves were not enough, or nothing was kept. When the source
-    cannot serve a wave, every prompt of the step goes back before StreamExhausted is passed on.
+    With refill, prompts are drawn until batch_size groups are kept. Rollouts of groups beyond that are dropped,
+    and their prompts go back to the source, to be sampled again by newer weights.
+    Without refill, the batch is what is kept of one wave, shortened to a multiple of `multiple_of` (ranks).
+    Raises CannotFill when max_refills further waves were not enough, or nothing was kept. When the source has too
+    few prompts for a wave, every prompt of the step goes back before StreamExhausted is raised.
     """
     prompts_of: dict[int, Prompt] = {}
     kept: list[Group] = []

@@ -30,9 +30,9 @@ def check_first_rollouts(
     renormalise: bool = False,
     shown: int = 5,
 ) -> str:
-    """A few lines to show; raises ScoresNotThere below either threshold.
+    """A few lines for the log; raises ScoresNotThere below either threshold (mean mass, share of readable rollouts).
 
-    Without a readable rollout there is no mass to judge: min_readable 0 lets such a run go on.
+    Without a readable rollout there is no mass to check: with min_readable 0 such a run goes on.
     """
     rollouts = [(group, rollout) for group in groups for rollout in group.rollouts]
     readable = [(g, r) for g, r in rollouts if r.reading.readable]
@@ -60,12 +60,12 @@ def check_first_rollouts(
     report = "\n".join(lines)
     if float(mass.mean()) < min_mass:
         raise ScoresNotThere(
-            f"{report}\nAlmost no probability lies on the scale ({scale}): --real.min_mass asks for {min_mass:g}. "
+            f"{report}\nAlmost no probability is on the labels of {scale}: --real.min_mass asks for {min_mass:g}. "
             "The model writes other scores than the scale has, or another form of them; check --real.scale, "
             "--real.anchor and the prompt, or warm the model up first (real_openrlhf.train_warmup)."
         )
     if top_p < 1:
         report += (
-            f"\n  top_p {top_p:g}: log-probs speak of the full vocabulary, the rollouts were drawn from its nucleus"
+            f"\n  top_p {top_p:g}: log-probs are over the full vocabulary, the rollouts were drawn from its nucleus"
         )
     return report

@@ -1,8 +1,8 @@
-"""Watches over a run: does it go wrong, in a way that its log shows?
+"""Watches over a run: do its metrics show that it goes wrong?
 
-Every watch looks at the metrics of each step, or of each evaluation, and sees a fault or none. Seen often enough in a
-row, a fault is a warning, and later the reason to stop. A step's own numbers are noisy, so moving averages are compared
-with the average of the first steps.
+Every watch looks at the metrics of each step, or of each evaluation, and reports a fault or none. A fault that is seen
+often enough in a row becomes a warning, and later a reason to stop. Numbers of single steps are noisy, so a moving
+average is compared with the average of the first steps.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Alarm:
 
 
 class Guards:
-    """One per run; its state goes into checkpoints.
+    """All watches of a run; their state is part of checkpoints.
 
-    scale_range: highest value of the score scale less the lowest.
+    scale_range: the highest value of the score scale minus the lowest.
     """
 
     def __init__(self, flags: GuardConfig, *, scale_range: float) -> None:
@@ -67,14 +67,18 @@ class Guards:
         self._since_norms += 1
         measured: dict[str, int] = {}
         if term_norms(metrics) is not None:
-            # Measured now and then: a second fault stands for the steps between as well.
+            # Not measured at every step: two faults in a row count for the steps between them as well.
             faults["terms"] = self._terms(metrics)
             measured["terms"], self._since_norms = self._since_norms, 0
         every = self.flags.warn_steps, self.flags.stop_steps
         return self._count(faults, self._steps, *every, unit="steps", measured=measured)
 
     def evaluation(self, metrics: Metrics, changes: Mapping[str, Change]) -> list[Alarm]:
-        """After an evaluation. metrics by flat name ("mass"); changes: against the start's, empty at the start."""
+        """After an evaluation.
+
+        metrics  by flat name, such as "mass"
+        changes  since the run's first evaluation; empty at the first
+        """
         faults = {"mass": self._held_out_mass(metrics), "evaluation": self._worse(changes)}
         return self._count(faults, self._evaluations, 1, self.flags.stop_evaluations, unit="evaluations")
 
@@ -88,7 +92,10 @@ class Guards:
         unit: str,
         measured: Mapping[str, int] = MappingProxyType({}),
     ) -> list[Alarm]:
-        """measured: units since a watch was last looked at, where that is not the unit before."""
+        """Alarms for the faults that were seen often enough in a row.
+
+        measured: steps since a watch was last evaluated, for watches that are not evaluated at every step.
+        """
         alarms = []
         for watch, fault in faults.items():
             before = counts.get(watch, 0)
@@ -117,12 +124,12 @@ class Guards:
             return None
         return (
             f"The mean mass on the scale{where} fell from {start:.3f} to {now:.3f}: the network writes other tokens "
-            "where the score stands. Give Term 2 its full weight (--real.beta 1) or lower --actor.adam.lr "
+            "where the score belongs. Give Term 2 its full weight (--real.beta 1) or lower --actor.adam.lr "
             "(limit: --guard.mass_drop)."
         )
 
     def _reward(self, metrics: Metrics) -> str | None:
-        # Over all sampled groups: what dynamic sampling keeps gets harder as the judge gets better.
+        # The mean over all sampled groups: those that dynamic sampling keeps get harder as the judge gets better.
         series = self._add("reward", metrics.get("reward/sampled_mean"))
         limit = self.flags.reward_errors
         if limit is None or not series.full or self.flags.window < 2:
@@ -152,14 +159,14 @@ class Guards:
         most, least = self.flags.max_truncated, self.flags.min_cot
         if most is not None and cut.full and cut.now > most:
             return (
-                f"{cut.now:.0%} of the responses are cut off at their bound (the start: {cut.start:.0%}). Give them "
-                "more room (--rollout.max_new_tokens), or take something off the reward of those without a score "
+                f"{cut.now:.0%} of the responses are truncated at the token limit (the start: {cut.start:.0%}). Give "
+                "them more room (--rollout.max_new_tokens), or lower the reward of those without a score "
                 "(--real.invalid_penalty) (limit: --guard.max_truncated)."
             )
         if least is not None and cot.full and cot.now < least:
             return (
-                f"Feedback has {cot.now:.2f} tokens on average (the start: {cot.start:.2f}): scores without reasoning, "
-                "on which Term 1 has no hold. Lower --actor.adam.lr, or warm the model up on judgements with feedback: "
+                f"Feedback has {cot.now:.2f} tokens on average (the start: {cot.start:.2f}): without feedback Term 1 "
+                "has nothing to train. Lower --actor.adam.lr, or warm the model up on judgements with feedback: "
                 "real_openrlhf.train_warmup (limit: --guard.min_cot)."
             )
         return None
@@ -184,8 +191,8 @@ class Guards:
         more, less, ratio = ("1", "2", first / second) if first > second else ("2", "1", second / first)
         return (
             f"The gradient of Term {more} is {ratio:.0f} times that of Term {less} at the {where} ({first:.2g} and "
-            f"{second:.2g}): one of the two learns alone. --real.beta weighs Term 2; 1 is the gradient of the reward "
-            "itself (limit: --guard.max_term_ratio)."
+            f"{second:.2g}): one of the two decides the update alone. --real.beta weighs Term 2; 1 is the gradient of "
+            "the reward itself (limit: --guard.max_term_ratio)."
         )
 
     def _worse(self, changes: Mapping[str, Change]) -> str | None:
@@ -241,7 +248,7 @@ class _Series:
 
     @property
     def full(self) -> bool:
-        """Both windows are, and have nothing in common."""
+        """Both windows are full; no value is in both."""
         return len(self.first) >= self.window and len(self.last) >= self.window
 
     @property
@@ -257,10 +264,13 @@ _TITLES = {"reward": "the mean reward", "expected/pearson": "Pearson of E[score]
 
 
 def term_norms(metrics: Metrics) -> tuple[str, float, float] | None:
-    """Where the norms of Term 1 and Term 2 were measured, and both; None without them or where one is off."""
+    """Where the gradient norms of Term 1 and Term 2 were measured, and both norms.
+
+    None if they were not measured at this step, or if one of the terms is off.
+    """
     at_parameters = metrics.get("param_grad_norm/term1"), metrics.get("param_grad_norm/term2")
     parts = metrics.get("logit_grad_norm/squared_error"), metrics.get("logit_grad_norm/likelihood")
-    # Both parts of Term 2 reach the same logits; at worst they point the same way.
+    # Both parts of Term 2 have gradients at the same logits. Their sum is an upper bound: they may point the same way.
     second = None if parts[0] is None or parts[1] is None else parts[0] + parts[1]
     candidates: list[tuple[str, float | None, float | None]] = [
         ("parameters", *at_parameters),

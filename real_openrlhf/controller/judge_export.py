@@ -1,7 +1,7 @@
 """Which weights become the exported judge: those of the best evaluation, else the last.
 
-A new best is exported at once, since the policy will not have these weights again, into a folder of its own beside the
-judge's, `best_step_<n>`; at the end that takes the judge's place. A run that dies leaves it there, a whole judge.
+A new best is exported at once, since the next update changes the policy's weights. It is written to `best_step_<n>`,
+next to the judge's folder, and takes that folder's place at the end. If the run dies, the best judge is still there.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ class Exporter(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """The weights of an export. step: after which they were the policy's; why: in words, for the model card.
+    """The weights of an export.
 
-    evaluation: theirs; empty without one.
+    step        number of the training step after which the policy had them
+    why         why these were chosen, in words, for the model card
+    evaluation  metrics of these weights; empty if they were not evaluated
     """
 
     step: int
@@ -40,10 +42,10 @@ class Chosen:
 
 class JudgeExport:
     """
-    folder    of the judge
-    metric    of the evaluation that decides ("expected/pearson"); None: the last weights are exported
-    describe  writes into an exported folder what it says of itself, and checks it
-    step_of   the step that an exported folder says of itself; None where it says none
+    folder    where the exported judge is written
+    metric    evaluation metric that decides which weights are best ("expected/pearson"); None: the last are exported
+    describe  adds model card and judge settings to an exported folder, and checks it
+    step_of   the step that an exported folder's settings name; None where they name none
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class JudgeExport:
         self._evaluations = 0
 
     def evaluated(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Call while the policy still has the weights that were judged."""
+        """Export the policy's weights if they are the best so far. Call while it still has the weights evaluated."""
         value = None if self.metric is None else metrics.get(self.metric)
         if self.metric is None or value is None:
             return
@@ -74,16 +76,16 @@ class JudgeExport:
             return
         self.chosen = Chosen(step=step, why=self._why(step, value, None), evaluation=dict(metrics))
         try:
-            self._write(self._beside(step))
+            self._write(self._best_folder(step))
         except (OSError, FolderError) as error:
-            # The run is worth more than this export; the next better evaluation tries again.
+            # A failed export does not end the run; the next better evaluation tries again.
             logger.error("the judge of step %d, the best so far, could not be exported: %s", step, error)
             return
         self._best = self.chosen
-        self._remove_all_but(self._beside(step))
+        self._remove_all_but(self._best_folder(step))
 
     def finish(self, step: int, evaluation: Mapping[str, float | None]) -> None:
-        """Put the judge into its folder. evaluation: the last one."""
+        """Put the judge into its folder. step, evaluation: the last ones of the run."""
         best = self._best
         if best is None:
             why = "the last ones" if self.metric is None else f"the last ones: no evaluation has {self.metric}"
@@ -95,7 +97,7 @@ class JudgeExport:
             step=best.step, why=self._why(best.step, self._value(best), step), evaluation=best.evaluation
         )
         logger.info("the judge has the weights of %s", self.chosen.why)
-        folder = self._beside(best.step)
+        folder = self._best_folder(best.step)
         self.describe(folder, self.chosen)
         replace_folder(folder, self.folder)
         self._best = None
@@ -104,7 +106,7 @@ class JudgeExport:
         self.policy.save_model(str(folder), lambda new: self.describe(new, self.chosen))
 
     def _remove_all_but(self, kept: Path | None) -> None:
-        """Also what an earlier run left that ended in this folder before its first checkpoint."""
+        """Remove exports of earlier bests, also those left by an earlier run that died before its first checkpoint."""
         for left in self.folder.parent.glob(f"{BEST}*"):
             if left != kept:
                 shutil.rmtree(left, ignore_errors=True)
@@ -123,7 +125,7 @@ class JudgeExport:
         assert self.metric is not None
         return value < best if self.metric.endswith(LOWER_IS_BETTER) else value > best
 
-    def _beside(self, step: int) -> Path:
+    def _best_folder(self, step: int) -> Path:
         return self.folder.with_name(f"{BEST}{step}")
 
     def state_dict(self) -> dict[str, Any]:
@@ -135,21 +137,21 @@ class JudgeExport:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Exports of steps that the resumed run has not made are removed: it makes them again, or others."""
+        """Restore the best so far. Exports of steps after the checkpoint are removed: those steps are made again."""
         same = state["metric"] == self.metric
         best = state["best"] if same else None
-        self._remove_all_but(None if best is None else self._beside(best["step"]))
+        self._remove_all_but(None if best is None else self._best_folder(best["step"]))
         self._evaluations = state["evaluations"] if same else 0
         if best is None:
             return
-        if not self._beside(best["step"]).is_dir() and self.step_of(self.folder) == best["step"]:
-            # The run had come to its end, and now goes on.
-            shutil.copytree(self.folder, self._beside(best["step"]))
-        if not self._beside(best["step"]).is_dir():
+        if not self._best_folder(best["step"]).is_dir() and self.step_of(self.folder) == best["step"]:
+            # The run had already finished and is now continued with more steps.
+            shutil.copytree(self.folder, self._best_folder(best["step"]))
+        if not self._best_folder(best["step"]).is_dir():
             logger.warning(
                 "the best judge so far, of step %d, is no longer in %s: the next evaluation counts as the best",
                 best["step"],
-                self._beside(best["step"]),
+                self._best_folder(best["step"]),
             )
             return
         self._best = Chosen(step=best["step"], why="", evaluation=best["evaluation"])

@@ -32,7 +32,7 @@ WARMUP_SHOWN = (
     ("tok/s", "speed/trained_tokens_per_second", ".0f"),
 )
 EVAL_METRIC = "expected/pearson"
-# Between two log lines about an evaluation that is under way.
+# Least seconds between two log lines about a running evaluation.
 JUDGED_EVERY_S = 30.0
 
 
@@ -61,9 +61,9 @@ class Progress:
         self._eval: float | None = None
         self._has_eval = False
         self._clock = clock
-        # Of the evaluation under way: when and with what it was first seen, and when it was last logged.
+        # The running evaluation: when it was first reported, with how many responses, and when it was last logged.
         self._judging: tuple[float, int] | None = None
-        self._said = 0.0
+        self._logged = 0.0
         stream = sys.stderr if stream is None else stream
         self._bar: tqdm | None = None
         if enabled and stream.isatty():
@@ -82,18 +82,18 @@ class Progress:
         self._step = step
 
     def judged(self, step: int, done: int, total: int) -> None:
-        """The evaluation after `step` has that many of its responses."""
+        """The evaluation after `step` has `done` of its `total` responses."""
         if not self.enabled:
             return
         now = self._clock()
         if self._judging is None:
-            self._judging, self._said = (now, done), now - JUDGED_EVERY_S
+            self._judging, self._logged = (now, done), now - JUDGED_EVERY_S
         since, first = self._judging
         rate = f", {(done - first) / (now - since):.1f} judgements/s" if now > since else ""
         if self._bar is not None:
             self._bar.set_postfix_str(f"evaluating {done}/{total}{rate}")
-        elif now - self._said >= JUDGED_EVERY_S:
-            self._said = now
+        elif now - self._logged >= JUDGED_EVERY_S:
+            self._logged = now
             logger.info("step %d/%d  evaluating %d/%d%s", step, self.total, done, total, rate)
 
     def evaluated(self, step: int, metrics: Mapping[str, float | None]) -> None:
@@ -123,7 +123,7 @@ class Progress:
 
 
 def process_seconds() -> float:
-    """Seconds since this process was started: imports and all."""
+    """Seconds since this process was started, imports included."""
     return time.time() - psutil.Process().create_time()
 
 
@@ -159,6 +159,6 @@ class PhaseTimer:
         return self._seconds.get(name, 0.0)
 
     def pop(self) -> dict[str, float]:
-        """The seconds since the last call, and start anew."""
+        """The seconds by phase since the last call; counting starts again at 0."""
         seconds, self._seconds = self._seconds, {}
         return {f"seconds/{name}": value for name, value in seconds.items()}

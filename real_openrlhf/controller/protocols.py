@@ -17,7 +17,7 @@ from real_openrlhf.evals.change import EvalReport
 
 @dataclass(frozen=True, kw_only=True)
 class SyncReport:
-    """One weight sync: its version, seconds, and how far engine and policy log-probs lie apart."""
+    """One weight sync: its version, its seconds, and how much the log-probs of engine and policy differ."""
 
     version: int
     seconds: float
@@ -28,28 +28,28 @@ class SyncReport:
 
 
 class RolloutGroup(Protocol):
-    """The rollout engines as one."""
+    """All rollout engines, used as one."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """One group of sampling.n rollouts per prompt, in the prompts' order."""
         ...
 
     def sleep(self) -> None:
-        """Give up the GPUs' memory until the next weight sync, where engines share them with the policy."""
+        """Free the GPUs' memory until the next weight sync, where engines share GPUs with the policy."""
         ...
 
 
 class PolicyGroup(Protocol):
-    """The ranks of the policy as one."""
+    """All ranks of the policy, used as one."""
 
     def train(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
-        """Every update that the configuration asks for on this batch; metrics of the batch."""
+        """Make every update on this batch that the configuration asks for; returns the batch's metrics."""
         ...
 
     def save_model(self, path: str, complete: Callable[[Path], None]) -> None:
-        """Write weights, config and tokenizer as a Hugging Face folder, to which `complete` then adds.
+        """Write weights, config and tokenizer as a Hugging Face folder, then let `complete` add files to it.
 
-        The folder appears whole or not at all; an older one stays until then.
+        The folder appears complete or not at all; an older one of that name stays until then.
         """
         ...
 
@@ -61,15 +61,15 @@ class PolicyGroup(Protocol):
 
 
 class ReferenceGroup(Protocol):
-    """The reference policy of the KL: a group of its own, or the policy without its adapters."""
+    """The reference policy of the KL: separate ranks, or the policy without its adapters."""
 
     def reference_logprobs(self, groups: Sequence[TrainGroup]) -> list[tuple[Tensor, ...]]:
-        """Per group one [T] float32 for each rollout: log-probs of its tokens at the sampling temperature."""
+        """For each group, one [T] float32 per rollout: log-probs of its tokens at the sampling temperature."""
         ...
 
 
 class WeightSync(Protocol):
-    """Brings the policy's weights to the engines and proves it."""
+    """Sends the policy's weights to the engines and checks that both give the same log-probs."""
 
     def sync(self, version: int) -> SyncReport: ...
 
@@ -78,12 +78,14 @@ class Evaluator(Protocol):
     """Judges the held-out benchmarks on some engines and computes metrics."""
 
     def start(self, version: int) -> None:
-        """Begin with an evaluation of the engines' weights, which have this version; one at a time."""
+        """Start an evaluation of the engines' weights, which have this version. One may run at a time."""
         ...
 
     def result(self, watch: Callable[[int, int], None] | None = None) -> EvalReport:
-        """Of the evaluation that was begun, once it is done. watch: told now and then how many responses of how
-        many there are."""
+        """Wait for the evaluation that was started, and return its report.
+
+        watch: called now and then with the number of responses so far and in all.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]: ...

@@ -1,4 +1,4 @@
-"""What the controller sees of its records, its progress bar and its checkpoints."""
+"""Protocols: what the controller needs of its log, its progress bar and its checkpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ class Log(Protocol):
 
 
 class Saver(Protocol):
-    """Writes checkpoints; `controller.checkpointing.Checkpointer`. uses_evaluations: what is saved depends on them."""
+    """Writes checkpoints; see `controller.checkpointing.Checkpointer`.
+
+    uses_evaluations: evaluations decide which checkpoints are saved.
+    """
 
     @property
     def uses_evaluations(self) -> bool: ...

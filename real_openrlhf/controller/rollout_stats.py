@@ -24,10 +24,10 @@ def rollout_metrics(
 ) -> Metrics:
     """Statistics of one batch, over rollouts unless the name says groups. Standard deviations are the population's.
 
-    groups        everything that was sampled and is to be described (score/, invalid/, length/, accuracy/, label/)
-    train_groups  those with coefficients (reward/, advantage/); with dynamic sampling they may be fewer
+    groups        all groups that were sampled (score/, invalid/, length/, accuracy/, label/)
+    train_groups  those that are trained on (reward/, advantage/); with dynamic sampling they may be fewer
 
-    A value is None where nothing defines it: no readable rollout, no train group.
+    A value is None where it is undefined: no readable rollout, no train group.
     Raises ValueError without groups, and ScaleError for a label off the scale.
     """
     if not groups:
@@ -141,11 +141,11 @@ def judgement_samples(
     prompt_tokens: int = 64,
     renormalise: bool = False,
 ) -> list[dict[str, Any]]:
-    """At most n judgements for samples.jsonl, from as many groups as there are.
+    """At most n judgements for samples.jsonl, from as many groups as possible.
 
-    decode turns prompt ids into text; without it the prompt is left out. prompt_tokens: how much
-    of the prompt's end is shown. distribution: label -> probability of the full vocabulary. None
-    stands where there is no score, or, for reward and advantage, where the group was filtered out.
+    decode turns prompt ids into text; without it the prompt is left out. prompt_tokens: how many tokens of the
+    prompt's end are shown. In the result, "distribution" maps each label to its probability over the full vocabulary.
+    A value is None where there is no score; reward and advantage are None where the group was filtered out.
     """
     trained = {id(t.group): t for t in train_groups}
     picks = [(group, i) for i in range(max((len(g) for g in groups), default=0)) for group in groups if i < len(group)]

@@ -1,4 +1,4 @@
-"""The record of a run: JSONL always, TensorBoard and Weights & Biases on request.
+"""The records of a run: JSONL always, TensorBoard and Weights & Biases on request.
 
     metrics.jsonl   one flat object per line: step, phase, time (unix seconds), then the metrics
     samples.jsonl   one judgement per line: step, then what `rollout_stats.judgement_samples` gives
@@ -62,8 +62,8 @@ class RunLogError(ValueError):
 def redact(config: Any, secrets: Iterable[str] = ()) -> Any:
     """A copy without secrets: values under names such as "key" or "hf_token", and the given strings anywhere.
 
-    Dotted names are judged by their last part ("logger.wandb.key"). Empty values stay, so that one
-    sees that none was given; "label_key" or "max_new_tokens" are no secrets.
+    Of dotted names, the last part counts ("logger.wandb.key"). Empty values stay, so that a reader
+    sees that none was given. Names such as "label_key" or "max_new_tokens" are not secret.
     """
     secrets = [s for s in secrets if s]
 
@@ -84,9 +84,10 @@ def redact(config: Any, secrets: Iterable[str] = ()) -> Any:
 
 
 def check_output_dir(output_dir: str | Path, *, append: bool = False, overwrite: bool = False) -> Path:
-    """Make the directory and prove that it can be written; refuse one that holds something else.
+    """Make the directory and check that it can be written. One with files in it is refused, except:
 
-    append: the directory of this run, to be continued. overwrite: start the records anew.
+    append     it holds the records of this run, which are continued
+    overwrite  its records are started anew
     """
     path = Path(output_dir)
     if append and overwrite:
@@ -130,9 +131,9 @@ class RunLog:
     tensorboard_dir  None: no TensorBoard
     config           the resolved configuration, any nesting
     append           continue the run that is recorded in output_dir
-    resume_step      with append: the last step that counts; later lines are dropped, they come again
+    resume_step      with append: the last step to keep; later lines are dropped, since the run makes those steps again
     overwrite        start the records in output_dir anew
-    locked           the caller holds output_dir's lock; else the log takes it, until it is closed
+    locked           the caller holds output_dir's lock; else the log holds it until it is closed
 
     Start-up problems raise RunLogError. Later ones (a full disk, a lost connection) are logged and
     never stop the training.
@@ -200,7 +201,7 @@ class RunLog:
         try:
             record()
         except Exception as error:
-            # Training goes on: metrics.jsonl has everything, and the cause rarely mends itself.
+            # Training goes on: metrics.jsonl has everything, and such a fault rarely goes away by itself.
             self._sinks.remove(sink)
             logger.warning("%s stopped recording at step %d: %s", sink.name, step, error)
 
@@ -219,7 +220,7 @@ class RunLog:
         _write(self._warnings, {"step": step, "watch": watch, "message": message})
 
     def log_evaluation(self, step: int, samples: Sequence[Mapping[str, Any]], plots: Mapping[str, str]) -> None:
-        """Judgements to read and plots (name -> path of a PNG) of an evaluation, where a record takes such things."""
+        """Judgements and plots (name -> path of a PNG) of an evaluation; W&B alone shows them."""
         for sink in list(self._sinks):
             if isinstance(sink, _Wandb):
                 self._to(sink, step, partial(sink.log_evaluation, step, samples, plots))
@@ -287,7 +288,7 @@ def _write_config(path: Path, config: Any, *, keep_old: bool) -> None:
 
 
 def _records(path: Path, *, append: bool, last_step: int | None) -> JsonLines:
-    """Open a record; what is there already is cut to the lines up to last_step."""
+    """Open a file of records. Without append it is emptied; with append, lines after last_step are removed."""
 
     def counts(number: int, line: Any) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""What a run asks of its controller."""
+"""The controller's settings."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class ControllerSettings:
     """
     total_steps        steps of the run; 0 evaluates and saves only
     batch_size         groups per step
-    share_by           batches are multiples of it, so that all policy and reference ranks get as many groups
-    sampling           of the rollouts; seeds are set per step when `seeded`
-    eval_steps         evaluate every n steps; -1: only before and after
-    eval_beside        the evaluator has engines of its own: go on while it judges, until the next weight sync
-    min_mass, min_readable   the first rollouts must reach both
-    dead_steps         stop after n steps in a row without advantage; 0 never
-    one_ahead          sample the next batch while training: it is one version of the weights late
+    share_by           batch sizes are multiples of it, so that all policy and reference ranks get equally many groups
+    sampling           how rollouts are sampled; seeds are set per step when `seeded`
+    eval_steps         evaluate every n steps; -1: only before and after training
+    eval_beside        the evaluator has its own engine: training goes on while it judges, until the next weight sync
+    min_mass, min_readable   what the first rollouts must reach, see `first_look`
+    dead_steps         stop after n steps in a row in which all advantages are zero; 0: never
+    one_ahead          sample the next batch while training on this one; its weights are then one version old
     """
 
     total_steps: int

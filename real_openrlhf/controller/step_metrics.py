@@ -12,7 +12,7 @@ from real_openrlhf.controller.dynamic_sampling import Collected
 def sampled_reward(
     collected: Collected, trained: Sequence[TrainGroup], train_group: Callable[[Group], TrainGroup]
 ) -> float | None:
-    """Mean reward of all sampled rollouts, those that dynamic sampling dropped as well."""
+    """Mean reward of all sampled rollouts, including those that dynamic sampling dropped."""
     known = {id(t.group): t for t in trained}
     everything = [known.get(id(group)) or train_group(group) for group in collected.sampled]
     rewards = [float(r) for t in everything for r in t.coefficients.rewards]
@@ -29,7 +29,7 @@ def sampling_metrics(collected: Collected) -> dict[str, float]:
 
 
 def speed_metrics(seconds: Mapping[str, float], batch: Batch) -> dict[str, float]:
-    """seconds: of the controller's phases, which add up to the step; generation beside training has its own clock."""
+    """seconds: of the controller's phases, whose sum is the step. batch.seconds: all of generation, training or not."""
     collected = batch.collected
     generated = sum(r.token_ids.numel() for g in collected.sampled for r in g.rollouts)
     trained = sum(g.prompt_ids.numel() + r.token_ids.numel() for g in collected.kept for r in g.rollouts)

@@ -59,13 +59,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--template", help="of the prompts: a name or a file; 'source' keeps the source's prompts")
     add("--suffix", help="a template that follows the prompt, such as base_suffix for base models")
-    add("--prompt_form", choices=(TEXT, MESSAGES), help="text where prompts are one user message, unless given")
-    add("--split", help="shares of the groups where no source names a split, such as train=0.8,dev=0.1,test=0.1")
-    add("--seed", type=int, default=0, help="of splits, order, rounding and feedback by a program (default 0)")
-    add("--shuffle", action=argparse.BooleanOptionalAction, help="the rows of each split; as the data set needs it")
+    add("--prompt_form", choices=(TEXT, MESSAGES), help="default: text if all are one user message")
+    add("--split", help="shares of the groups if no source names a split, such as train=0.8,dev=0.1,test=0.1")
+    add("--seed", type=int, default=0, help="seed of splits, order, rounding and generated feedback (default 0)")
+    add("--shuffle", action=argparse.BooleanOptionalAction, help="shuffle the rows of each split; default: if sorted")
     add("--sft", action="store_true", help="also write sft.parquet for train_warmup: feedback, anchor and label")
-    add("--rounding", choices=tuple(ROUNDINGS), default="stochastic", help="of labels in sft.parquet (stochastic)")
-    add("--skip_bad_rows", action="store_true", help="count and list rows that cannot be used, and go on")
+    add(
+        "--rounding",
+        choices=tuple(ROUNDINGS),
+        default="stochastic",
+        help="of labels in sft.parquet (default: stochastic)",
+    )
+    add("--skip_bad_rows", action="store_true", help="leave out rows that cannot be used, and count and list them")
     return parser.parse_args(argv)
 
 
@@ -77,7 +82,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     template = args.template or builder.template
     for name, value, hint in (
         ("source", sources, "a file, folder or hub id"),
-        ("scale", scale, "the scores that its labels lie on, such as 1-5"),
+        ("scale", scale, "the scores that its labels can have, such as 1-5"),
     ):
         if not value:
             raise DataError(f"{builder.name} needs --{name}: {hint}")
@@ -141,8 +146,8 @@ def summary(manifest: Mapping[str, Any], folder: Path) -> str:
         and all(source["split"] is None for source in manifest["sources"])
         and all(counts["groups"] == counts["rows"] for counts in splits.values())
     ):
-        # A whole prompt holds the response as well: the rows of a question would be strangers to each other.
-        lines.append("  every row is a group of its own: if several ask one question, name it by --map group=COLUMN")
+        # A whole prompt holds the response too, so that rows of the same question have different prompts.
+        lines.append("  every row is its own group: if several rows ask one question, name it by --map group=COLUMN")
     bad = manifest["bad_rows"]
     if bad["count"]:
         lines += [f"  bad rows left out: {bad['count']}", *(f"    {row}" for row in bad["first"])]

@@ -1,4 +1,4 @@
-"""From sources to a built data set: rows checked, prompts rendered, groups split, files and manifest written."""
+"""Builds a data set from sources: checks rows, renders prompts, splits groups, writes files and manifest."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ SFT = "sft"
 class Settings:
     """
     sources        SOURCE or SPLIT=SOURCE, each a file, folder or hub id; either all name a split or none does
-    scale          of the labels
-    template       of the prompts
-    fractions      share of the groups per split, where nothing names a split
-    shuffle        the order of rows, by seed
-    sft            also write sft.parquet, the rows of the training split that have feedback of their own
+    scale          scale of the labels
+    template       template of the prompts
+    fractions      share of the groups per split, if nothing names a split
+    shuffle        shuffle the rows, by the seed
+    sft            also write sft.parquet, the rows of the training split that have feedback
     rounding       of fractional labels in sft.parquet: "stochastic" or "nearest"
     aspects        those to build, of a data set that has several
     prompt_form    "text", "messages", or None: text where each prompt is one user message
@@ -112,7 +112,7 @@ def build(builder: Builder, settings: Settings) -> Built:
     records = {split: [_record(row) for row in kept[split]] for split in PRECEDENCE[::-1] if kept.get(split)}
     if settings.shuffle:
         for split in kept:
-            # The same order for records and rows, whose SFT texts follow.
+            # Records and rows get the same order: SFT texts are made from the rows below.
             random.Random(settings.seed).shuffle(records[split])
             random.Random(settings.seed).shuffle(kept[split])
     if settings.sft:
@@ -191,7 +191,7 @@ def _read(
 
 
 def _messages(item: Item, template: JudgeTemplate) -> list[dict[str, str]]:
-    """The prompt as chat messages; a template "as in the source" goes around the last message."""
+    """The prompt as chat messages. A template whose only variable is `instruction` is filled with the last message."""
     if item.whole is not None and template.variables <= {"instruction"}:
         given = item.whole
         if isinstance(given, str):
@@ -208,13 +208,13 @@ def _messages(item: Item, template: JudgeTemplate) -> list[dict[str, str]]:
             raise PromptError("the last message is the assistant's; a prompt ends before the answer")
         return [*before, {"role": last["role"], "content": template.render(instruction=last["content"])}]
     if item.parts is None:
-        raise PromptError(f"it cannot be taken apart to fill template {template.name}; use --template source")
+        raise PromptError(f"its parts for template {template.name} cannot be found in it; use --template source")
     parts = {name: value for name, value in vars(item.parts).items() if name in template.variables}
     return template.messages(**parts)
 
 
 def _gives_away(item: Item, feedback: str, messages: Sequence[Mapping[str, str]]) -> bool:
-    """Whether the prompt holds the critique. One short sentence may well occur there, and says nothing alone."""
+    """Whether the prompt holds the critique. A short feedback may occur there by chance and does not count."""
     whole = (item.critique or "").strip()
     sought = [text for text in (whole, feedback) if text != feedback or len(text) >= _LONG]
     return any(text in message["content"] for text in sought for message in messages)
@@ -223,14 +223,14 @@ def _gives_away(item: Item, feedback: str, messages: Sequence[Mapping[str, str]]
 def _feedback(item: Item, scale: ScoreScale, cuts: Counter[str]) -> tuple[str | None, str | None]:
     """(the feedback to train on, None), or (None, why there is none although there is a critique).
 
-    cuts counts critiques that say their label in no known form of verdict; the sentences that do so go.
+    cuts counts critiques that say their label in no known form of verdict; these sentences are removed.
     """
     if item.critique is None:
         return None, None
     if item.n != 1:
         return None, "several judgements were averaged"
     critique = cut(item.critique)
-    # "Score:-4" has a dash unless a scale goes below zero.
+    # In "Score:-4" the sign is a dash, unless the scale has negative scores.
     verdict = critique.verdict if critique.verdict is None or scale.values[0] < 0 else abs(critique.verdict)
     if verdict is not None and verdict != item.label:
         return None, "its own verdict is not the label"
@@ -238,7 +238,7 @@ def _feedback(item: Item, scale: ScoreScale, cuts: Counter[str]) -> tuple[str | 
     feedback, reasons = without_label(critique.feedback, item.label, None if name and _is_number(name) else name)
     cuts.update(reasons)
     if not feedback:
-        return None, "nothing stands beside its verdict"
+        return None, "it holds nothing but its verdict"
     return feedback, None
 
 

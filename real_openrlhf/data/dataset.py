@@ -24,8 +24,12 @@ _Read = TypeVar("_Read")
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeDataset:
-    """source: as given. prompts: in the source's order. skipped: the rows left out, if that was allowed.
-    sha256: of the prompts' token ids and labels, in order."""
+    """
+    source   as given
+    prompts  in the source's order
+    skipped  bad rows that were left out, if that was allowed
+    sha256   of the prompts' token ids and labels, in order
+    """
 
     source: str
     prompts: tuple[Prompt, ...]
@@ -123,12 +127,12 @@ def content_hash(prompts: Sequence[Prompt]) -> str:
 
 
 def read_label(value: object, scale: ScoreScale) -> float:
-    """A number or a numeric string as a label on the scale. Raises ValueError, with the scale, for all else."""
+    """A label on the scale, from a number or a numeric string. For anything else ValueError, which names the scale."""
     on = f"a label is a number from {scale.values[0]:g} to {scale.values[-1]:g} (scale {scale})"
     if value is None or (isinstance(value, str) and not value.strip()):
         raise ValueError(f"the label is missing; {on}")
     wrong = f"{shorten(value)} is not a number; {on}"
-    # bool is an int to Python; "1_0" is 10 to float().
+    # In Python, bool is an int, and float("1_0") is 10.
     if isinstance(value, bool) or not isinstance(value, (int, float, Decimal, str)) or "_" in str(value):
         raise ValueError(wrong)
     try:
@@ -166,7 +170,7 @@ def read_prompt(
     except PromptError as error:
         return BadRow(place=row.place, column=column, reason=str(error))
     except DataError:
-        raise  # the template as a whole, not this row
+        raise  # the template is wrong, not this row
     except ValueError as error:
         return BadRow(place=row.place, column=column, reason=str(error))
     if len(token_ids) > max_prompt_tokens:

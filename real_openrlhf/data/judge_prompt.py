@@ -1,4 +1,4 @@
-"""From the parts of a judgement (instruction, response, reference, rubric) to the judge's prompt, by a template file.
+"""Makes the judge's prompt from its parts (instruction, response, reference, rubric), by a template file.
 
 A template is a text file in Jinja's syntax, with an optional head of JSON between two lines `---`:
 
@@ -14,11 +14,11 @@ A template is a text file in Jinja's syntax, with an optional head of JSON betwe
     {% endif %}
 
 The variables are `instruction`, `response`, `reference`, `rubric` and `context` (what was said before the
-instruction). A line that holds a tag alone leaves no line behind. The last newline of the file does not count; a
-template that has to end in a space says so with `{{ " " }}`.
+instruction). A line that holds only a tag does not appear in the prompt. The file's last newline does not count; a
+template that must end in a space ends in `{{ " " }}`.
 
-Values are put in once and never read as template text: "{{ rubric }}" within a response stays those characters. What
-else a response may try on the judge (chat tokens, a rubric of its own) is not decided here.
+Values are inserted once and never read as template text: "{{ rubric }}" within a response stays those characters. Other
+attacks by a response (chat tokens, a rubric inside it) are not handled here; see `literal` for chat tokens.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ FENCE = "---\n"
 
 @dataclass(frozen=True, kw_only=True)
 class Rubric:
-    """What is judged, and what each score stands for: Prometheus's form of a rubric.
+    """What is judged, and what each score means: a rubric in Prometheus's form.
 
-    criteria: a question or a phrase. descriptions: score, as the model writes it, to its description; may be empty.
+    criteria: a question or a phrase. descriptions: score, as the model writes it -> its description; may be empty.
 
     >>> print(Rubric(criteria="Is it polite?", descriptions={"1": "Rude.", "5": "Kind."}))
     [Is it polite?]
@@ -75,14 +75,14 @@ class Rubric:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeTemplate:
-    """A template, read and checked.
+    """A template that was read and checked.
 
     name      the file's name without its extension; with a suffix "name+suffix"
     text      the body in Jinja's syntax
     anchors   texts right before the score that the prompt asks for, or that the judge was trained to write: pass them
               as --real.anchor
-    scale     the scores that the text speaks of ("1-5"); None: it names none
-    system    a system message; None: the prompt is the user's message alone
+    scale     the scores that the text names ("1-5"); None: it names none
+    system    a system message; None: the prompt is only the user's message
     """
 
     name: str
@@ -108,8 +108,8 @@ class JudgeTemplate:
     def load(cls, name_or_path: str | Path, *, suffix: str | Path | None = None) -> JudgeTemplate:
         """A template of `real_openrlhf/data/templates` by its name, or any file by its path.
 
-        suffix: a second one, whose text follows after a space (such as the one for base models) and whose anchors
-        stand in for the first one's. Raises TemplateError with the known names or the fault in the file.
+        suffix: a second template (such as the one for base models), whose text is appended after a space and whose
+        anchors replace the first one's. Raises TemplateError with the known names, or the fault in the file.
         """
         base = _load(name_or_path)
         if suffix is None:
@@ -117,7 +117,7 @@ class JudgeTemplate:
         tail = _load(suffix)
         return cls(
             name=f"{base.name}+{tail.name}",
-            # Not stripped: the paper's prompt ends in a space of its own, and the authors add another.
+            # Not stripped: the paper's prompt ends in a space, and the authors add another.
             text=f"{base.text} {tail.text}",
             anchors=tail.anchors,
             scale=base.scale or tail.scale,
@@ -126,7 +126,7 @@ class JudgeTemplate:
 
     @classmethod
     def from_json(cls, content: Any) -> JudgeTemplate:
-        """From `asdict`, as manifests and exports hold it. Raises TemplateError for anything else."""
+        """From the result of `asdict`, which manifests and exports hold. Raises TemplateError for anything else."""
         names = {f.name for f in fields(cls)}
         if not isinstance(content, dict) or not {"name", "text"} <= set(content) or not set(content) <= names:
             raise TemplateError(f"a template has the fields {', '.join(sorted(names))}, got {shorten(content)}")
@@ -139,13 +139,13 @@ class JudgeTemplate:
 
     @property
     def sha256(self) -> str:
-        """Of text, anchors, scale and system message; the name does not count."""
+        """A hash of text, anchors, scale and system message; the name does not count."""
         content = {key: value for key, value in asdict(self).items() if key != "name"}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
     def variables(self) -> frozenset[str]:
-        """Those that the text uses."""
+        """The variables that the text uses."""
         return _compiled(self.text)[1]
 
     def render(
@@ -159,9 +159,9 @@ class JudgeTemplate:
     ) -> str:
         """The user's message, as text.
 
-        An empty response is rendered, for models do answer nothing; other empty texts count as not given.
-        Raises PromptError when the text needs a part that is not given, when a given part has no place in it (a rubric
-        that silently goes missing makes another judgement), or when a part is not text.
+        An empty response is rendered, since models may answer nothing; other empty texts count as not given.
+        Raises PromptError when the text needs a part that is not given, when a given part does not occur in the
+        template (without its rubric, it would be another judgement), or when a part is not text.
         """
         parts = {
             "instruction": instruction,
@@ -198,7 +198,7 @@ def template_names() -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Missing:
-    """A part that is not given: false in a condition, an error where its text is needed."""
+    """A part that is not given: false in a condition, an error if its text is needed."""
 
     template: str
     name: str
@@ -210,7 +210,7 @@ class _Missing:
         raise PromptError(f"template {self.template} needs the {self.name}, which is not given")
 
 
-# Templates may come from anywhere: the sandbox keeps them from Python's attributes.
+# Templates may come from anywhere: in the sandbox they cannot use Python's attributes.
 _ENVIRONMENT = ImmutableSandboxedEnvironment(
     undefined=StrictUndefined,
     keep_trailing_newline=True,
@@ -222,7 +222,7 @@ _ENVIRONMENT = ImmutableSandboxedEnvironment(
 
 @lru_cache(maxsize=32)
 def _compiled(text: str) -> tuple[Template, frozenset[str]]:
-    """The template and its variables: milliseconds to make, and needed for every prompt."""
+    """The compiled template and its variables. Cached: compiling takes milliseconds, and every prompt needs it."""
     return _ENVIRONMENT.from_string(text), frozenset(meta.find_undeclared_variables(_ENVIRONMENT.parse(text)))
 
 

@@ -1,9 +1,8 @@
-"""Text from outside, encoded so that the special tokens that it spells out are plain text.
+"""Encodes text from outside so that special tokens that it spells out become plain text.
 
-A response that is judged may hold "<|im_end|>". Encoded as it is, that closes the user's turn, and
-what follows speaks with the judge's own voice. `literal` takes such strings apart, and
-`encode_literal` encodes the parts one by one: the same characters, but no special token. A text
-without such strings keeps its ids.
+A response that is judged may contain "<|im_end|>". Encoded as it is, that would end the user's turn, and the text after
+it would look like the judge's own. `literal` divides such strings, and `encode_literal` encodes the parts one by one:
+the same characters, but no special token. A text without such strings keeps its ids.
 """
 
 from __future__ import annotations
@@ -13,17 +12,17 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
-# Stands where a string was taken apart. A Unicode noncharacter: never in text that is exchanged.
+# Marks where a string was divided. A Unicode noncharacter, which never occurs in text that is exchanged.
 BREAK = "\ufdd0"
-# Per tokenizer: the chat template that it was made for, and the pattern of its control strings.
+# Cache: tokenizer -> its chat template, and the pattern of its control strings for that template.
 _patterns: WeakKeyDictionary[Any, tuple[str, re.Pattern[str] | None]] = WeakKeyDictionary()
 
 
 def control_strings(tokenizer: Any) -> frozenset[str]:
-    """What the tokenizer would turn into a special token, or into a token of the chat template's own.
+    """Strings that the tokenizer turns into a special token, or into a token that the chat template uses.
 
-    Other added tokens (runs of spaces, say) stay tokens. So do words of a template that are no tokens
-    ("[INST]" of some models): there the response and the template are made of the same tokens.
+    Other added tokens, such as runs of spaces, are not among them. Nor are words of a template that are not single
+    tokens ("[INST]" of some models): there, response and template are made of the same tokens.
     """
     template = _template(tokenizer)
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
@@ -33,22 +32,22 @@ def control_strings(tokenizer: Any) -> frozenset[str]:
 
 
 def literal(tokenizer: Any, text: str) -> str:
-    """The text with a BREAK inside of every control string; ValueError if it holds one already."""
+    """The text with a BREAK inside every control string; ValueError if it already contains a BREAK."""
     if BREAK in text:
-        raise ValueError(f"the text holds the character U+{ord(BREAK):04X}, which is not for exchange; take it out")
+        raise ValueError(f"the text holds the noncharacter U+{ord(BREAK):04X}; remove it")
     template, pattern = _patterns.get(tokenizer, (None, None))
     if template != _template(tokenizer):
         strings = sorted(control_strings(tokenizer), key=len, reverse=True)
         pattern = re.compile("|".join(map(re.escape, strings))) if strings else None
         _patterns[tokenizer] = (_template(tokenizer), pattern)
-    # Again, until nothing is found: strings may overlap.
+    # Repeated until nothing is found, since strings may overlap.
     while pattern is not None and (broken := pattern.sub(_broken, text)) != text:
         text = broken
     return text
 
 
 def encode_literal(encode: Callable[[str], list[int]], tokenizer: Any, text: str) -> list[int]:
-    """The ids of a text with BREAKs. encode: how the first part is encoded, or all without a BREAK."""
+    """The ids of a text with BREAKs. encode: encodes the first part, or the whole text if it has no BREAK."""
     first, *rest = text.split(BREAK)
     ids = list(encode(first))
     for part in rest:

@@ -1,6 +1,6 @@
-"""Feedback on two sentences, written by a program: shared and differing words, numbers, negation, length.
+"""Writes feedback on two sentences by rules: shared and differing words, numbers, negation, length.
 
-It never sees the human score, and it holds no digit, so that no label can leak before the verdict.
+The rules do not see the human score, and the feedback has no digits, so that no label can leak before the verdict.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_SHARED, MAX_OWN = 4, 3
 
 
 def write_feedback(first: str, second: str, rng: random.Random) -> str:
-    """A few short clauses. Where words are too many, `rng` picks which are named; their order stays.
+    """A few short sentences. If there are too many words, `rng` picks those that are named; their order stays.
 
     >>> write_feedback("A man plays a guitar.", "A man is playing the flute.", random.Random(0))
     'Both mention man, plays. Only the first has guitar. Only the second has flute. Most words agree.'

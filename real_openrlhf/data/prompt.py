@@ -1,4 +1,4 @@
-"""The prompt as it leaves the data set: token ids, label, and where it came from."""
+"""A prompt as the data set gives it: token ids, label, and where it came from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Prompt:
     token_ids  the prompt as the engine gets it
     label      the human score; NaN where there is none, as when a judge is used
     row        its index in the data set
-    given_ids  tokens of the response that are given; the engine continues them. Empty in training.
+    given_ids  first tokens of the response, which the engine continues. Empty in training.
     """
 
     token_ids: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Read a data set (a file, a folder or a hub id) into rows, each with the place it came from."""
+"""Reads a data set (a file, a folder or a hub id) into rows, each with its place in the source."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from real_openrlhf.common.plain import HALF_CHARACTER, has_half_character
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SPLIT_WORDS = ("train", "validation", "valid", "val", "dev", "test", "eval")
-# "owner/name", or "owner/name:config" where the data set has several configurations.
+# "owner/name", or "owner/name:config" if the data set has several configurations.
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
-# Fields are as long as they are; the module's own limit is 131,072 characters.
+# Fields may have any length; the csv module's own limit is 131,072 characters.
 csv.field_size_limit(2**31 - 1)
-# What no encoding can write: halves of characters, and how Python holds bytes that are not UTF-8.
+# The reason given for a text with lone surrogates: Python decodes bytes that are not UTF-8 to these.
 _NOT_UTF8 = "not valid Unicode: its bytes are not UTF-8"
-# Written by `python -m real_openrlhf.data` beside its parquet files; never data itself.
+# `python -m real_openrlhf.data` writes this file next to its parquet files; it is never data.
 MANIFEST = "manifest.json"
 
 
@@ -35,7 +35,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a row stands. unit "line": counted from 1, as editors do (jsonl, csv); "row": counted from 0."""
+    """A row's place. unit "line": counted from 1, as in editors (jsonl, csv); "row": counted from 0."""
 
     file: str
     index: int
@@ -55,7 +55,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class BadRow:
-    """A row that cannot be used. row: as its file counts (see Place). column: None when the whole row is at fault."""
+    """A row that cannot be used. row: its number, see Place. column: None when the whole row is wrong."""
 
     place: Place
     column: str | None
@@ -71,20 +71,20 @@ class BadRow:
 
 
 def shorten(value: object, limit: int = 80) -> str:
-    """repr, cut to `limit` characters, for messages."""
+    """The value's repr, shortened to `limit` characters, for messages."""
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """ " (did you mean 'x'?)" or nothing, to end a message with."""
+    """The end of a message: " (did you mean 'x'?)", or nothing if no known name is similar."""
     close = difflib.get_close_matches(name.lower(), {k.lower(): k for k in known}, n=1, cutoff=0.6)
     match = next((k for k in known if close and k.lower() == close[0]), None)
     return f" (did you mean {match!r}?)" if match else ""
 
 
 def lookup(values: Mapping[str, Any], key: str) -> Any:
-    """The value at a column name; a dotted name also reaches into nested objects, the literal name first.
+    """The value of a column. A dotted name also reaches into nested objects, unless a column has this very name.
 
     Raises KeyError with the whole message when there is no such column.
 
@@ -107,11 +107,13 @@ def lookup(values: Mapping[str, Any], key: str) -> Any:
 
 
 def read_rows(source: str) -> Iterator[Row | BadRow]:
-    """The rows of a .jsonl, .json (a list), .csv or .parquet file (text ones also as .gz), of a folder of such files
-    or of a `save_to_disk` folder, or of a hub id "owner/name" or "owner/name:config". "@split" chooses a split of a
-    folder or a hub id.
+    """The rows of a source.
 
-    Rows that cannot be read come out as BadRow; a file that cannot be read raises DataError.
+    source: a .jsonl, .json (a list), .csv or .parquet file (text ones also as .gz), a folder of such files, a
+    `save_to_disk` folder, or a hub id "owner/name" or "owner/name:config". "@split" after a folder or a hub id chooses
+    a split.
+
+    A row that cannot be read is returned as a BadRow; a file that cannot be read raises DataError.
     """
     path, split = locate(source)
     if path.is_file():
@@ -181,7 +183,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _row(place: Place, value: object, *, suspect: str | None = None) -> Row | BadRow:
-    """suspect: what is wrong with a text that no encoding can write, where the row may hold one."""
+    """suspect: the reason for a BadRow if the row has a text that no encoding can write; None: no need to look."""
     if not isinstance(value, dict):
         return BadRow(place=place, column=None, reason=f"a row must be an object, not {shorten(value)}")
     try:
@@ -194,7 +196,7 @@ def _row(place: Place, value: object, *, suspect: str | None = None) -> Row | Ba
 
 
 def _no_unicode(value: object, path: str) -> str | None:
-    """The dotted column of the first text that no encoding can write."""
+    """The dotted column name of the first text that no encoding can write; None if there is none."""
     if isinstance(value, str):
         return path if has_half_character(value) else None
     inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -213,7 +215,7 @@ def _read_jsonl(path: Path) -> Iterator[Row | BadRow]:
 
 def read_json_lines(file: Iterable[bytes], name: str) -> Iterator[Row | BadRow]:
     """The rows of an open JSONL file, such as standard input; name: for messages."""
-    # Bytes, so that one line that is not UTF-8 is one bad row; and lines end at "\n" only, not at U+2028.
+    # Read as bytes, so that a line that is not UTF-8 is one bad row, and lines end at "\n" only, not at U+2028.
     for number, line in enumerate(file, start=1):
         place = Place(file=name, index=number, unit="line")
         text, broken = _decode(line, "utf-8-sig" if number == 1 else "utf-8")
@@ -223,13 +225,13 @@ def read_json_lines(file: Iterable[bytes], name: str) -> Iterator[Row | BadRow]:
             value = json.loads(text)
             half = HALF_CHARACTER if "\\ud" in text or "\\uD" in text else None
             yield _row(place, value, suspect=half if broken is None else f"{_NOT_UTF8} at byte {broken} of the line")
-        except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
+        except (ValueError, RecursionError) as error:  # an integer of thousands of digits is a ValueError too
             where = "" if broken is None else f"not UTF-8 at byte {broken} of the line, and "
             yield BadRow(place=place, column=None, reason=f"{where}broken JSON: {error}: {shorten(text.strip())}")
 
 
 def _decode(data: bytes, encoding: str) -> tuple[str, int | None]:
-    """The text, and where its first byte stands that is not UTF-8: the rest of a file need not be lost for it."""
+    """The text, and the index of the first byte that is not UTF-8 (None: all are): the rest can still be read."""
     try:
         return data.decode(encoding), None
     except UnicodeDecodeError as error:
@@ -254,7 +256,7 @@ def _read_json(path: Path) -> Iterator[Row | BadRow]:
 
 
 def _read_csv(path: Path) -> Iterator[Row | BadRow]:
-    # A byte that is not UTF-8 is one bad row, not the end of the file.
+    # A byte that is not UTF-8 makes one bad row; reading continues after it.
     with (
         _open(path) as raw,
         io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="") as file,
@@ -271,7 +273,7 @@ def _read_csv(path: Path) -> Iterator[Row | BadRow]:
                 raise DataError(f"{path}, line 1: the columns {doubled} occur more than once")
             start = reader.line_num + 1
             for fields in reader:
-                # A quoted field may span lines: name the one where the row begins.
+                # A quoted field may span several lines: the row's first line is named.
                 place = Place(file=str(path), index=start, unit="line")
                 start = reader.line_num + 1
                 if not fields:
@@ -282,7 +284,7 @@ def _read_csv(path: Path) -> Iterator[Row | BadRow]:
                 else:
                     yield _row(place, dict(zip(header, fields)), suspect=f"{_NOT_UTF8}; save the file as UTF-8")
         except csv.Error as error:
-            # After a broken quote nobody can say where the next row begins.
+            # After a broken quote it is unknown where the next row begins.
             raise DataError(f"{path}, line {reader.line_num}: broken CSV: {error}") from error
 
 
@@ -292,7 +294,7 @@ def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
 
     index = 0
     try:
-        # Opened here: pyarrow would take some paths for addresses.
+        # Opened here, since pyarrow takes some paths for URLs.
         with path.open("rb") as opened, pq.ParquetFile(opened) as file:
             for batch in file.iter_batches(batch_size=1024):
                 for read in _rows_of(batch):
@@ -307,12 +309,12 @@ def _read_parquet(path: Path) -> Iterator[Row | BadRow]:
 
 
 def _rows_of(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """The rows of a record batch or table; for one with a text that is not UTF-8, the name of its column."""
+    """The rows of a record batch or table; in place of a row with a text that is not UTF-8, the name of its column."""
     try:
         yield from batch.to_pylist()
         return
     except UnicodeDecodeError:
-        pass  # one by one, then
+        pass  # some text is not UTF-8: convert one by one
     for index in range(batch.num_rows):
         values: dict[str, Any] = {}
         for name, column in zip(batch.schema.names, batch.columns):
@@ -344,7 +346,7 @@ def _read_folder(path: Path, split: str | None) -> Iterator[Row | BadRow]:
         if not files:
             raise DataError(f"{path}: no file is called {split}.*; splits there: {splits or 'none'}")
     elif len(splits) > 1:
-        # Reading train and test as one would leak without a word.
+        # Reading train and test together would silently leak test data.
         raise DataError(f"{path}: the folder holds several splits, {splits}; name one: '{path}@{splits[-1]}'")
     kinds = sorted({str(_suffix(p)) for p in files})
     if len(kinds) > 1:
@@ -354,7 +356,7 @@ def _read_folder(path: Path, split: str | None) -> Iterator[Row | BadRow]:
 
 
 def _split_of(path: Path) -> str | None:
-    """The split that a file name such as train-00000-of-00002.parquet speaks of."""
+    """The split in a file name such as train-00000-of-00002.parquet."""
     word = re.split(r"[^A-Za-z]", path.name, maxsplit=1)[0].lower()
     return word if word in SPLIT_WORDS else None
 

@@ -7,20 +7,20 @@ from collections.abc import Hashable, Mapping, Sequence
 
 from real_openrlhf.data.sources import SPLIT_WORDS, DataError, nearest
 
-# Where a group occurs in several named splits, the first of these keeps it: an evaluation stays whole.
+# If a group occurs in several named splits, the first of these keeps it, so that evaluation data stay complete.
 PRECEDENCE = ("test", "eval", "validation", "valid", "val", "dev", "train")
 assert set(PRECEDENCE) == set(SPLIT_WORDS)
 
 
 def check_split(name: str) -> str:
-    """Raises DataError unless it is a split that data sets are read by ("FOLDER@test")."""
+    """Raises DataError unless `name` is a split name that data sets can be read by ("FOLDER@test")."""
     if name not in SPLIT_WORDS:
         raise DataError(f"there is no split {name!r}{nearest(name, list(SPLIT_WORDS))}; use {', '.join(SPLIT_WORDS)}")
     return name
 
 
 def parse_fractions(text: str) -> dict[str, float]:
-    """From a flag.
+    """The shares of the splits, from a flag's text.
 
     >>> parse_fractions("train=0.8,dev=0.2")
     {'train': 0.8, 'dev': 0.2}
@@ -39,7 +39,7 @@ def parse_fractions(text: str) -> dict[str, float]:
 
 
 def split_of(group: str, fractions: Mapping[str, float], seed: int) -> str:
-    """The split of a group. It depends on nothing else: new rows and another order leave it where it is.
+    """The split of a group. It depends only on these arguments: new rows or another order do not change it.
 
     The shares hold on average over groups; with few groups the splits may differ from them.
     """
@@ -54,7 +54,7 @@ def split_of(group: str, fractions: Mapping[str, float], seed: int) -> str:
 
 
 def keep_one_split(rows: Sequence[tuple[str, Hashable]]) -> list[str | None]:
-    """rows: (split, group). For each row None when it may stay, else the split that has its group already."""
+    """For each (split, group): None if the row stays, else the other split that keeps its group."""
     home: dict[Hashable, str] = {}
     for split, group in sorted(rows, key=lambda row: PRECEDENCE.index(row[0])):
         home.setdefault(group, split)

@@ -14,13 +14,13 @@ from real_openrlhf.data.sources import DataError
 
 
 class StreamExhausted(Exception):
-    """The episodes are used up: fewer prompts remain than were asked for."""
+    """The episodes are used up: fewer prompts are left than were asked for."""
 
 
 class PromptStream:
-    """Every prompt once per epoch, in an order that depends on (seed, epoch) alone.
+    """Every prompt once per epoch, in an order that depends only on (seed, epoch).
 
-    prompts: not empty. num_episodes: how many epochs there are; None: no end.
+    prompts: not empty. num_episodes: number of epochs; None: endless.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class PromptStream:
         self._epoch = 0
         self._position = 0
         self._order = self._epoch_order(0)
-        # Indices that were handed back, served first.
+        # Indices of prompts that were put back; they are taken first.
         self._returned: list[int] = []
         self._index_of = {prompt.row: i for i, prompt in enumerate(self._prompts)}
 
@@ -51,12 +51,12 @@ class PromptStream:
 
     @property
     def position(self) -> int:
-        """The next prompt's place in its epoch, 0 to len(prompts) - 1."""
+        """The next prompt's index in its epoch, 0 to len(prompts) - 1."""
         return self._position
 
     @property
     def remaining(self) -> int | None:
-        """How many prompts the episodes still hold; None without a limit."""
+        """How many prompts are left in all episodes; None without a limit."""
         if self._num_episodes is None:
             return None
         ahead = max(0, (self._num_episodes - self._epoch) * len(self._prompts) - self._position)
@@ -86,7 +86,7 @@ class PromptStream:
         return taken
 
     def put_back(self, prompts: Sequence[Prompt]) -> None:
-        """Prompts of this stream that were taken but not used: they come first at the next `take`."""
+        """Put back prompts that were taken but not used: they come first at the next `take`."""
         indices = []
         for prompt in prompts:
             index = self._index_of.get(prompt.row)
@@ -98,7 +98,7 @@ class PromptStream:
         self._returned += indices
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain ints and strings."""
+        """The position in the stream, as ints and strings."""
         return {
             "returned": list(self._returned),
             "epoch": self._epoch,
@@ -110,7 +110,7 @@ class PromptStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `state` was taken.
+        """Continue exactly where `state` was saved.
 
         num_episodes may differ; other data, another seed or another shuffling raise DataError.
         """
@@ -125,7 +125,7 @@ class PromptStream:
                 raise DataError(f"the checkpoint drew prompts with {key} {state[key]}, this run has {key} {now}")
         epoch, position = int(state["epoch"]), int(state["position"])
         if epoch < 0 or not 0 <= position < len(self._prompts):
-            raise DataError(f"the checkpoint stands at epoch {epoch}, prompt {position} of {len(self._prompts)}")
+            raise DataError(f"the checkpoint is at epoch {epoch}, prompt {position} of {len(self._prompts)}")
         returned = [int(i) for i in state["returned"]]
         wrong = [i for i in returned if not 0 <= i < len(self._prompts)]
         if wrong:
@@ -133,7 +133,7 @@ class PromptStream:
         order = self._epoch_order(epoch)
         if self._order_hash(order) != state["order_sha256"]:
             # NumPy does not promise the same permutation in every release.
-            raise DataError("this numpy shuffles otherwise than the one the checkpoint was made with; use that version")
+            raise DataError("this numpy shuffles differently from the one that made the checkpoint; use that version")
         self._epoch, self._position, self._order = epoch, position, order
         self._returned = returned
 

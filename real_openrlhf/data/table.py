@@ -1,4 +1,4 @@
-"""The files that builders write: parquet of one schema, and a manifest that says where it came from.
+"""The files that builders write: parquet files with these columns, and a manifest that says where the data came from.
 
 | column | type | meaning |
 |---|---|---|
@@ -7,7 +7,7 @@
 | `label` | float64 | the human (or GPT-4) score, on the manifest's `scale`, fractions as they are |
 | `group` | text | rows of one group share a split: the question, or the pair |
 | `split` | text | train, dev, test, ... |
-| `source`, `source_row` | text, int64 | file or hub id, and the row as it counts (lines from 1, rows from 0) |
+| `source`, `source_row` | text, int64 | file or hub id, and the row's number there (lines from 1, rows from 0) |
 | `n` | int32 | judgements averaged into the label |
 | `feedback` | text or null | the critique behind the label, cut before its own first verdict |
 | `response` | text or null | feedback, anchor and rounded label, for a warm-up; null: still to be written |
@@ -77,7 +77,7 @@ def prepare_folder(folder: Path, *, overwrite: bool) -> None:
             listed = set(json.loads(manifest.read_text(encoding="utf-8"))["files"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{manifest} is not a manifest of this program ({error}); name another folder") from error
-        # First the manifest: what is left after a stop is never taken for a whole data set.
+        # The manifest is removed first: if the program stops here, the rest is not taken for a complete data set.
         manifest.unlink()
         for path in old:
             if path.name in listed:
@@ -96,20 +96,20 @@ def write_parquet(path: Path, records: Sequence[Mapping[str, Any]], columns: pa.
         table = pa.Table.from_pylist(list(records), schema=columns)
     except UnicodeEncodeError as error:
         raise DataError(f"{path}: a text is not valid Unicode: {error}") from error
-    with atomic_file(path) as partial, partial.open("wb") as file:  # pyarrow would take some paths for addresses
+    with atomic_file(path) as partial, partial.open("wb") as file:  # pyarrow takes some paths for URLs
         pq.write_table(table, file, compression="zstd")
     return {"rows": len(records), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Path:
-    """The last file to be written: where it stands, the others are whole."""
+    """Write the manifest, the last file: if it is there, the others are complete."""
     path = folder / MANIFEST
     write_text(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return path
 
 
 def template_of_built(source: str) -> JudgeTemplate | None:
-    """The template that the prompts of a built file were made by; None for other files, and for prompts kept whole."""
+    """The template that made a built file's prompts; None for other files, and for prompts kept as in the source."""
     path = Path(expand(source))
     manifest = (path if path.is_dir() else path.parent) / MANIFEST
     if not path.exists() or not manifest.is_file():
@@ -118,6 +118,6 @@ def template_of_built(source: str) -> JudgeTemplate | None:
         content = json.loads(manifest.read_text(encoding="utf-8"))["template"]
         template = JudgeTemplate.from_json({name: value for name, value in content.items() if name != "sha256"})
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        # Of another program, or of an earlier version, which did not keep the text.
+        # A manifest of another program, or of an earlier version, which did not store the template.
         return None
     return template if "response" in template.variables else None

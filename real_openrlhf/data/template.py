@@ -1,4 +1,4 @@
-"""From a raw prompt (a string or chat messages) to the text and the token ids that the engine gets."""
+"""Turns a raw prompt (a string or chat messages) into the text and the token ids that the engine gets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SLOT = "{}"
 
 
 class ChatTokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer to make prompts."""
+    """The methods of a Hugging Face tokenizer that are used to make prompts."""
 
     chat_template: Any
     bos_token_id: int | None
@@ -32,7 +32,7 @@ class ChatTokenizer(Protocol):
 
 
 class TemplateError(DataError):
-    """The template cannot be used at all: a contradiction in its flags, or a tokenizer that does not fit."""
+    """The template cannot be used at all: its flags contradict each other, or the tokenizer does not fit."""
 
 
 class PromptError(DataError):
@@ -43,10 +43,10 @@ class PromptError(DataError):
 class PromptTemplate:
     """How raw prompts become token ids.
 
-    input_template       text with exactly one "{}" that takes a string prompt (other braces stay as they are); None:
-                         the string as it is. With a chat template the result is the user's message.
+    input_template       text with exactly one "{}", which a string prompt replaces (other braces stay as they are);
+                         None: the string as it is. With a chat template the result is the user's message.
     apply_chat_template  render with the tokenizer's chat template; a string counts as one user message
-    enable_thinking      handed to the chat template when not None
+    enable_thinking      passed to the chat template when not None
     """
 
     input_template: str | None = None
@@ -74,7 +74,7 @@ class PromptTemplate:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def check(self, tokenizer: ChatTokenizer) -> None:
-        """Raise TemplateError when the tokenizer cannot serve this template."""
+        """Raise TemplateError when the tokenizer does not have what this template needs."""
         if self.apply_chat_template and not tokenizer.chat_template:
             raise TemplateError(
                 "--data.apply_chat_template is set, but the tokenizer has no chat template; use an instruction-tuned "
@@ -86,11 +86,11 @@ class PromptTemplate:
     ) -> tuple[str, tuple[int, ...]]:
         """The prompt's text and token ids, ready for generation.
 
-        raw: a string, or a list of {"role": str, "content": str}. literally: special tokens that raw spells out
-        ("<|im_end|>") are plain text there and cannot end a turn. None: so for everything that a template wraps; a
-        string without any template is the prompt in its final form, special tokens included.
+        raw: a string, or a list of {"role": str, "content": str}.
+        literally: special tokens that raw spells out ("<|im_end|>") become plain text and cannot end a turn. None: this
+        holds if a template is used; a string without any template is a finished prompt, special tokens included.
 
-        Raises PromptError for this prompt, TemplateError when no prompt could be rendered.
+        Raises PromptError if this prompt is wrong, TemplateError if no prompt can be rendered.
         """
         self.check(tokenizer)
         if literally is None:
@@ -120,11 +120,11 @@ class PromptTemplate:
         except UnicodeEncodeError as error:
             # JSON can spell half a surrogate pair, which tokenizers refuse.
             raise PromptError(f"the prompt is not valid Unicode: {error.reason} at {error.start}") from error
-        # The chat template writes BOS itself.
+        # The chat template already writes BOS.
         encode = _encode_bare if self.apply_chat_template else _encode_plain
         ids = encode_literal(partial(encode, tokenizer), tokenizer, text)
         if not ids:
-            raise PromptError(f"the tokenizer makes no token of {shorten(text)}")
+            raise PromptError(f"the tokenizer makes no tokens from {shorten(text)}")
         return text.replace(BREAK, ""), tuple(ids)
 
     def _chat(self, tokenizer: ChatTokenizer, messages: list[dict[str, Any]]) -> str:
@@ -132,7 +132,7 @@ class PromptTemplate:
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
         except (JinjaError, ValueError, TypeError, KeyError) as error:
-            # Templates refuse what they do not know, such as a system message or two user turns in a row.
+            # Templates refuse unknown forms, such as a system message or two user turns in a row.
             raise PromptError(f"the tokenizer's chat template refuses the messages: {error}") from error
         return str(text)
 
@@ -149,14 +149,14 @@ def _encode_bare(tokenizer: ChatTokenizer, text: str) -> list[int]:
 
 
 def _encode_plain(tokenizer: ChatTokenizer, text: str) -> list[int]:
-    """Special tokens as the tokenizer adds them in front, each once, and none behind."""
+    """Ids with the special tokens that the tokenizer adds in front, each once, and without those it adds at the end."""
     ids = list(tokenizer.encode(text, add_special_tokens=True))
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     doubled = bos is not None and ids[:2] == [bos, bos]
     ended = eos is not None and ids[-1:] == [eos]
     if doubled or ended:
         bare = list(tokenizer.encode(text, add_special_tokens=False))
-        # Only what the tokenizer added goes; a special token that the text itself spells out stays.
+        # Only tokens that the tokenizer added are removed; a special token that the text itself spells out stays.
         while eos is not None and _trailing(ids, eos) > _trailing(bare, eos):
             ids.pop()
         if doubled and bare[:1] == [bos] and bare[:2] != [bos, bos]:

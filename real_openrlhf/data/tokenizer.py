@@ -1,4 +1,4 @@
-"""The model's tokenizer and the tokens that end its responses: the same for data, engines and export."""
+"""Loads the model's tokenizer and the tokens that end its responses, in the same way for data, engines and export."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from real_openrlhf.common.errors import one_line
 from real_openrlhf.common.model_name import check_folder
 
-# Words without marks, so that a tokenizer may put spaces around those. The line break must part words too.
+# Words without punctuation, around which a tokenizer may put spaces. The line break must separate words too.
 _PROBE = "Rate this answer from 1 to 5\nand end with the score 4"
 
 
 def load_tokenizer(
     path: str, *, trust_remote_code: bool = False, name: str = "--actor.model_name_or_path"
 ) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, or ValueError that says what is missing. name: of the setting, for the message.
+    """The model's tokenizer. name: of the setting, for messages.
 
-    A tokenizer that does not give its text back is a ValueError too: prompts would lose words without a word.
+    ValueError if it cannot be loaded, and if decoding does not give the text back: prompts would silently lose words.
     """
     check_folder(path, name, needs_config=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers, tokenizers and huggingface_hub raise many kinds
-        raise ValueError(f"{name} {path!r} has no tokenizer that loads: {one_line(error)}") from error
+        raise ValueError(f"{name} {path!r}: the tokenizer does not load: {one_line(error)}") from error
     lost = what_is_lost(tokenizer)
     if lost is not None:
         raise ValueError(
@@ -35,10 +35,10 @@ def load_tokenizer(
 
 
 def what_is_lost(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What a short text loses by encoding and decoding, in words; None for a tokenizer that can be used.
+    """What a short text loses by encoding and decoding, in words; None if the tokenizer can be used.
 
-    These may change: the kind and number of spaces, the case, what is unknown. Each word must still be there, and
-    apart from its neighbours.
+    Kind and number of spaces may change, upper and lower case too, and unknown characters may be replaced. But each
+    word must still be there, and separate from its neighbours.
     """
     ids = list(tokenizer.encode(_PROBE, add_special_tokens=False))
     if ids and set(ids) <= {tokenizer.unk_token_id}:
@@ -48,7 +48,7 @@ def what_is_lost(tokenizer: PreTrainedTokenizerBase) -> str | None:
     got, words = back.casefold().split(), _PROBE.casefold().split()
     said = f"{_PROBE!r} comes back as {back!r}"
     if len(got) < len(words):
-        # A line break without a token of its own is unknown there, which is no loss without a word.
+        # If the vocabulary has no line break, the text shows an unknown token there, so the loss is visible.
         unknown_break = len(got) == len(words) - 1 and unknown and unknown in back.casefold() and "\n" not in back
         return None if unknown_break else f"spaces get lost, {said}"
     if len(got) > len(words) or any(g != w and not (unknown and unknown in g) for g, w in zip(got, words)):
@@ -57,7 +57,7 @@ def what_is_lost(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _remedy(path: str) -> str:
-    """What the user can do: most often a wrong class name stands beside a right tokenizer.json."""
+    """What the user can do. Most often tokenizer.json is right, but the class name in the other file is wrong."""
     if (Path(path) / "tokenizer.json").is_file():
         try:
             plain = PreTrainedTokenizerFast.from_pretrained(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
@@ -48,7 +49,7 @@ def read_tsv(path: Path) -> Iterator[Row | BadRow]:
                 elif text.strip():
                     count += 1
                     yield _row([_unquoted(field) if quoted else field for field in text.split("\t")], header, place)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     if count == 0:
         raise DataError(f"{path}: the file is empty: it has no rows")

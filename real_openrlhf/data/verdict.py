@@ -1,13 +1,13 @@
-"""Where a critique gives its score away: feedback holds none of its own verdicts.
+"""Finds the verdicts in a critique, so that feedback does not tell its own score.
 
-Two kinds of verdicts are known. A formal one is a mark-up of its own ("Rating: [[7]]", "[RESULT] 4", "Score: 3",
-"评分：4", "<score>3</score>", "{'score': 7}"): the feedback ends right before it. One in prose ("I would rate this
-response as a 9", "it meets the criteria for a score of 5", "8 out of 10", "a perfect score", "Thus \\boxed{9}") gives
-the label away with its whole sentence: the feedback ends before that sentence. Where a verdict comes first and the
+Two kinds of verdicts are known. A formal verdict has its own mark-up ("Rating: [[7]]", "[RESULT] 4", "Score: 3",
+"评分：4", "<score>3</score>", "{'score': 7}"): the feedback ends right before it. A verdict in prose ("I would rate
+this response as a 9", "it meets the criteria for a score of 5", "8 out of 10", "a perfect score", "Thus \\boxed{9}")
+tells the label with its whole sentence: the feedback ends before that sentence. If the verdict comes first and the
 reasons after it, the reasons are the feedback.
 
-Digits that are content ("19 integers", "x < 10") stay. Where the two cannot be told apart, as in a critique that
-quotes a task about ratings, the cut is made: a shorter feedback is better than a leaked label.
+Digits that are content ("19 integers", "x < 10") stay. If verdict and content cannot be told apart, as in a critique
+that quotes a task about ratings, the feedback ends there too: a shorter feedback is better than a leaked label.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-# A decimal comma and a minus sign may belong to it; digits of any script do.
+# A number: with a decimal comma or a minus sign too, and in digits of any script.
 _NUMBER = r"(?P<value>[-−]?\d+(?:[.．٫]\d+|,\d{1,2}(?!\d))?)"
 _CHINESE = "零一二三四五六七八九十"
-# By value. Left out: words that mean other things as well, such as "un", "due" and "null".
+# Number words, each language ordered by value from 0. Words with other meanings ("un", "due", "null") are left out.
 _WORDS = {
     word: value
     for words in (
@@ -36,7 +36,7 @@ _WORDS = {
 }
 _SPELT = "|".join(word for word in _WORDS if word not in _CHINESE)
 _COUNTED = rf"(?:{_NUMBER}|(?P<word>(?:{_SPELT})(?![^\W\d_])|[{_CHINESE}](?=[分点點星\W\d_]|$)))"
-# What mark-up puts between a word and its number: **Score:** [4], Rating: "7". A minus before the number is its sign.
+# Mark-up between a word and its number: **Score:** [4], Rating: "7". A minus right before the number is its sign.
 _MARKS = r"""(?:[\s*_"'`(\[#:=：＝→>]|-(?!\d)){0,8}"""
 # Words that mean a score and little else, in languages that judges write in.
 _SCORE = (
@@ -45,7 +45,7 @@ _SCORE = (
     r"pontszám|scor|puan|оценка|балл|оцінка|бал|βαθμολογία|评分|得分|总分|分数|評分|總分|分數|评级|スコア|評価|採点|点数|"
     r"점수|평점|총점|skor|nilai|điểm(?:\s+số)?|คะแนน|स्कोर|अंक|ציון|الدرجة|التقييم)"
 )
-# Words that may mean one: only where the number ends the sentence.
+# Words that may mean a score: they count only if the number ends the sentence.
 _VAGUE = (
     r"(?:overall|total|result|judge?ment|evaluation|assessment|mark|note|nota|noten?|итог|总体|總體|综合|"
     r"結果|合計|종합|総合)"
@@ -68,7 +68,7 @@ _FORMAL = tuple(
         # The same with a word or a line in between, as long as a doubled bracket holds the number.
         r"(?:\b(?:final|overall)\s+)?\brating\b[^\[\].]{0,20}\[\[\s*" + _NUMBER,
         r"(?m:^\s*\[\s*" + _NUMBER + r"\s*\]\s*$)",
-        # A heading, and the number on a line of its own.
+        # A heading, and the number alone on the next line.
         rf"(?m:^[#*\s]{{0,8}}(?:(?:final|overall)\s+)?{_SCORE}[*_]{{0,3}}[ \t]*\n\s*[*_\[(]{{0,3}}{_NUMBER}{_UNIT}"
         r"[*_\])]{0,3}\s*$)",
         rf"<\s*(?:final_|overall_)?(?:{_SCORE}|answer|result|verdict)\b[^<>]{{0,20}}>\s*{_COUNTED}",
@@ -106,16 +106,16 @@ _PROSE = tuple(
         r"(?:给|給|打|得|评为|評為|评)[^。！？\n\d]{0,10}" + _NUMBER + r"\s*[分点點]",
     )
 )
-# Scripts without spaces between sentences end them with marks of their own.
+# Scripts without spaces between sentences end them with their own marks.
 _SENTENCE_END = re.compile(r"[.!?؟][\"')\]*]*\s+|[。！？｡।॥][\"')\]*”’」』）】]*\s*|\n+")
 _HEAD = re.compile(r"\[[A-Za-z ]{1,30}\]?")
 _OPENING = " \t\r\n*_\"'`([{<#:=-：→【「|"
 _FENCE = re.compile(r"```[a-z]*\s*\Z")
-# A number by itself: no part of a name (candidate1) or a formula (y / 2).
+# A number alone: not part of a name (candidate1) or a formula (y / 2).
 _CLOSING = re.compile(
     rf"(?<![\w.,/^*+%=<>-])(?<![/^*+%=<>-]\s){_NUMBER}{_UNIT}[\s.!。！*_\"'`)\]}}>】」|]*$", re.IGNORECASE
 )
-# How a sentence says a number as a score. That it is the label has to be known: most such numbers are content.
+# How a sentence gives a number as a score. It only counts if the number is the label: most such numbers are content.
 _POINT = (
     r"(?:점|[点點](?=[でだとをがにの、。！\s]|$)|分(?![钟鐘之别別析为為段割享开開成布发発解类数])|星|балл\w*|puan\w*|puntos?|"
     r"pontos?|punt[oi]|punten|punkte?n?|poäng|điểm|คะแนน|अंक|نقاط|درجات|נקודות|stars?|marks?|étoiles?|sterne?|"
@@ -140,15 +140,15 @@ _OPENS = re.compile(rf"\W*?(?:{_SCORE}\s+)?{_NUMBER}{_UNIT}\W{{0,3}}(?:\s*[-–�
 
 @dataclass(frozen=True, kw_only=True)
 class Critique:
-    """feedback: the text beside its verdict, stripped; may be empty. verdict: the number of the first formal
-    verdict; None when there is none, or when it names no number."""
+    """feedback: the text without its verdict, stripped; may be empty. verdict: the number of the first formal
+    verdict; None when there is none, or when it has no number."""
 
     feedback: str
     verdict: float | None
 
 
 def cut(text: str) -> Critique:
-    """End a critique before its own first verdict; a text without one comes back whole, without space at its ends.
+    """End a critique before its own first verdict; a text without one stays as it is, without space at its ends.
 
     >>> cut("Clear and correct. Rating: [[9]]")
     Critique(feedback='Clear and correct.', verdict=9.0)
@@ -166,8 +166,8 @@ def cut(text: str) -> Critique:
     kept = text[: min(starts, default=len(text))]
     feedback = (_without_opening(kept) if starts else kept).strip()
     if not feedback and first is not None:
-        # The verdict first, then the reasons for it.
-        feedback = cut(_behind(text, first.end())).feedback
+        # The verdict comes first, then the reasons for it.
+        feedback = cut(_after(text, first.end())).feedback
     elif not feedback and (opening := _OPENS.match(text)):
         feedback = cut(text[opening.end() :]).feedback
     return Critique(feedback=feedback, verdict=None if first is None else _number(first))
@@ -197,7 +197,7 @@ def without_last_sentence(text: str) -> str:
 
 
 def without_label(text: str, label: float, name: str | None = None) -> tuple[str, list[str]]:
-    """A feedback without what says its label in no known form of verdict, and why it was cut.
+    """A feedback without the sentences that say its label in no known form of verdict, and why they were removed.
 
     name: the label's text, on a scale of words.
 
@@ -213,7 +213,7 @@ def without_label(text: str, label: float, name: str | None = None) -> tuple[str
     while (place := _says(text, label, name)) is not None:
         reasons.append("a sentence said its label")
         start, following = _sentence_start(text, place), _SENTENCE_END.search(text, place)
-        # What stands before; the reasons behind it where nothing does.
+        # Keep the text before that sentence; if there is none, the text after it.
         text = text[:start].rstrip() or (text[following.end() :].lstrip() if following else "")
     if text and closing_number(text) == label:
         reasons.append("its last sentence ended with its label")
@@ -245,8 +245,8 @@ def _number(match: re.Match[str]) -> float | None:
     return float(_WORDS[word]) if word else None
 
 
-def _behind(text: str, position: int) -> str:
-    """What stands after a verdict, without its unit and the marks that close it."""
+def _after(text: str, position: int) -> str:
+    """The text after a verdict, without the verdict's unit and closing marks."""
     rest = re.sub(rf"^{_UNIT}", "", text[position:], flags=re.IGNORECASE)
     return re.sub(r"^(?:\[/?\w+\]|</\w+>|[^\w\[<])*", "", rest)
 
@@ -256,9 +256,9 @@ def _sentence_start(text: str, position: int) -> int:
 
 
 def _without_opening(text: str) -> str:
-    """Without the mark-up and the heads ("[Rating]" on a line) that were opened for the verdict behind it."""
+    """The text without mark-up and headings at its end ("[Rating]" on a line) that belong to the verdict after it."""
     while True:
-        # A code fence that closes belongs to the feedback, one that opens to the verdict.
+        # A closing code fence belongs to the feedback, an opening one to the verdict.
         fence = _FENCE.search(text)
         if fence and text.count("```") % 2:
             text = text[: fence.start()]

@@ -1,4 +1,4 @@
-"""Named benchmarks: which files they are, and their rows as prompts."""
+"""Named benchmarks: finds their files and reads the rows as prompts."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from real_openrlhf.evals.results import AVERAGE, READINGS
 from real_openrlhf.evals.tables import PAPER_NAMES
 
 GROUP = "group"
-# Letters and digits of any script first.
+# The first character is a letter or digit of any script.
 _NAME = re.compile(r"[^\W_][\w.-]*")
-# A comma inside a path stays: only one that a further name= follows separates.
+# A comma separates only if a further name= follows, so paths may have commas.
 _COMMA = re.compile(r",(?=[^\W_][\w.-]*=)")
 
 
@@ -39,8 +39,9 @@ class Benchmark:
 
 
 def parse_benchmarks(texts: Sequence[str], flag: str) -> dict[str, str]:
-    """Name -> source, from "name=path" (several after commas) or a path alone, named by its file: blanks and other
-    characters that a name cannot have become _.
+    """Name -> source, from "name=path" (several, separated by commas) or from a path alone.
+
+    A path alone is named by its file: blanks and other characters that a name cannot have become _.
 
     Raises EvaluationError for names that occur twice or cannot be part of a metric's name.
 
@@ -55,7 +56,7 @@ def parse_benchmarks(texts: Sequence[str], flag: str) -> dict[str, str]:
         if not source.strip():
             raise EvaluationError(f"{flag}: {item!r} is not a benchmark; write NAME=PATH, or the path of a file")
         if not _NAME.fullmatch(name):
-            raise EvaluationError(f"{flag}: no name can be made of {item!r}; write NAME=PATH")
+            raise EvaluationError(f"{flag}: no name can be made from {item!r}; write NAME=PATH")
         source = expand(source)
         if name in (AVERAGE, *READINGS):
             raise EvaluationError(f"{flag}: a benchmark cannot be named {name!r}: results have that name already")
@@ -76,7 +77,7 @@ def _there(text: str) -> bool:
 
 
 def _name_of(item: str) -> str:
-    """The name of a file without its endings, or of a folder or hub id, as the name of a benchmark."""
+    """A benchmark's name from a file name without its endings, a folder or a hub id."""
     path = item if _there(item) else item.split("@")[0]
     return re.sub(r"[^\w.-]+", "_", Path(path).name.split(".")[0]).strip("_")
 
@@ -98,8 +99,8 @@ def load_benchmark(
 ) -> Benchmark:
     """Read, check and tokenise; see `JudgeDataset.load`.
 
-    group_key: column of the groups; None: "group" if there is such a column, else every row is a group of its own.
-    Raises DataError, and EvaluationError for a column that is asked for and missing.
+    group_key: column of the groups; None: "group" if there is such a column, else every row is its own group.
+    Raises DataError, and EvaluationError for a group_key that the file does not have.
     """
     data = JudgeDataset.load(
         source,

@@ -1,4 +1,4 @@
-"""How a run's held-out metrics moved since its first evaluation, with paired intervals over the prompts."""
+"""How a run's held-out metrics changed since its first evaluation, with paired intervals over the prompts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PEARSON = "expected/pearson"
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A held-out metric against the run's first evaluation: difference (now less then) and its paired interval."""
+    """A held-out metric compared with the run's first evaluation: difference (now minus then) and paired interval."""
 
     difference: float
     low: float
@@ -28,7 +28,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Judged:
-    """What is compared of one prompt: group ties prompts that are not independent; expected: None without a score."""
+    """What is compared for one prompt. Prompts of one group are not independent. expected: None without a score."""
 
     row: int
     group: str
@@ -51,9 +51,9 @@ def judgements_of(
 
 
 def changes(start: Judgements, now: Judgements) -> dict[str, Change]:
-    """Of the mean reward and of Pearson's correlation of E[score] with the label, averaged over the benchmarks.
+    """Changes of the mean reward, and of Pearson's correlation of E[score] with the label, averaged over benchmarks.
 
-    A metric is left out where it or its interval is undefined. 95% percentile intervals of the
+    A metric is left out if it or its interval is undefined. The intervals are 95% percentile intervals of the
     paired bootstrap over groups of prompts. Raises ValueError unless both judged the same prompts.
     """
     for name in {**start, **now}:
@@ -100,10 +100,10 @@ class EvalReport:
     """One evaluation of the weights of this version.
 
     metrics  by flat name ("expected/pearson")
-    changes  of "reward" and "expected/pearson"; empty for the first evaluation
-    samples  a few judgements to read
+    changes  of "reward" and "expected/pearson" since the first evaluation; empty for that one
+    samples  a few judgements for people to read
     plots    name -> path of a PNG
-    seconds  that it took, from its start to its last metric
+    seconds  how long it took, from its start to its last metric
     """
 
     version: int

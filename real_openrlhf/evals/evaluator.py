@@ -1,4 +1,7 @@
-"""The evaluator: judges held-out benchmarks on whatever engines it is given, by the scoring core of `evaluate`."""
+"""The evaluator of a training run: judges held-out benchmarks on the engines that it is given.
+
+It scores as `python -m real_openrlhf.evaluate` does.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +37,11 @@ class Generator(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class EvaluatorSpec:
     """
-    benchmarks   one or several; see `evaluate` for the names of their metrics
-    reward       of the run's objective, whose mean over the held-out prompts is a metric too
-    force        continue a response without a score once behind a forced anchor
-    output_dir   predictions go to <output_dir>/eval/step_<version>.jsonl
-    n_samples    judgements per benchmark that come back to be read
+    benchmarks   one or several; see `EvaluatorActor.evaluate` for the names of their metrics
+    reward       settings of the run's reward, whose mean over the held-out prompts is a metric too
+    force        append the anchor once to a response without a score
+    output_dir   predictions are written to <output_dir>/eval/step_<version>.jsonl
+    n_samples    how many judgements per benchmark are returned for people to read
     plots        draw `evals.plots` into <output_dir>/eval/step_<version>/
     """
 
@@ -54,19 +57,19 @@ class EvaluatorSpec:
 
 
 class EvaluatorActor:
-    """Plain class; lives in its own Ray actor. With n > 1 samples, scores are averaged over those that have one."""
+    """A plain class that runs in a Ray actor. With n > 1 samples, scores are averaged over those that have one."""
 
     def __init__(self, spec: EvaluatorSpec, generator: Generator) -> None:
         self.spec = spec
         self.generator = generator
-        # Of the run's first evaluation, with which later ones are compared.
+        # The judgements of the run's first evaluation, with which later ones are compared.
         self.start: dict[str, list[change.Judged]] | None = None
 
     def evaluate(self, version: int) -> EvalReport:
-        """Judge every prompt; results are stamped with the weight version that was asked for.
+        """Judge every prompt. RuntimeError if an engine answers with another version of the weights.
 
         One benchmark: the metrics of `evals.results.flat_metrics`. Several: the same, averaged over the benchmarks
-        (counts are summed), and each benchmark's own behind "<name>/".
+        (counts are summed), and each benchmark's own with "<name>/" in front.
         """
         start = time.perf_counter()
         spec, settings = self.spec, Settings(scale=self.spec.reader.bound.scale, renormalise=self.spec.renormalise)
@@ -109,7 +112,7 @@ class EvaluatorActor:
         return report
 
     def _row(self, prediction: Prediction) -> dict[str, Any]:
-        """A prediction as it is written: means over its samples; text is that of the first."""
+        """A prediction as it is written to the file: means over its samples, and the first sample's text."""
         first = prediction.samples[0]
         return {
             "benchmark": prediction.benchmark,
@@ -137,7 +140,7 @@ class EvaluatorActor:
         try:
             paths = write_benchmark_plots(folder, [p for rows in judged.values() for p in rows], settings)
         except Exception:
-            # A picture is not worth a run.
+            # A plot that fails must not end the run.
             logger.exception("the plots of evaluation %d could not be drawn", version)
             return {}
         return {path.stem: str(path) for path in paths}
@@ -146,13 +149,12 @@ class EvaluatorActor:
         return {"start": None if self.start is None else change.to_json(self.start)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        # JSON has string keys only.
-        # Not in checkpoints of earlier versions.
+        # Checkpoints of earlier versions do not have it.
         self.start = change.from_json(state["start"]) if state.get("start") else None
 
 
 class _OfVersion:
-    """The engines, as long as they answer with this version of the weights."""
+    """The engines; raises RuntimeError if they answer with another version of the weights."""
 
     def __init__(self, generator: Generator, version: int) -> None:
         self.generator, self.version = generator, version

@@ -1,9 +1,9 @@
 """Bootstrap intervals for a metric and for the difference of two judges on the same rows.
 
-Percentile intervals. numpy instead of scipy.stats.bootstrap: that one knows no clusters, turns one undefined resample
-(a constant one has no correlation) into a NaN interval, and cannot return both estimates; where it does apply, the
-tests compare with it. A resample is a vector of counts per row, so clusters and rows share one path, and metrics made
-of weighted means (of values or ranks) are computed for all resamples at once.
+The intervals are percentile intervals. numpy is used instead of scipy.stats.bootstrap, which does not support clusters,
+turns one undefined resample (a constant one has no correlation) into a NaN interval, and cannot return both estimates;
+where it does apply, the tests compare with it. A resample is a vector of counts per row, so clusters and rows use the
+same code, and metrics made of weighted means (of values or ranks) are computed for all resamples at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from real_openrlhf.evals.metrics import METRICS, Floats, Metric
 from real_openrlhf.evals.reliability import ece, share, weighted_ece, weighted_share
 
-# Resamples times rows held at once.
+# Most numbers (resamples times rows) in memory at once.
 CHUNK = 2_000_000
 Scores = Sequence["float | None"] | Floats
 
@@ -26,8 +26,10 @@ Scores = Sequence["float | None"] | Floats
 class SingleInterval:
     """A metric with its percentile interval.
 
-    estimate, low, high: None where undefined. n: rows used; excluded: rows left out for a missing prediction.
-    undefined: resamples without a value; they are left out, and when they could be the whole tail there are no bounds.
+    estimate, low, high  None where undefined
+    n, excluded          number of rows used, and of rows left out because a prediction is missing
+    undefined            number of resamples without a value. They are left out; if they could make up a whole tail,
+                         there are no bounds
     """
 
     estimate: float | None
@@ -41,7 +43,7 @@ class SingleInterval:
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """Two judges on the same rows: difference = estimate_b - estimate_a, low and high bound that difference.
+    """Two judges on the same rows: difference = estimate_b - estimate_a; low and high are the difference's bounds.
 
     The other fields are as in SingleInterval.
     """
@@ -59,10 +61,12 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class Resampled:
-    """A metric on one data set and on its resamples, for one column of predictions or several on the same draws.
+    """A metric on one data set and on its resamples, for one column of predictions or several on the same resamples.
 
-    estimates: per column, None where undefined. values: per column [n_resamples], NaN where undefined; empty without
-    rows. n: rows used; excluded: rows left out since a prediction is missing. clusters: how many could be drawn.
+    estimates    one per column, None where undefined
+    values       [n_resamples] per column, NaN where undefined; empty without rows
+    n, excluded  number of rows used, and of rows left out because a prediction is missing
+    clusters     number of different clusters
     """
 
     estimates: tuple[float | None, ...]
@@ -84,8 +88,8 @@ def bootstrap(
 ) -> SingleInterval:
     """Interval of one metric.
 
-    metric: a name in METRICS or a function (predictions [n], labels [n]) -> float or None. predictions: None or NaN is
-    missing, and its row left out. clusters: one key per row; whole clusters are drawn instead of rows.
+    metric: a name in METRICS or a function (predictions [n], labels [n]) -> float or None. predictions: None and NaN
+    are missing, and their rows are left out. clusters: one key per row; whole clusters are drawn instead of rows.
     Raises ValueError for different lengths, labels that are not finite, and options out of range.
     """
     part = resample(metric, [(predictions, labels)], seed=seed, n_resamples=n_resamples, clusters=clusters)
@@ -120,7 +124,7 @@ def resample(
     n_resamples: int = 2000,
     clusters: Sequence[Hashable] | None = None,
 ) -> Resampled:
-    """The metric of every column (predictions, labels), all on the same draws; arguments as in `bootstrap`."""
+    """The metric of every column (predictions, labels), all on the same resamples; arguments as in `bootstrap`."""
     if n_resamples < 1:
         raise ValueError(f"n_resamples must be at least 1, got {n_resamples}")
     pairs, groups, excluded = _prepare(columns, clusters)
@@ -135,7 +139,7 @@ def resample(
 
 
 def single_interval(parts: Sequence[Resampled], *, confidence: float = 0.95) -> SingleInterval:
-    """The interval of a metric's mean over data sets; each was resampled on its own, by a seed of its own."""
+    """The interval of a metric's mean over data sets; each was resampled separately, with its own seed."""
     estimate, values = _average(parts, 0)
     low, high, undefined = _bounds(values, parts, confidence)
     if estimate is None:
@@ -152,7 +156,7 @@ def single_interval(parts: Sequence[Resampled], *, confidence: float = 0.95) -> 
 
 
 def paired_interval(parts: Sequence[Resampled], *, confidence: float = 0.95) -> Interval:
-    """The interval of a difference (column 1 less column 0) of means over data sets; as `single_interval`."""
+    """The interval of a difference (column 1 minus column 0) of means over data sets; see `single_interval`."""
     estimate_a, values_a = _average(parts, 0)
     estimate_b, values_b = _average(parts, 1)
     low, high, undefined = _bounds(values_b - values_a, parts, confidence)
@@ -175,7 +179,7 @@ def paired_interval(parts: Sequence[Resampled], *, confidence: float = 0.95) -> 
 
 
 def _average(parts: Sequence[Resampled], column: int) -> tuple[float | None, Floats]:
-    """Mean estimate and mean of every resample over the parts; undefined as soon as one part is."""
+    """Means over the parts of the estimate and of every resample; undefined if one part is."""
     estimates = [part.estimates[column] for part in parts]
     values = [part.values[column] for part in parts]
     if not all(len(v) for v in values):
@@ -188,7 +192,7 @@ def _average(parts: Sequence[Resampled], column: int) -> tuple[float | None, Flo
 def _prepare(
     columns: Sequence[tuple[Scores, Sequence[float] | Floats]], clusters: Sequence[Hashable] | None
 ) -> tuple[list[tuple[Floats, Floats]], np.ndarray, int]:
-    """Rows that are complete in every column: its (predictions, labels), each row's cluster, how many rows went."""
+    """The rows that are complete in every column: (predictions, labels), each row's cluster, number of rows dropped."""
     pairs = [(np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)) for x, y in columns]  # None: NaN
     lengths = [len(array) for pair in pairs for array in pair] + ([] if clusters is None else [len(clusters)])
     if len(set(lengths)) != 1:
@@ -224,7 +228,7 @@ def _estimate(metric: str | Metric, x: Floats, y: Floats) -> float | None:
 def _resampled(
     metric: str | Metric, columns: list[tuple[Floats, Floats]], groups: np.ndarray, n_resamples: int, seed: int
 ) -> list[Floats]:
-    """The metric of every column on every resample, [n_resamples] each, NaN where undefined."""
+    """The metric of every column on every resample: [n_resamples] each, NaN where undefined."""
     function = _function(metric)
     weighted = WEIGHTED.get(function)
     results: list[list[Floats]] = [[] for _ in columns]
@@ -235,13 +239,13 @@ def _resampled(
             continue
         rows = [np.repeat(np.arange(len(groups)), count) for count in counts]
         for result, (x, y) in zip(results, columns):
-            # A None becomes NaN here.
+            # None becomes NaN here.
             result.append(np.asarray([function(x[r], y[r]) for r in rows], dtype=np.float64))
     return [np.concatenate(result) if result else np.empty(0) for result in results]
 
 
 def _draws(groups: np.ndarray, n_resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often every row is drawn, in chunks [resamples, n]; clusters are drawn whole."""
+    """How often every row is drawn, in chunks [resamples, n]; all rows of a cluster are drawn together."""
     rng = np.random.default_rng(seed)
     n_groups = int(groups.max()) + 1
     chunk = max(1, CHUNK // len(groups))
@@ -257,7 +261,7 @@ def _bounds(values: Floats, parts: Sequence[Resampled], confidence: float) -> tu
     defined = values[np.isfinite(values)]
     undefined = len(values) - len(defined)
     tail = (1 - confidence) / 2
-    # One row or cluster has no spread to resample.
+    # A single row or cluster cannot be resampled.
     if min(part.clusters for part in parts) < 2 or len(defined) == 0 or undefined > tail * len(values):
         return None, None, undefined
     low, high = np.quantile(defined, [tail, 1 - tail])
@@ -265,17 +269,17 @@ def _bounds(values: Floats, parts: Sequence[Resampled], confidence: float) -> tu
 
 
 def _means(counts: np.ndarray, *columns: Floats) -> list[Floats]:
-    """Mean of every [n] column under every row of counts [resamples, n]."""
+    """Mean of every [n] column, weighted by each row of counts [resamples, n]."""
     sums = counts.astype(np.float64) @ np.stack(columns, axis=1)
     return list((sums / counts.sum(axis=1, keepdims=True)).T)
 
 
 def _weighted_pearson(x: Floats, y: Floats, counts: np.ndarray) -> Floats:
-    # Centring on the whole sample first keeps the differences of means accurate.
+    # Centring on the mean of all rows first keeps differences accurate.
     x, y = x - x.mean(), y - y.mean()
     mx, my, xx, yy, xy = _means(counts, x, y, x * x, y * y, x * y)
     var_x, var_y = xx - mx * mx, yy - my * my
-    # A constant resample leaves rounding noise only.
+    # In a constant resample, the variance is rounding noise.
     defined = (var_x > 1e-12 * xx) & (var_y > 1e-12 * yy)
     result = np.full(len(counts), np.nan)
     np.divide(xy - mx * my, np.sqrt(np.where(defined, var_x * var_y, 1.0)), out=result, where=defined)
@@ -292,7 +296,7 @@ def _weighted_spearman(x: Floats, y: Floats, counts: np.ndarray) -> Floats:
 
 
 def _centred_ranks(x: Floats, counts: np.ndarray) -> Floats:
-    """Rank of every row's value within every resample [resamples, n], ties at their mean, less the mean rank."""
+    """Rank of every row's value within every resample [resamples, n], ties at their mean, minus the mean rank."""
     unique, inverse = np.unique(x, return_inverse=True)
     order = np.argsort(inverse, kind="stable")
     starts = np.searchsorted(inverse[order], np.arange(len(unique)))

@@ -1,4 +1,4 @@
-"""A judge over benchmarks: what identifies an evaluation, and the loop that goes on where it stopped."""
+"""Runs a judge over benchmarks: what identifies an evaluation, and a loop that can be resumed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 def identity_of(
     model: str, judge: Judge, benchmarks: Sequence[Benchmark], *, server: bool, feedback_of: Path | None = None
 ) -> dict[str, Any]:
-    """What must be the same to go on with an evaluation, and what `evals.report.settings_of` reads."""
+    """What must be the same to resume an evaluation; `evals.report.settings_of` reads it too."""
     settings, sampling = judge.settings, judge.sampling
     return {
         "model": name_of(model),
@@ -73,7 +73,7 @@ def _sha256(path: Path) -> str:
 
 
 def earlier_predictions(folder: Path, benchmarks: Sequence[Benchmark]) -> dict[tuple[str, int], Prediction]:
-    """Those of --feedback_of. EvaluationError unless every row of the benchmarks is there, with its label."""
+    """The predictions of --feedback_of. EvaluationError unless they have every row of the benchmarks and its label."""
     found = {p.key: p for p in load_run(folder).predictions}
     for benchmark in benchmarks:
         for prompt in benchmark.prompts:
@@ -87,7 +87,7 @@ def earlier_predictions(folder: Path, benchmarks: Sequence[Benchmark]) -> dict[t
 
 
 def largest_difference(store: PredictionStore, earlier: Mapping[tuple[str, int], Prediction]) -> str:
-    """How far the scores of the same feedback lie apart, as a sentence."""
+    """A sentence that says how much the scores after the same feedback differ."""
     pairs = [(p.expected, earlier[key].expected) for key, p in store.done.items()]
     gaps = [abs(a - b) for a, b in pairs if a is not None and b is not None]
     return f"E[score] of the same feedback differs by at most {max(gaps, default=0.0):.2e} over {len(gaps)} rows"
@@ -103,16 +103,16 @@ def judge_all(
     earlier: Mapping[tuple[str, int], Prediction] | None = None,
     locked: bool = False,
 ) -> PredictionStore:
-    """Judge what is not in the file yet; every batch is in it once it is judged.
+    """Judge the rows that are not in the file yet; each batch is written when it is judged.
 
     earlier: see `predict_given`. locked: see `PredictionStore`.
     """
     store = PredictionStore(path, identity, locked=locked)
     total = sum(len(b.prompts) for b in benchmarks)
     if store.done:
-        logger.info("%s holds %d of %d judgements; going on", path, len(store.done), total)
+        logger.info("%s holds %d of %d judgements; continuing", path, len(store.done), total)
     if len(store.done) < total:
-        _ = judge.backend  # before the bar: an engine takes its time to start, which is none of the judgements'
+        _ = judge.backend  # started before the progress bar, whose rate should not include it
     with tqdm(
         total=total,
         initial=len(store.done),

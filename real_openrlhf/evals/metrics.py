@@ -1,4 +1,4 @@
-"""How well scores agree with human labels. What is undefined is None, never NaN; what is missing is left out."""
+"""How well scores agree with human labels. Undefined values are None, never NaN; missing ones are left out."""
 
 from __future__ import annotations
 

@@ -13,13 +13,13 @@ from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import GroupScores
 from real_openrlhf.evals.predictions import Prediction
 
-# Log-probs come as float32; a probability below its smallest normal number has become 0 on the way.
+# Log-probs were float32, so probabilities below its smallest normal number may have become 0.
 SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardSettings:
-    """What of a run's flags its reward depends on; see `RealObjective`."""
+    """The flags of a run that its reward depends on; see `RealObjective`."""
 
     lam: float
     answer_reward: AnswerReward
@@ -28,9 +28,9 @@ class RewardSettings:
 
 
 def mean_reward(predictions: Sequence[Prediction], scale: ScoreScale, settings: RewardSettings) -> float | None:
-    """Mean of r = -(E - y)^2 + lambda log p(y) (paper, Eq. 5) over all generations, prompts counting alike.
+    """Mean of r = -(E - y)^2 + lambda log p(y) (paper, Eq. 5): over each prompt's generations, then over prompts.
 
-    A generation without a score counts with the floor that it gets in training. None without predictions.
+    A generation without a score counts with the reward that it would get in training. None without predictions.
     """
     rewards = [prompt_reward(prediction, scale, settings) for prediction in predictions]
     return sum(rewards) / len(rewards) if rewards else None
@@ -41,8 +41,8 @@ def prompt_reward(prediction: Prediction, scale: ScoreScale, settings: RewardSet
     distributions = [
         None if s.distribution is None or None in s.distribution else s.distribution for s in prediction.samples
     ]
-    nothing = (1.0,) * len(scale)  # not looked at
-    probs = torch.tensor([d or nothing for d in distributions], dtype=torch.float64)
+    unread = (1.0,) * len(scale)  # any value: `readable` is False there
+    probs = torch.tensor([d or unread for d in distributions], dtype=torch.float64)
     parts = real_rewards(
         GroupScores(
             values=scale.tensor(),

@@ -33,13 +33,13 @@ MANY = 3
 def write_plots(
     folder: str | Path, predictions: Sequence[Prediction], results: Results, settings: Settings
 ) -> list[Path]:
-    """Those of `write_benchmark_plots`, and error_by_benchmark.png. Returns their paths."""
+    """Write the plots of `write_benchmark_plots`, and error_by_benchmark.png. Returns their paths."""
     paths = write_benchmark_plots(folder, predictions, settings)
     return [*paths, _save(folder, "error_by_benchmark", error_by_benchmark(results, settings))]
 
 
 def write_benchmark_plots(folder: str | Path, predictions: Sequence[Prediction], settings: Settings) -> list[Path]:
-    """<benchmark>_{scatter,reliability,confusion}.png for each benchmark. Returns their paths."""
+    """Write <benchmark>_{scatter,reliability,confusion}.png for each benchmark. Returns their paths."""
     figures: dict[str, Any] = {}
     for name, rows in by_benchmark(predictions).items():
         figures[f"{name}_scatter"] = scatter(name, rows, settings.scale)
@@ -80,7 +80,7 @@ def scatter(name: str, rows: Sequence[Prediction], scale: ScoreScale) -> Any:
     labels, scores = known[:, 0], known[:, 1]
     low, high = _limits(scale, scores)
     main.plot([low, high], [low, high], color="0.6", linewidth=1, linestyle="--", zorder=1, label="E[score] = label")
-    # Labels repeat: a little sideways noise shows how many rows lie on top of each other.
+    # Labels repeat: a little horizontal noise shows how many rows are at the same point.
     width = 0.12 * np.diff(scale.values).min() * (len(np.unique(labels)) < len(labels))
     shift = np.random.default_rng(0).uniform(-width, width, len(labels))
     alpha = float(np.clip(60 / np.sqrt(max(1, len(labels))) / 10, 0.12, 0.8))
@@ -111,7 +111,7 @@ def scatter(name: str, rows: Sequence[Prediction], scale: ScoreScale) -> Any:
 
 
 def reliability(name: str, rows: Sequence[Prediction], settings: Settings) -> Any:
-    """Share of right decisions against their confidence, for both readings; below, how many decisions there are."""
+    """Share of right decisions against their confidence, for both readings; a second panel shows their number."""
     figure = _figure(5.6, 6.4)
     grid = figure.add_gridspec(2, 1, height_ratios=(4, 1), hspace=0.05)
     main = figure.add_subplot(grid[0])
@@ -155,7 +155,7 @@ def reliability(name: str, rows: Sequence[Prediction], settings: Settings) -> An
 def confusion(name: str, rows: Sequence[Prediction], scale: ScoreScale) -> Any:
     """Decided label against human label, both readings side by side; a column adds up to 1.
 
-    Human labels between two of the scale have columns of their own, as far as there are few; else each counts for the
+    Human labels between two of the scale have separate columns, unless there are too many; then each counts for the
     label nearest to it.
     """
     columns, place, nearest = _columns(rows, scale)
@@ -264,20 +264,20 @@ def _differences(axes: Any, compared: Compared, metric: str) -> None:
 
 
 def _figure(width: float, height: float) -> Any:
-    # Figure by itself, not pyplot: no global state, no display, nothing to close.
+    # Figure without pyplot: no global state, no display, nothing to close.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def _limits(scale: ScoreScale, scores: np.ndarray) -> tuple[float, float]:
-    """Of both axes: the scale, and below it what missing mass pulls E[score] to."""
+    """Limits of both axes: the scale, extended to lower values of E[score], which missing mass causes."""
     margin = 0.06 * (scale.values[-1] - scale.values[0])
     return min([scale.values[0], *scores.tolist()]) - margin, scale.values[-1] + margin
 
 
 def _mean_line(axes: Any, labels: np.ndarray, scores: np.ndarray, scale: ScoreScale) -> None:
-    """Mean E[score] per label, labels rounded to the scale where they are too many."""
+    """Mean E[score] per label; labels are rounded to the scale if there are too many."""
     keys, name = labels, "mean per label"
     if len(np.unique(labels)) > MANY * len(scale):
         name += ", rounded"
@@ -289,7 +289,7 @@ def _mean_line(axes: Any, labels: np.ndarray, scores: np.ndarray, scale: ScoreSc
 
 
 def _columns(rows: Sequence[Prediction], scale: ScoreScale) -> tuple[list[float], list[int], bool]:
-    """Human labels as columns, each row's column, and whether labels were rounded to the scale for it."""
+    """The columns' labels, each row's column, and whether human labels were rounded to the scale."""
     labels = {p.label for p in rows}
     if len(labels) > MANY * len(scale):
         return list(scale.values), [decide(p.label, scale) for p in rows], True

@@ -1,4 +1,4 @@
-"""From prompts with human labels to predictions: what `evaluate` and the evaluator of a training run share."""
+"""Makes predictions for prompts with human labels; used by `evaluate` and by the evaluator of a training run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def predict(
     renormalise: bool,
     force: bool,
 ) -> list[Prediction]:
-    """One prediction per prompt, in order, each the average of sampling.n samples. groups: Prediction.group of each."""
+    """One prediction per prompt, in order, each the average of sampling.n samples. groups: their Prediction.group."""
     judged = score_prompts(backend, prompts, sampling, reader=reader, renormalise=renormalise, force=force)
     scale = reader.bound.scale
     return [
@@ -43,9 +43,10 @@ def predict_given(
     reader: ScoreReader,
     renormalise: bool,
 ) -> list[Prediction]:
-    """The same feedback, its scores read anew by this backend; earlier: of the prompts, in their order.
+    """Earlier predictions with their scores read again by this backend, after the same feedback.
 
-    A generation without a score has nothing to be read behind and is left out; a prediction without any stays.
+    earlier: predictions of the prompts, in their order. A generation without a score position cannot be read again and
+    is left out; a prediction without any other generation stays as it is.
     """
     jobs = [
         (i, sample.token_ids[: sample.position])
@@ -69,7 +70,7 @@ def predict_given(
 def prediction(
     benchmark: str, prompt: Prompt, group: str, judgements: Sequence[Judgement], scale: ScoreScale
 ) -> Prediction:
-    """The judgements of one prompt as its prediction."""
+    """The prediction made of one prompt's judgements."""
     score = average(judgements, scale)
     distribution = None if score.distribution is None else tuple(score.distribution[label] for label in scale.labels)
     return Prediction(

@@ -1,9 +1,9 @@
 """Predictions of a judge, one line each, in a file that grows while they are made.
 
-    {"format": "real_openrlhf.predictions", "version": 1, "identity": {...}}    line 1: what was judged, by whom, how
+    {"format": "real_openrlhf.predictions", "version": 1, "identity": {...}}    line 1: model, data and settings
     {"benchmark": "flask", "row": 0, "label": 4.0, "expected": 3.71, ...}       one `Prediction` per line
 
-A run that is interrupted goes on behind the last whole line; a file of another model, data or setting is refused.
+An interrupted run continues after the last complete line; a file of another model, data or setting is refused.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ class SampledFeedback:
     """One generation of the judge.
 
     feedback      the text before the answer anchor
-    token_ids     the whole response, a forced anchor included; position: index of the score token, None without one
-    distribution  [S] probabilities of the labels at the score position, of the full vocabulary; an entry is None where
+    token_ids     the whole response, a forced anchor included
+    position      index of the score token; None without one
+    distribution  [S] probabilities of the labels at the score position, over the full vocabulary; an entry is None if
                   the backend did not return it
-    expected      E[score]; decoded: value of the written label; both None where missing
+    expected      E[score]; None if missing
+    decoded       value of the written label; None if missing
     reason        why there is no score, or none on the scale
-    forced        no score was written, and the anchor was put behind the response
+    forced        no score was written, so the anchor was appended to the response
     """
 
     feedback: str
@@ -55,11 +57,13 @@ class SampledFeedback:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The judge's verdict on one prompt of a benchmark: means over its samples, None where no sample has the quantity.
+    """The judge's scores for one prompt of a benchmark: means over its samples, None where no sample has the value.
 
-    row           index in the benchmark; group: what rows share that are not independent (question, pair)
+    row           index in the benchmark
+    group         rows with the same group are not independent (a question, a pair)
     label         the human score
-    distribution  [S] probabilities, as in the samples; mass: their sum
+    distribution  [S] probabilities, as in the samples
+    mass          their sum
     samples       one, or N with average-of-N
     """
 
@@ -81,12 +85,12 @@ class Prediction:
 
     @property
     def invalid_share(self) -> float:
-        """Share of the samples from which no score could be read, not even behind a forced anchor."""
+        """Share of the samples from which no score could be read, not even after a forced anchor."""
         return sum(sample.position is None for sample in self.samples) / len(self.samples)
 
     @property
     def forced_share(self) -> float:
-        """Share of the samples whose score was read behind a forced anchor."""
+        """Share of the samples whose score was read after a forced anchor."""
         return sum(sample.forced for sample in self.samples) / len(self.samples)
 
     def to_json(self) -> dict[str, Any]:
@@ -113,13 +117,13 @@ def _fields_of(cls: Any, content: Any) -> dict[str, Any]:
 
 
 class PredictionStore:
-    """The file of a running evaluation. done: what is in it already, by (benchmark, row)."""
+    """The file of a running evaluation. done: the predictions that are already in it, by (benchmark, row)."""
 
     def __init__(self, path: str | Path, identity: Mapping[str, Any], *, locked: bool = False) -> None:
-        """Begin the file, or go on with it. Raises EvaluationError when it belongs to another evaluation, and when
+        """Begin the file, or continue it. Raises EvaluationError when it belongs to another evaluation, and when
         another program writes into its folder.
 
-        locked: the caller holds the folder's lock; else the store takes it, until it is closed.
+        locked: the caller holds the folder's lock; else the store holds it until it is closed.
         """
         path = Path(path)
         self._held = ExitStack()
@@ -130,7 +134,7 @@ class PredictionStore:
             self._held = held.pop_all()
 
     def _begin(self, path: Path, identity: Mapping[str, Any]) -> None:
-        identity = json.loads(json.dumps(identity))  # as it reads back: tuples are lists
+        identity = json.loads(json.dumps(identity))  # the form in which it is read back: tuples become lists
         self.done: dict[tuple[str, int], Prediction] = {}
         try:
             if path.exists():
@@ -157,7 +161,7 @@ class PredictionStore:
         self.done = {prediction.key: prediction for prediction in predictions}
 
     def append(self, predictions: Iterable[Prediction]) -> None:
-        """Raises OSError when the disk is full; what was written before stays whole."""
+        """Raises OSError when the disk is full; earlier lines stay complete."""
         for prediction in predictions:
             self._file.write(prediction.to_json())
             self.done[prediction.key] = prediction

@@ -1,9 +1,9 @@
-"""Does a judge know how sure it is: accuracy, confidence and the expected calibration error (ECE).
+"""Does a judge know how sure it is? Accuracy, confidence and the expected calibration error (ECE).
 
 A score (E[score], or the one that was written) decides for the label nearest to it, at a tie for the lower one. The
-decision is right when it is the label nearest to the human score y; when y lies half way between two labels, either is
-right. The confidence is the probability of the decided label in the judge's score distribution: of the full vocabulary,
-or given that the score is on the scale with `renormalise`, as for E[score].
+decision is right when it is the label nearest to the human score y; if y is half way between two labels, either is
+right. The confidence is the probability of the decided label in the judge's score distribution: over the full
+vocabulary or, with `renormalise`, given that the score is on the scale, as for E[score].
 
     ECE = sum over bins b of n_b / n * |mean confidence in b - share of right decisions in b|
 
@@ -36,7 +36,7 @@ class Bin:
 
 
 def decide(score: float, scale: ScoreScale) -> int:
-    """Index of the label nearest to a score; scores off the scale (missing mass pulls E[score] down) take its end."""
+    """Index of the label nearest to a score; for scores below or above the scale, its first or last label."""
     target = scale.target(min(max(score, scale.values[0]), scale.values[-1]))
     return target.high if target.weight > 0.5 else target.low
 
@@ -68,7 +68,7 @@ def weighted_ece(confidences: Floats, right: Floats, counts: np.ndarray) -> Floa
 
 
 def share(indicator: Floats, _: Floats) -> float | None:
-    """Mean of an indicator [n]: an accuracy or a rate, in the form of a metric; None without rows."""
+    """Mean of an indicator [n], that is an accuracy or a rate, with the signature of a metric; None without rows."""
     return float(indicator.mean()) if len(indicator) else None
 
 
@@ -94,5 +94,5 @@ def reliability_bins(confidences: Floats, right: Floats) -> list[Bin]:
 
 
 def _bin_of(confidences: Floats) -> np.ndarray:
-    """Bin of each confidence; 0 belongs to the first, and sums a rounding error above 1 to the last."""
+    """Bin of each confidence. 0 is in the first bin; a sum that rounding put above 1 is in the last."""
     return np.clip(np.ceil(confidences * N_BINS).astype(int) - 1, 0, N_BINS - 1)

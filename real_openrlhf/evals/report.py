@@ -1,8 +1,8 @@
-"""What an evaluation writes from its predictions, and what a comparison reads of it again.
+"""Writes the results of an evaluation from its predictions, and reads them again for a comparison.
 
 predictions.jsonl   every judgement (`predictions`)
 results.json        metrics with intervals; null and a note where undefined
-results.csv         the same, a line per number
+results.csv         the same, one line per number
 results.md          the paper's Table 2 for this judge, and all metrics with intervals
 plots/              `plots`
 """
@@ -43,7 +43,7 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished evaluation, read back. method, training: its first two cells in Table 2."""
+    """A finished evaluation, read from its folder. method, training: its first two cells in Table 2."""
 
     folder: Path
     method: str
@@ -155,5 +155,5 @@ def interval_settings(settings: Settings) -> dict[str, Any]:
 def about(settings: Settings) -> str:
     return (
         f"{100 * settings.confidence:g}% percentile intervals from {settings.n_resamples} resamples of the groups of "
-        "rows. ECE leans upward in resamples, which have fewer different rows."
+        "rows. ECE is biased upward in resamples, which have fewer different rows."
     )

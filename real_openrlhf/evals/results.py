@@ -1,16 +1,16 @@
 """Metrics of predictions, with intervals, per benchmark and averaged over benchmarks.
 
-Two readings of one judgement (paper, section 2.2): "expected" is E[score], the RAIL prediction; "decoded" is the score
-that was written, standard decoding. Every metric of a reading is over the rows that have it: n says how many.
+A judgement is read in two ways (paper, section 2.2): "expected" is E[score], the RAIL prediction; "decoded" is the
+score that was written, standard decoding. Every metric of a reading is over the rows that have it; n is their number.
 
     pearson, spearman, kendall (tau-b), rmse, mae    `metrics`
     accuracy   share of rows whose score decides for the label nearest to y: `reliability.is_right`
     ece        expected calibration error of those decisions: `reliability`
-    invalid_rate     share of generations without a readable score, even behind a forced anchor
-    forced_rate      share of generations whose score was read behind a forced anchor
+    invalid_rate     share of generations without a readable score, even after a forced anchor
+    forced_rate      share of generations whose score was read after a forced anchor
     undecoded_rate   share of rows without a decoded score in any generation
 
-Intervals are percentile bootstrap intervals; what is drawn are groups of rows (question, pair), not rows.
+Intervals are percentile bootstrap intervals; groups of rows (a question, a pair) are drawn, not single rows.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ READINGS = {"expected": "RAIL", "decoded": "Standard"}
 CORRELATIONS = ("pearson", "spearman", "kendall")
 SCORE_METRICS = (*METRICS, "accuracy", "ece")
 RATES = ("invalid_rate", "forced_rate", "undecoded_rate")
-# Of a training run's evaluations alone: the mean reward, see `objective.mean_reward`.
+# Only evaluations of a training run have this metric, the mean reward: see `objective.mean_reward`.
 REWARD = "reward"
 AVERAGE = "average"
 
@@ -63,7 +63,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A number with its interval. note: why the number or its bounds are None, in words; None when all are there."""
+    """A number with its interval. note: why the number or its bounds are None, in words; None when nothing is."""
 
     estimate: float | None
     low: float | None
@@ -74,7 +74,11 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkResult:
-    """n: rows; n_groups: groups of rows. scores: reading -> metric -> Estimate; rates: rate -> Estimate."""
+    """
+    n, n_groups  number of rows, and of groups of rows
+    scores       reading -> metric -> Estimate
+    rates        rate -> Estimate
+    """
 
     name: str
     n: int
@@ -85,7 +89,7 @@ class BenchmarkResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """benchmarks in the order of the evaluation; average: over them, None with a single one."""
+    """benchmarks: in the order of the evaluation. average: over them; None if there is only one."""
 
     benchmarks: tuple[BenchmarkResult, ...]
     average: BenchmarkResult | None
@@ -143,8 +147,8 @@ def compare(a: Sequence[Prediction], b: Sequence[Prediction], settings: Settings
 def flat_metrics(predictions: Sequence[Prediction], settings: Settings) -> dict[str, float | None]:
     """One benchmark's numbers without intervals, for a training log.
 
-    "expected/pearson", ..., "expected/n", the same of "decoded", the rates, "mass" (mean probability on the scale) and
-    "n". What is undefined, or without rows, is None.
+    "expected/pearson", ..., "expected/n", the same for "decoded", the rates, "mass" (mean probability on the scale) and
+    "n". Undefined values are None.
     """
     metrics: dict[str, float | None] = {}
     for reading, name in keys():
@@ -162,7 +166,7 @@ def flat_metrics(predictions: Sequence[Prediction], settings: Settings) -> dict[
 
 
 def average_metrics(tables: Sequence[dict[str, float | None]]) -> dict[str, float | None]:
-    """Mean of each of `flat_metrics`' numbers over benchmarks, None as soon as one is; counts (n) are summed."""
+    """Mean over benchmarks of each number of `flat_metrics`, None if one of them is; counts (n) are summed."""
     result: dict[str, float | None] = {}
     for name in tables[0]:
         values = [table[name] for table in tables]
@@ -174,8 +178,8 @@ def average_metrics(tables: Sequence[dict[str, float | None]]) -> dict[str, floa
 
 
 def metric_names(benchmarks: Sequence[str]) -> list[str]:
-    """Names of a training run's evaluation metrics: those of `flat_metrics`, the objective, and with several benchmarks
-    also each one's own after "<benchmark>/"."""
+    """Names of a training run's evaluation metrics: those of `flat_metrics`, and the reward; with several benchmarks,
+    also those of each with "<benchmark>/" in front."""
     names = [*(f"{reading}/{metric}" for reading in READINGS for metric in (*SCORE_METRICS, "n")), *RATES, "mass", "n"]
     names.append(REWARD)
     prefixes = [f"{benchmark}/" for benchmark in benchmarks] if len(benchmarks) > 1 else []
@@ -183,7 +187,7 @@ def metric_names(benchmarks: Sequence[str]) -> list[str]:
 
 
 def by_benchmark(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]:
-    """In the order in which benchmarks first occur. Raises EvaluationError without predictions."""
+    """Predictions by benchmark, in the order in which benchmarks first occur. EvaluationError without predictions."""
     if not predictions:
         raise EvaluationError("there is no prediction to evaluate")
     table: dict[str, list[Prediction]] = {}
@@ -193,12 +197,13 @@ def by_benchmark(predictions: Sequence[Prediction]) -> dict[str, list[Prediction
 
 
 def keys() -> list[tuple[str, str]]:
-    """(reading, metric) of every number; a rate's reading is ""."""
+    """(reading, metric) of every number; for rates, the reading is ""."""
     return [(reading, metric) for reading in READINGS for metric in SCORE_METRICS] + [("", rate) for rate in RATES]
 
 
 def column(predictions: Sequence[Prediction], key: tuple[str, str], settings: Settings) -> Column:
-    """What a metric is computed from: a value per row, None where it has none, and what it is held against."""
+    """The two columns that a metric is computed from: a value per row, None if it has none, and what that is compared
+    with, such as the label."""
     reading, metric = key
     if metric in METRICS:
         return [getattr(p, reading) for p in predictions], [p.label for p in predictions]
@@ -274,12 +279,12 @@ def _function(metric: str) -> Metric:
 def _resample_all(
     sides: Sequence[Sequence[Prediction]], settings: Settings, benchmark: str
 ) -> dict[tuple[str, str], Resampled]:
-    """Every metric on the same draws; sides: one run, or two on the same rows."""
+    """Every metric on the same resamples; sides: one run, or two on the same rows."""
     return {
         key: resample(
             _function(key[1]),
             [column(side, key, settings) for side in sides],
-            # Benchmarks are independent: equal seeds would tie their draws together.
+            # Benchmarks are independent, so their resamples must be too: each has its own seed.
             seed=zlib.crc32(f"{settings.seed}/{benchmark}".encode()),
             n_resamples=settings.n_resamples,
             clusters=[p.group for p in sides[0]],

@@ -22,7 +22,7 @@ from real_openrlhf.evals.results import (
     keys,
 )
 
-# The paper's benchmarks, in its order and under its names; others follow under their own.
+# The paper's benchmarks, in its order and with its names; other benchmarks follow with their own names.
 PAPER_NAMES = {"feedback_bench": "FB Bench", "flask": "FLASK", "vicuna_bench": "Vic. Bench", "mt_bench": "MT Bench"}
 SYMBOLS = {
     "pearson": "r",
@@ -44,7 +44,7 @@ LEGEND = (
 
 @dataclass(frozen=True, kw_only=True)
 class NamedResults:
-    """One line of Table 2 per reading. method, training: its first two cells."""
+    """Results for the lines of Table 2, one per reading. method, training: the first two cells."""
 
     method: str
     training: str
@@ -140,7 +140,7 @@ def csv_text(results: Results) -> str:
 
 
 def to_json(results: Results) -> dict[str, Any]:
-    """For json.dumps; no NaN is in it, an undefined number is null beside a note in words."""
+    """Values for json.dumps, without NaN: an undefined number is None, and a note says why."""
     return {
         "benchmarks": {result.name: _without_name(result) for result in results.benchmarks},
         "average": None if results.average is None else _without_name(results.average),
@@ -148,7 +148,7 @@ def to_json(results: Results) -> dict[str, Any]:
 
 
 def from_json(content: Any) -> Results:
-    """What `to_json` gave. Raises EvaluationError for anything else."""
+    """Read what `to_json` returned. Raises EvaluationError for anything else."""
     try:
         average = content["average"]
         return Results(
@@ -160,7 +160,7 @@ def from_json(content: Any) -> Results:
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]], *, n_text: int) -> str:
-    """A table; the first n_text columns are aligned left, the others right."""
+    """A Markdown table; the first n_text columns are aligned left, the others right."""
     rule = [":---" if i < n_text else "---:" for i in range(len(head))]
     rows = [head, rule, *[[cell.replace("|", "\\|") for cell in line] for line in lines]]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -1,4 +1,4 @@
-"""The proof that an exported folder is whole."""
+"""Checks that an exported folder is complete."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from real_openrlhf.export.settings import ExportError, read_json
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
-    """n_parameters counts stored numbers; dtypes are safetensors' names with their number of tensors."""
+    """n_parameters: how many numbers are stored. dtypes: safetensors' names -> number of tensors."""
 
     n_tensors: int
     n_parameters: int
@@ -24,7 +24,7 @@ class ExportReport:
 
 
 def check_export(folder: str | Path, *, finite: bool = True) -> ExportReport:
-    """Prove that `transformers` can load the folder: config, tokenizer, every shard, every name and shape.
+    """Check that `transformers` can load the folder: config, tokenizer, every shard, every name and shape.
 
     Weights are read shard by shard, one tensor at a time, and only when finite=True; the names and
     shapes are compared with the model on the meta device. Raises ExportError.
@@ -69,7 +69,7 @@ def _shards(folder: Path) -> dict[str, set[str] | None]:
         raise ExportError(f"{folder} lacks {len(missing)} of {len(expected)} weight files: {', '.join(missing)}")
     stray = sorted(present - set(expected))
     if stray:
-        # transformers would prefer a stray model.safetensors to the index.
+        # transformers would load a stray model.safetensors instead of the files in the index.
         raise ExportError(f"{folder} holds weights of another save: {', '.join(stray)}; remove them")
     return expected
 
@@ -96,7 +96,7 @@ def _check_shard(path: Path, expected: set[str] | None, *, finite: bool) -> Iter
                         raise ExportError(f"{path}: {bad} of {size} numbers of {name!r} are NaN or infinite")
                 yield size, str(view.get_dtype())
     except (SafetensorError, OSError) as error:
-        raise ExportError(f"{path} cannot be read, perhaps it was copied half: {error}") from error
+        raise ExportError(f"{path} cannot be read, perhaps it was copied only in part: {error}") from error
 
 
 def _check_loadable(folder: Path) -> None:
@@ -133,7 +133,7 @@ def _check_loadable(folder: Path) -> None:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Its load report and progress bars say nothing that the errors here do not."""
+    """Inside, transformers shows no load report and no progress bars: the errors here say the same."""
     from transformers.utils import logging as transformers_logging
 
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()

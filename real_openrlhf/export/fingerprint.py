@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-# Of a weight file, at each end: enough to tell trained weights apart, and read in no time.
+# Bytes read at each end of a weight file: enough to tell trained weights apart, and fast.
 _FINGERPRINT_BYTES = 1 << 20
 
 
 def weights_sha256(model: str) -> str | None:
-    """Of every weight file's name, size, first and last MiB; None for a model that is not a local folder."""
+    """A hash of every weight file's name, size, first and last MiB; None for a model that is not a local folder."""
     folder = Path(model)
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]) if folder.is_dir() else []
     if not files:

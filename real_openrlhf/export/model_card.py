@@ -1,6 +1,6 @@
 """The model card of an exported judge.
 
-An export is a plain Hugging Face folder with two files more:
+An export is a plain Hugging Face folder with two more files:
 
     README.md            the model card, for people
     real_openrlhf.json   `JudgeSettings`, for programs: all that is needed to read E[score] again
@@ -29,13 +29,13 @@ class CardInfo:
     """What the model card says besides the judge settings.
 
     base_model       hub id or folder of the model that training began with
-    data_source      file or hub id; data_rows its rows; data_hash its sha256
-    objective        name, e.g. "real"; objective_settings its numbers (lambda, beta, ...)
-    training         other settings worth a line (learning rate, rollouts per prompt, ...)
-    steps            training steps done
+    data_source, data_rows, data_hash   file or hub id, number of rows, sha256
+    objective        name, such as "real"; objective_settings: its numbers (lambda, beta, ...)
+    training         other settings worth showing (learning rate, rollouts per prompt, ...)
+    steps            number of training steps that gave these weights
     chosen           which weights these are, in words
     evaluation       column title -> metric -> value (None: undefined); None: not evaluated
-    evaluation_data  what it was measured on
+    evaluation_data  the data of the evaluation
     versions         package -> version; by default the installed ones
     """
 
@@ -67,7 +67,7 @@ def library_versions() -> dict[str, str]:
 
 
 def write_model_card(folder: str | Path, *, info: CardInfo) -> Path:
-    """Write README.md and real_openrlhf.json beside the weights; returns the card's path."""
+    """Write README.md and real_openrlhf.json into the folder with the weights; returns the card's path."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ExportError(f"{folder} is not a folder; save the model first")
@@ -176,7 +176,7 @@ with torch.no_grad():
         score = None
         print("no score:", reading.reason)
     else:
-        # One row for labels of one token each; labels of several tokens need more, some behind other labels.
+        # One row if each label is one token; labels of several tokens need more rows, some after other labels.
         rows = ScoreRows.of(bound.anchors[reading.anchor_index].trie, response, reading.position)
         prefixes = [[*prompt_ids, *rows.prefix(row, response)] for row in range(len(rows.node))]
         logits = torch.stack([model(torch.tensor([prefix])).logits[0, -1] for prefix in prefixes])
@@ -191,7 +191,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _shown(source: str) -> str:
-    """A card is published: of an absolute path only the last part."""
+    """The source, but only the last part of an absolute path, since cards are published."""
     return Path(source).name if Path(source).is_absolute() else source
 
 
@@ -209,7 +209,7 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _code(text: str) -> str:
-    """Inline, with the quotes that make a final space visible."""
+    """Inline code, with quotes that make a final space visible."""
     return f"`{json.dumps(text, ensure_ascii=False)}`"
 
 

@@ -1,4 +1,4 @@
-"""What a program must know to use an exported model as the judge it was trained to be."""
+"""The settings that a program needs to use an exported model as the judge it was trained to be."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class ExportError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeSettings:
-    """What a program must know to use the model as the judge it was trained to be.
+    """The settings that a program needs to use the model as the judge it was trained to be.
 
-    scale, anchors   see `real_openrlhf.algo.score_scale`
+    scale, anchors   see `real_openrlhf.algo.bound_scale`
     end_ids          token ids that end a response
-    template         how prompts are made
+    template         how a prompt becomes token ids: chat template, input template
     temperature      at which score distributions are read
-    renormalise      E[score] given that the score is on the scale, instead of the full vocabulary's
+    renormalise      E[score] given that the score is on the scale, instead of over the full vocabulary
     max_new_tokens   room for the feedback and the score
-    preset           of the training run, for the record
-    step             of the training run, after which these weights were the policy's; None: not recorded
-    judge_template   how the training prompts were made of instruction, response and rubric, its system message too;
-                     None: not recorded, as for prompts that were given whole
+    preset           of the training run, for information only
+    step             training step after which the policy had these weights; None: not recorded
+    judge_template   how instruction, response and rubric become a prompt, with its system message; None: not recorded,
+                     as for training prompts that were given whole
     """
 
     scale: ScoreScale
@@ -120,7 +120,7 @@ def _expect(name: str, value: Any, kind: Any) -> Any:
 
 
 def _fields_of(cls: Any, content: Any, prefix: str) -> dict[str, Any]:
-    """The content as keyword arguments of the dataclass. Fields with a default may be absent, as in earlier exports."""
+    """The content as keyword arguments for the dataclass. Fields with a default may be missing (earlier exports)."""
     if not isinstance(content, dict):
         raise ExportError(f"{prefix.rstrip('.') or 'the file'} must be an object, got {content!r}")
     names = {f.name for f in fields(cls)}

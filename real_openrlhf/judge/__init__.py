@@ -12,7 +12,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    # On demand: whoever needs the core alone need not load a tokenizer's libraries.
+    # Imported on demand: who needs only the core does not load a tokenizer's libraries.
     if name == "Judge":
         from real_openrlhf.judge.judge import Judge
 

@@ -4,6 +4,6 @@ import sys
 
 from real_openrlhf.judge.cli import main
 
-# Engines start their processes by importing this module again.
+# The guard is needed: an engine's processes import this module again.
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,7 +1,7 @@
-"""A monotone map from E[score] to what people's scores were, fitted on held-out labels. Off unless asked for.
+"""A monotone map from E[score] to human scores, fitted on held-out labels. Off by default.
 
-Stored as calibration.json beside the model. It changes no ranking but for ties, so Spearman's rho moves little; what
-it repairs is a judge that is too mild, too harsh or too timid on the whole.
+Stored as calibration.json in the model's folder. Apart from ties it does not change the ranking, so Spearman's rho
+changes little. It corrects a judge that is too mild, too harsh or too timid in general.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ class Calibration:
 
     method       "isotonic" or "linear"
     x, y         knots, x strictly ascending, y not descending; y within the scale
-    scale        the scale's text; renormalise: how E[score] was taken
-    n            rows it was fitted on
-    rmse_before, rmse_after   on those very rows, so the second is optimistic
+    scale        the scale's text
+    renormalise  how E[score] was computed
+    n            number of rows that it was fitted on
+    rmse_before, rmse_after   on these same rows, so the second is optimistic
     """
 
     method: str
@@ -57,7 +58,7 @@ class Calibration:
         if self.method not in CALIBRATION_METHODS:
             raise CalibrationError(f"the method must be one of {', '.join(CALIBRATION_METHODS)}, got {self.method!r}")
         if len(self.x) != len(self.y) or len(self.x) < 2 or not all(map(_is_number, (*self.x, *self.y))):
-            raise CalibrationError("x and y must be two lists of as many finite numbers, at least two")
+            raise CalibrationError("x and y must be two lists of equally many finite numbers, at least two")
         if any(b <= a for a, b in zip(self.x, self.x[1:])) or any(b < a for a, b in zip(self.y, self.y[1:])):
             raise CalibrationError("x must ascend and y must not descend")
 
@@ -71,10 +72,10 @@ class Calibration:
         method: str = "isotonic",
         renormalise: bool = False,
     ) -> Calibration:
-        """From E[score] and human labels of rows that the judge was not trained on.
+        """Fit to E[score] and human labels of rows that the judge was not trained on.
 
         Raises CalibrationError for fewer than MIN_ROWS rows, constant scores or labels, labels off
-        the scale, and for a linear fit that falls.
+        the scale, and for a linear fit with a falling line.
         """
         if method not in CALIBRATION_METHODS:
             raise CalibrationError(f"the method must be one of {', '.join(CALIBRATION_METHODS)}, got {method!r}")
@@ -115,7 +116,7 @@ class Calibration:
 
     @classmethod
     def load(cls, folder: str | Path, *, scale: ScoreScale, renormalise: bool) -> Calibration:
-        """Raises CalibrationError when there is none, or when it was fitted for another reading of the score."""
+        """Raises CalibrationError when there is none, or when its scale or renormalise differ from these."""
         path = Path(folder) / FILE
         try:
             content = read_json(path)
@@ -132,7 +133,7 @@ class Calibration:
         if (found.scale, found.renormalise) != (str(scale), renormalise):
             raise CalibrationError(
                 f"{path} was fitted on the scale {found.scale} (renormalise {found.renormalise}), but the judge uses "
-                f"{scale} (renormalise {renormalise}); fit it anew"
+                f"{scale} (renormalise {renormalise}); fit it again"
             )
         return found
 
@@ -142,20 +143,20 @@ def _isotonic(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     unique, where, counts = np.unique(x, return_inverse=True, return_counts=True)
     means = np.bincount(where, weights=y) / counts
     fitted = optimize.isotonic_regression(means, weights=counts).x
-    # Rounding must not make neighbours descend.
+    # Rounding errors must not make the fit descend.
     fitted = np.maximum.accumulate(fitted)
     if fitted[-1] - fitted[0] <= CONSTANT * np.abs(fitted).max():
-        raise CalibrationError("the labels do not rise with the scores at all: this is no matter of calibration")
+        raise CalibrationError("the labels do not rise with the scores at all: calibration cannot help")
     inner = np.r_[True, (fitted[1:-1] != fitted[:-2]) | (fitted[1:-1] != fitted[2:]), True]
     return unique[inner], fitted[inner]
 
 
 def _linear(x: np.ndarray, y: np.ndarray, scale: ScoreScale) -> tuple[np.ndarray, np.ndarray]:
-    """Least squares, cut off at the ends of the scale: two knots, where the line meets them."""
+    """Least squares, clipped to the scale: two knots, where the line reaches the ends of the scale."""
     line = stats.linregress(x, y)
     if not line.slope > 0:
         raise CalibrationError(
-            f"the labels do not rise with the scores (slope {line.slope:.3g}): this is no matter of calibration"
+            f"the labels do not rise with the scores (slope {line.slope:.3g}): calibration cannot help"
         )
     ends = np.array([scale.values[0], scale.values[-1]])
     return (ends - line.intercept) / line.slope, ends

@@ -22,7 +22,7 @@ from real_openrlhf.judge.cli_args import FIT, SCORE, SERVE, check, parse_args
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 the engine or the server failed, 2 the input is wrong."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
         check(args)

@@ -18,7 +18,7 @@ def chosen_settings(args: argparse.Namespace) -> JudgeSettings | None:
     chosen = [f"--{name}" for name in names if getattr(args, name) is not None]
     if (Path(args.model) / SETTINGS_FILE).is_file():
         if chosen:
-            raise JudgeError(f"{args.model} has settings of its own in {SETTINGS_FILE}; drop {', '.join(chosen)}")
+            raise JudgeError(f"{args.model} has its own settings in {SETTINGS_FILE}; drop {', '.join(chosen)}")
         return None
     if args.scale is None:
         raise JudgeError(f"{args.model} has no {SETTINGS_FILE}: say how it scores, at least --scale 1-5")

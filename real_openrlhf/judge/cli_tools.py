@@ -48,7 +48,7 @@ def fit(args: argparse.Namespace) -> None:
         try:
             score = lookup(row.values, column)
             if score is None:
-                without += 1  # a response without a readable score has nothing to be mapped
+                without += 1  # a response without a readable score
                 continue
             column = args.label_key
             labels.append(read_label(lookup(row.values, column), settings.scale))

@@ -1,9 +1,9 @@
-"""A judge behind an OpenAI-compatible server (`vllm serve`): token ids in, log-probs of the labels out.
+"""A judge on an OpenAI-compatible server (`vllm serve`): token ids in, log-probs of the labels out.
 
 The request is `/v1/completions` with a prompt of token ids, so that the server tokenizes nothing. Of
 vLLM's additions it uses `logprob_token_ids` (exact log-probs of the labels' tokens at every position),
-`return_token_ids` and `return_tokens_as_token_ids`. A server that ignores the first returns the top
-log-probs alone; labels outside of them are missing, which the rollout says with NaN.
+`return_token_ids` and `return_tokens_as_token_ids`. A server that ignores the first returns only the
+top log-probs; labels that are not among them are missing: NaN in the rollout.
 """
 
 from __future__ import annotations
@@ -29,29 +29,30 @@ from real_openrlhf.judge.types import JudgeError
 
 logger = logging.getLogger(__name__)
 
-# What may pass by itself: time-outs, too many requests, a server that is starting or being replaced.
+# Status codes of faults that may go away: time-outs, too many requests, a server that is starting or being replaced.
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _FIRST_WAIT_S = 0.5
 _LONGEST_WAIT_S = 30.0
-# vLLM's --max-logprobs unless it was raised.
+# vLLM's default for --max-logprobs.
 TOP_LOGPROBS = 20
 _TOKEN_ID = "token_id:"
 
 
 class ServerError(RunError):
-    """The server cannot be reached, or answers what cannot be used."""
+    """The server cannot be reached, or its answer cannot be used."""
 
 
 class ServerBackend:
     """Requests to one server. See `JudgeBackend`; thread-safe.
 
     url            "http://host:8000", with or without /v1
-    reader         of the judge's tokenizer and scale: ids are made and read here
-    model          name on the server; may be left out where it serves one model
+    reader         has the judge's tokenizer and scale; prompts are tokenized and scores are read here
+    model          name on the server; may be left out if it serves one model
     api_key        sent as a bearer token
     logprobs_mode  what the server was started with (--logprobs-mode); "raw_logprobs" is vLLM's default
-    concurrency    requests in flight
-    timeout_s      of one request; retries: how often a request is sent again, at growing intervals
+    concurrency    how many requests run at the same time
+    timeout_s      for one request
+    retries        how often a request is sent again, at growing intervals
 
     Raises ServerError when the server does not answer, JudgeError for a model it does not serve.
     """
@@ -93,7 +94,7 @@ class ServerBackend:
             raise
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """One request per rollout, so that each has a seed of its own, as the engines do it."""
+        """One request per rollout, so that each has its own seed, as in the engines."""
         check_sampling(sampling, self.logprobs_mode)
         for prompt in prompts:
             self._check_length(prompt, sampling.max_new_tokens + self.reader.bound.extra_tokens)
@@ -102,7 +103,7 @@ class ServerBackend:
         try:
             rollouts = list(pool.map(lambda job: self._respond(job[0], sampling, job[1]), jobs))
         finally:
-            pool.shutdown(cancel_futures=True)  # after an error: those not sent yet
+            pool.shutdown(cancel_futures=True)  # after an error, requests that are not sent yet are cancelled
         return [
             Group(
                 prompt_ids=torch.tensor(prompt.token_ids, dtype=torch.int64),
@@ -126,13 +127,14 @@ class ServerBackend:
         prefixes = forced_prefixes(rollout)
         if not prefixes:
             return rollout
-        # Labels of several tokens: the rows that the response did not pass, by one token each.
+        # With labels of several tokens, score rows that the response did not pass are read by one token each.
         one = replace(sampling, max_new_tokens=1)
         rows = [self._draw((*prompt.token_ids, *prefix), one, None)[1] for prefix in prefixes]
         return with_forced(rollout, self._read_ids, rows)
 
     def _draw(self, ids: Sequence[int], sampling: Sampling, seed: int | None) -> tuple[list[int], list[float], str]:
-        """Tokens drawn behind ids; flat log-probs as `make_rollout` takes them; "stop" or "length"."""
+        """Sample tokens after ids. Returns them, their log-probs flat as `make_rollout` takes them, and the reason why
+        generation ended: "stop" or "length"."""
         answer = self._post(
             {
                 "model": self.model,
@@ -143,7 +145,7 @@ class ServerBackend:
                 "seed": seed,
                 "stop_token_ids": sorted(self.reader.end_ids),
                 "skip_special_tokens": False,
-                # A server takes what is not said from the model's generation config.
+                # All settings are given, since a server takes missing ones from the model's generation config.
                 "top_k": 0,
                 "min_p": 0.0,
                 "repetition_penalty": 1.0,
@@ -172,7 +174,7 @@ class ServerBackend:
             self._warned = True
             logger.warning(
                 "%s does not return the log-probs of every label (logprob_token_ids), only the %d highest: labels "
-                "outside of them count as missing; `vllm serve` 0.29 returns all",
+                "that are not among these count as missing; `vllm serve` 0.29 returns all",
                 self.url,
                 TOP_LOGPROBS,
             )
@@ -208,7 +210,7 @@ class ServerBackend:
         return self._request("POST", "/v1/completions", payload)
 
     def _request(self, method: str, path: str, payload: dict[str, Any] | None) -> Any:
-        """The answer's JSON. Raises ServerError with the server's own words."""
+        """The answer's JSON. Raises ServerError with the server's own message."""
         wait, reason = _FIRST_WAIT_S, ""
         for attempt in range(self._retries + 1):
             if attempt:
@@ -227,19 +229,19 @@ class ServerBackend:
             try:
                 return response.json()
             except ValueError as error:
-                raise ServerError(f"{self.url}{path} answered what is not JSON: {response.text[:200]!r}") from error
+                raise ServerError(f"{self.url}{path}: the answer is not JSON: {response.text[:200]!r}") from error
         raise ServerError(f"{self.url}{path} did not answer in {self._retries + 1} attempts; the last one: {reason}")
 
 
 def _token_ids(choice: dict[str, Any]) -> list[int]:
-    """Either spelling of them: a list of their own, or "token_id:7" as the tokens of the log-probs."""
+    """The sampled ids in either form: a separate list, or "token_id:7" as the log-probs' tokens."""
     if choice.get("token_ids") is not None:
         return [int(token) for token in choice["token_ids"]]
     return [int(token.removeprefix(_TOKEN_ID)) for token in choice["logprobs"]["tokens"]]
 
 
 def _message(response: httpx.Response) -> str:
-    """The error's text in OpenAI's form, or the beginning of whatever came."""
+    """The message of an error in OpenAI's form, else the beginning of the answer."""
     try:
         body = response.json()
         return str(body.get("error", body).get("message", body))[:500]

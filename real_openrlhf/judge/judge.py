@@ -1,4 +1,4 @@
-"""`Judge`: a model as something that scores a response to an instruction."""
+"""`Judge`: scores a response to an instruction with a model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from real_openrlhf.judge.rubrics import SINGLE, AnyRubric, as_dimensions, check_
 from real_openrlhf.judge.scoring import average, room_for_forcing, score_prompts
 from real_openrlhf.judge.types import MAX_PROMPT_TOKENS, JudgeBackend, JudgeError, Score
 
-# Dimension -> prompt; the one dimension of a single rubric is "".
+# Dimension of the rubric -> prompt; a single rubric has one dimension, "".
 Prepared = dict[str, Prompt]
 ITEM_KEYS = ("instruction", "response", "rubric", "reference", "context")
 
@@ -51,24 +51,24 @@ class Comparison:
 
 
 class Judge:
-    """Scores responses. Its engine is made at the first call, and ended by `close` or the `with` block.
+    """Scores responses. Its engine starts at the first call, and is ended by `close` or the `with` block.
 
     model         an export of train_real, or any Hugging Face folder or hub id together with `settings`
     server        address of an OpenAI-compatible server of this model ("http://host:8000"); weights are then not loaded
-    backend       a `JudgeBackend` of your own instead
-    settings      see `judge.settings.plain_settings`; None reads the export's
-    template      how instruction and response become a prompt: a name or path for `JudgeTemplate.load`, or one; None:
-                  the export's, else "paper"
-    template_suffix   a second template behind it, such as "base_suffix"
-    other_template    take a template that is not the one that the judge was trained on
+    backend       a `JudgeBackend` to use instead
+    settings      see `judge.resolve_settings.plain_settings`; None reads the export's
+    template      how instruction and response become a prompt: a name or path for `JudgeTemplate.load`, or a
+                  `JudgeTemplate`; None: the export's, else "paper"
+    template_suffix   a second template that is appended to the first, such as "base_suffix"
+    other_template    allow a template that the judge was not trained on
     n             responses per prompt whose scores are averaged; sampled when n > 1
     temperature   0 is greedy; None: greedy for n = 1, else the temperature of the settings. E[score] is read at the
-                  settings' temperature, so that another one than 0 or that is refused.
-    seed          of sampled responses: the same prompt gets the same responses, in whatever batch it comes
+                  settings' temperature, so values other than 0 and that temperature are refused.
+    seed          for sampled responses: the same prompt gets the same responses, whatever batch it is in
     max_new_tokens, renormalise   None: the settings'
-    max_model_len engine in process: tokens of prompt and response together; longer prompts are refused
-    force         continue a response without a score once behind a forced anchor (`Score.n_forced` counts)
-    calibrated    fill `Score.calibrated` by the calibration stored beside the model
+    max_model_len engine in this process: tokens of prompt and response together; longer prompts are refused
+    force         append the anchor once to a response without a score (`Score.n_forced` counts these)
+    calibrated    fill `Score.calibrated` by the calibration in the model's folder
     device        "auto", "cpu" or "cuda"
     server_options   keywords of `ServerBackend`: api_key, concurrency, model, ...
     """
@@ -153,21 +153,21 @@ class Judge:
         context: str | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> Score:
-        """One response. See `score_batch`."""
+        """Score one response. See `score_batch`."""
         item = {"instruction": instruction, "response": response, "rubric": rubric}
         return self.score_batch([{**item, "reference": reference, "context": context}], weights=weights)[0]
 
     def score_batch(
         self, items: Sequence[Mapping[str, Any]], *, weights: Mapping[str, float] | None = None
     ) -> list[Score]:
-        """Items with instruction, response and, as the template needs them, rubric, reference and context.
+        """Score items with instruction, response and, if the template needs them, rubric, reference and context.
 
         rubric: a text, a `Rubric`, a mapping of Prometheus's fields (criteria, score1_description, ...), or a mapping
-        of dimension -> rubric. Several dimensions are judged each by itself; the score is their mean, or the weighted
+        of dimension -> rubric. Several dimensions are judged separately; the score is their mean, or the weighted
         mean by `weights` (dimension -> positive number).
 
-        What the parts hold is text: chat tokens within a response do not end the prompt, and a score that it
-        pretends is never read, since scores are read from generated tokens alone.
+        All parts are plain text: chat tokens within a response do not end the prompt, and a score that a response
+        contains is never read, since scores are read from generated tokens only.
 
         Raises JudgeError or PromptError naming the item before anything is generated.
         """
@@ -175,7 +175,7 @@ class Judge:
         return self.score_prepared(prepared, weights=weights)
 
     def score_prompts(self, prompts: Sequence[Any]) -> list[Score]:
-        """Prompts in the form of the training data's (a text or chat messages): without the judge's template."""
+        """Score whole prompts in the form of the training data's (text or chat messages), without a judge template."""
         return self.score_prepared([_named(i, self.prepare_prompt, raw) for i, raw in enumerate(prompts)])
 
     def prepare(self, item: Mapping[str, Any], weights: Mapping[str, float] | None = None) -> Prepared:
@@ -193,7 +193,7 @@ class Judge:
         found = {}
         for name, rubric in dimensions.items():
             messages = self.template.messages(**{**{key: item.get(key) for key in ITEM_KEYS}, "rubric": rubric})
-            # Without a system message a template around the prompt may still come.
+            # Without a system message the prompt is a plain text, as the input template needs it.
             raw: Any = messages if len(messages) > 1 else messages[0]["content"]
             found[name] = self._prompt(raw, literally=True)
         return found
@@ -205,7 +205,7 @@ class Judge:
     def score_prepared(
         self, prepared: Sequence[Prepared], *, weights: Mapping[str, float] | None = None
     ) -> list[Score]:
-        """What `prepare` or `prepare_prompt` gave, all in one batch."""
+        """Score what `prepare` or `prepare_prompt` returned, all in one batch."""
         scores = iter(self._score([prompt for row in prepared for prompt in row.values()]))
         return [combine({name: next(scores) for name in row}, weights) for row in prepared]
 
@@ -259,25 +259,25 @@ class Judge:
 
     @property
     def backend(self) -> JudgeBackend:
-        """Made when it is first needed."""
+        """The backend, started when it is first needed."""
         if self._backend is None:
             self._backend = self._make_backend()
         return self._backend
 
     @cached_property
     def _limit(self) -> int | None:
-        """Tokens of prompt and response; None: not known. Asked for without starting an engine."""
+        """Most tokens of prompt and response together, without starting an engine; None: not known."""
         if self._backend is None and self._server is None:
             return engine_length(self.model, self._room, self._max_model_len, trust_remote_code=self._trust)
         return getattr(self.backend, "max_model_len", None)
 
     @property
     def max_prompt_tokens(self) -> int | None:
-        """Room for a prompt beside the response and a forced anchor; None where the backend names no limit."""
+        """Most tokens of a prompt, with room for response and forced anchor; None if the backend has no limit."""
         return None if self._limit is None else self._limit - self._room
 
     def close(self) -> None:
-        """End an engine or connections of the judge's own; a backend that was given is left alone."""
+        """End the engine or connections that the judge opened itself; a backend that was given is not closed."""
         if self._owns_backend and self._backend is not None:
             self._backend.close()  # type: ignore[attr-defined]
             self._backend = None
@@ -316,10 +316,10 @@ class Judge:
         limit = self._limit
         if limit is not None and len(ids) + self._room > limit:
             raise JudgeError(
-                f"the prompt has {len(ids)} tokens, but {limit - self._room} are left for it: {limit} in all, "
+                f"the prompt has {len(ids)} tokens, but only {limit - self._room} fit: {limit} in all, "
                 f"{self._room} of them for the response; lower max_new_tokens or raise the model length"
             )
-        # A row made of the content: the seed of a prompt does not depend on where it stands.
+        # The row number, which the seed is made from, is a hash of the content: the order of prompts does not matter.
         digest = hashlib.blake2b(repr(ids).encode(), digest_size=8).digest()
         return Prompt(token_ids=ids, label=float("nan"), row=int.from_bytes(digest, "big") >> 1, text=text)
 
@@ -343,8 +343,8 @@ class Judge:
             temperature = 0.0 if n == 1 and read_at == 1 else read_at
         if (temperature or 1.0) != read_at:
             raise JudgeError(
-                f"this judge's distributions are read at temperature {read_at:g}, which sampling at {temperature:g} "
-                f"does not give; use temperature {read_at:g}"
+                f"this judge's distributions are read at temperature {read_at:g}, so it cannot sample at "
+                f"{temperature:g}; use temperature {read_at:g}"
             )
         sampling = Sampling(
             n=n, temperature=temperature, top_p=top_p, max_new_tokens=self.settings.max_new_tokens, seed=seed
@@ -354,7 +354,7 @@ class Judge:
 
 
 def engine_length(model: str, room: int, wanted: int | None, *, trust_remote_code: bool = False) -> int:
-    """max_model_len of a judge's own engine: as wanted, else MAX_PROMPT_TOKENS and the room, at most the model's."""
+    """max_model_len of the engine: `wanted` if given, else MAX_PROMPT_TOKENS + room, but at most the model's."""
     try:
         limits = ModelLimits.of(model, trust_remote_code=trust_remote_code)
     except EngineSpecError as error:
@@ -372,7 +372,7 @@ def _template(template: str | Path | JudgeTemplate, suffix: str | Path | None) -
     if not isinstance(template, JudgeTemplate):
         return JudgeTemplate.load(template, suffix=suffix)
     if suffix is not None:
-        raise JudgeError("a suffix goes with a template's name or path, not with one that is loaded")
+        raise JudgeError("a suffix can be added to a template's name or path, not to a template that is already loaded")
     return template
 
 

@@ -1,4 +1,4 @@
-"""Where judgements go: rows as they come into a file beside the output, which takes its name once it is whole."""
+"""Writes judgements: each row at once, into a file OUTPUT.partial, which is renamed to OUTPUT when it is complete."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STANDARD = "-"
 
 
 class Output:
-    """done: rows that an earlier job has judged, in order, with their judgements; 0 but for a resumed job."""
+    """done: rows that an earlier job has judged, in order, with their judgements; empty unless a job is resumed."""
 
     done: list[Mapping[str, Any]]
 
@@ -41,7 +41,7 @@ class Output:
         self.written += 1
 
     def check_done(self, rows: list[Mapping[str, Any]]) -> None:
-        """JudgeError unless the rows that were judged are the first of these."""
+        """JudgeError unless the rows that are already judged are the first of `rows`."""
         for number, (line, row) in enumerate(zip(self.done, rows), start=1):
             if {name: value for name, value in line.items() if name != RESULT} != row:
                 raise JudgeError(f"--resume: judged row {number} is not row {number} of --input; begin anew")
@@ -51,15 +51,15 @@ class Output:
 
 @contextmanager
 def open_output(target: str, *, overwrite: bool, resume: bool, identity: Mapping[str, Any]) -> Iterator[Output]:
-    """Standard output ("-"), or a .jsonl file. What was judged before an error stays in <target>.partial.
+    """Open standard output ("-") or a .jsonl file. Rows that were judged before an error stay in <target>.partial.
 
-    identity: what must be the same to go on from there. Raises JudgeError for a target that exists, for a job that
-    ended early and is neither gone on with nor thrown away, and for one of other settings; FolderError while another
+    identity: what must be the same to resume from there. Raises JudgeError if the target exists, if an earlier job
+    ended early and neither resume nor overwrite is set, and if that job had other settings; FolderError while another
     program writes there.
     """
     if target == STANDARD:
         if resume:
-            raise JudgeError("--resume needs --output FILE.jsonl; standard output cannot be gone on with")
+            raise JudgeError("--resume needs --output FILE.jsonl; a job on standard output cannot be resumed")
         if isinstance(sys.stdout, io.TextIOWrapper):
             # Whatever the locale, and as a file has it: else a character that it lacks would end the job.
             sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -79,7 +79,7 @@ def _into(path: Path, *, overwrite: bool, resume: bool, identity: Mapping[str, A
     done = _earlier(partial, about, identity) if resume else []
     if not resume and not overwrite and partial.exists() and partial.stat().st_size:
         raise JudgeError(
-            f"{partial} holds rows of a job that ended early; pass --resume to go on, or --overwrite to begin anew"
+            f"{partial} holds rows of a job that ended early; pass --resume to continue, or --overwrite to begin anew"
         )
     write_text(about, json.dumps(dict(identity), ensure_ascii=False) + "\n")
     lines = JsonLines(partial, append=bool(done))
@@ -88,7 +88,7 @@ def _into(path: Path, *, overwrite: bool, resume: bool, identity: Mapping[str, A
         yield output
     except BaseException:
         if output.written:
-            logger.error("%d rows are in %s; the same command with --resume goes on", output.written, partial)
+            logger.error("%d rows are in %s; the same command with --resume continues", output.written, partial)
         raise
     finally:
         lines.close()

@@ -1,4 +1,4 @@
-"""The settings of a judge: an export's own, or given by hand for any other model."""
+"""The settings of a judge: those of an export, or given by the user for any other model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def find_settings(model: str | Path, tokenizer: Any, given: JudgeSettings | None
         chat = "with" if tokenizer.chat_template else "without"
         raise JudgeError(
             f"{model} has no {SETTINGS_FILE}, so it is not an export of this package; say how it is used: "
-            "settings=plain_settings(...), on the command line --scale and what else differs from the defaults "
+            "settings=plain_settings(...), or on the command line --scale and all that differs from the defaults "
             f"(its tokenizer is {chat} a chat template)"
         )
     return JudgeSettings.load(model)
@@ -46,7 +46,7 @@ def plain_settings(
     renormalise: bool = False,
     max_new_tokens: int = 1024,
 ) -> JudgeSettings:
-    """For a model that was not exported by this package.
+    """Settings for a model that was not exported by this package.
 
     apply_chat_template: None uses the chat template if the tokenizer has one.
     """

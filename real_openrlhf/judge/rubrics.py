@@ -1,4 +1,4 @@
-"""What users give as a rubric, and one score out of several dimensions."""
+"""Reads rubrics in the forms that users give, and combines the scores of several dimensions."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ SINGLE = ""
 
 
 def as_dimensions(rubric: AnyRubric) -> dict[str, Rubric | str | None]:
-    """Name -> rubric; the one name is "" when there is a single rubric (or none, None).
+    """Dimensions by name. A single rubric (or None, no rubric) has the name "".
 
-    A mapping with a key "criteria" is one rubric by its fields: criteria and either descriptions (score -> text) or
-    score1_description, score2_description, ... (also with "orig_" before, as in Prometheus's data). Any other mapping
-    has a dimension per key.
+    A mapping with a key "criteria" is one rubric given by its fields: criteria and either descriptions (score -> text)
+    or score1_description, score2_description, ... (also with "orig_" in front, as in Prometheus's data). In any other
+    mapping, each key is a dimension.
     """
     if rubric is None or isinstance(rubric, (Rubric, str)):
         return {SINGLE: rubric}
@@ -99,7 +99,7 @@ def check_weights(weights: Mapping[str, float] | None, names: set[str]) -> None:
 
 
 def combine(scores: Mapping[str, Score], weights: Mapping[str, float] | None) -> Score:
-    """The weighted mean over the dimensions (plain without weights); None where a dimension has no score."""
+    """The mean over the dimensions, weighted if weights are given; a value is None if a dimension does not have it."""
     if set(scores) == {SINGLE}:
         return scores[SINGLE]
     share = {name: 1.0 if weights is None else float(weights[name]) for name in scores}

@@ -24,7 +24,7 @@ from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.judge.types import JudgeBackend, Judgement, Score
 
 MISSING_LABELS = "missing_labels"
-# Tokens behind the score's own that show whether a label goes on ("4" or "45").
+# Tokens generated after the score's own, to see whether a label continues ("4" or "45").
 _TAIL = 2
 
 
@@ -39,11 +39,11 @@ def score_prompts(
 ) -> list[list[Judgement]]:
     """sampling.n judgements per prompt, in the prompts' order.
 
-    A rollout without a readable score is continued once behind a forced anchor, unless force is
-    False; it stays invalid if even so no score can be read. With sampling.seed each response has a
-    seed made from prompt.row and its number, whatever batches the rows are sent in.
+    To a rollout without a readable score, the anchor is appended and the model continues it once, unless
+    force is False; it stays invalid if even then no score can be read. With sampling.seed, the seed of each
+    response is made from prompt.row and its number, so that batches do not matter.
 
-    The backend needs room for `room_for_forcing` tokens behind sampling.max_new_tokens.
+    The backend needs room for `room_for_forcing` tokens more than sampling.max_new_tokens.
     """
     rollouts = [list(group.rollouts) for group in _generate(backend, prompts, sampling)]
     forced: dict[tuple[int, int], Rollout] = {}
@@ -69,11 +69,12 @@ def score_given(
     renormalise: bool = False,
     continues: bool = False,
 ) -> list[Judgement]:
-    """The score of given feedback: one judgement per prompt, from a pass of its own over prompt and feedback.
+    """The score of given feedback: one judgement per prompt, from a separate pass over prompt and feedback.
 
-    feedback: per prompt the ids up to the score token, the anchor included (`Judgement.feedback_ids`).
-    continues: the backend has just generated it, and may keep what it computed then.
-    This is generate-then-rescore, which `score_prompts` saves; it serves to compare backends on the same ids.
+    feedback: for each prompt the ids up to the score token, the anchor included (`Judgement.feedback_ids`).
+    continues: the backend has just generated this feedback and may use its prefix cache.
+    This second pass (generate-then-rescore) is what `score_prompts` avoids; it is used to compare backends on the
+    same ids.
     """
     given = [replace(prompt, given_ids=tuple(ids)) for prompt, ids in zip(prompts, feedback, strict=True)]
     tail = replace(sampling, n=1, max_new_tokens=_tail_length(reader), continues=continues)
@@ -84,7 +85,7 @@ def score_given(
 def judgement(
     rollout: Rollout, reader: ScoreReader, *, renormalise: bool = False, before: Rollout | None = None
 ) -> Judgement:
-    """A rollout as a judgement. before: the rollout before the anchor was forced; the same one if it was not."""
+    """A rollout as a judgement. before: the rollout before the anchor was forced; the same rollout if none was."""
     scale, ids, reading = reader.bound.scale, rollout.token_ids.tolist(), rollout.reading
     free = rollout if before is None else before
     logprobs: tuple[float | None, ...] | None = None
@@ -118,7 +119,7 @@ def entropy(label_logprobs: torch.Tensor) -> float:
 
 
 def average(judgements: Sequence[Judgement], scale: ScoreScale) -> Score:
-    """Average-of-N: the mean over the samples that have the quantity; None where none has it."""
+    """Average-of-N: each value is the mean over the samples that have it; None if none has it."""
     read = [j.label_logprobs for j in judgements if j.label_logprobs is not None]
     distribution = logs = None
     if read:
@@ -143,7 +144,7 @@ def average(judgements: Sequence[Judgement], scale: ScoreScale) -> Score:
 
 
 def room_for_forcing(reader: ScoreReader) -> int:
-    """Tokens that a forced anchor and the score behind it may take, on top of a response of full length."""
+    """How many tokens a forced anchor and the score after it may take, in addition to a response of full length."""
     return max(len(ids) for ids in _anchor_ids(reader)) + _tail_length(reader) + reader.bound.extra_tokens
 
 
@@ -158,7 +159,7 @@ def _force(
     sampling: Sampling,
     reader: ScoreReader,
 ) -> dict[tuple[int, int], Rollout]:
-    """(prompt, sample) -> the rollout continued behind the anchor. Those that cannot be are left out."""
+    """(prompt, sample) -> the rollout continued after a forced anchor. Rollouts that cannot have one are left out."""
     jobs = [(i, k, with_anchor(rollouts[i][k].token_ids.tolist(), reader)) for i, k in unread]
     found: dict[tuple[int, int], Rollout] = {}
     # One call per sample number: seeds are made from the row and must differ between samples.
@@ -172,9 +173,9 @@ def _force(
 
 
 def with_anchor(token_ids: Sequence[int], reader: ScoreReader) -> tuple[int, ...] | None:
-    """The response up to its end of text, then the first anchor. None where no anchor can be read behind it.
+    """The response up to its end of text, then the first anchor. None if the anchor's text would not be read there.
 
-    An anchor that the response broke off in its midst is taken away first.
+    If the response ends in an incomplete anchor, that is removed first.
     """
     end = next((i for i, token in enumerate(token_ids) if token in reader.end_ids), len(token_ids))
     body = _without_begun_anchor(list(token_ids[:end]), reader)
@@ -191,7 +192,7 @@ def with_anchor(token_ids: Sequence[int], reader: ScoreReader) -> tuple[int, ...
 
 
 def _anchor_ids(reader: ScoreReader) -> list[list[int]]:
-    """The first anchor's ids as they stand before a label: behind a space, then without one."""
+    """The first anchor's ids before a label: first those with a space in front, then those without one."""
     anchor, label = reader.bound.anchors[0], reader.bound.scale.labels[0]
     found = []
     for space in (" ", ""):
@@ -200,16 +201,16 @@ def _anchor_ids(reader: ScoreReader) -> list[list[int]]:
         if lengths:
             found.append(list(ids[: lengths[0]]))
     if not found:
-        raise ValueError(f"the anchor {anchor.text!r} cannot be put behind a response: no tokens read it")
+        raise ValueError(f"the anchor {anchor.text!r} cannot be appended to a response: no tokens decode to it")
     return found
 
 
 def _without_begun_anchor(body: list[int], reader: ScoreReader) -> list[int]:
-    """Less an anchor that the response ends in, whole or begun; as it is if tokens do not end there."""
+    """The response without an anchor at its end, complete or incomplete; unchanged if no token ends right before it."""
     text = decode(reader.tokenizer, body).rstrip()
     for anchor in reader.bound.anchors:
         words = anchor.prefix.rstrip()
-        # At least its first word: a single letter at the end is no anchor.
+        # At least the anchor's first word must be there: a single letter at the end is no anchor.
         shortest = len(words.split(maxsplit=1)[0])
         for length in range(len(words), shortest - 1, -1):
             if text.endswith(words[:length]) and not text[:-length][-1:].isalnum():
@@ -224,7 +225,7 @@ def _tail_length(reader: ScoreReader) -> int:
     return 1 + reader.bound.extra_tokens + _TAIL
 
 
-# -- small things ----------------------------------------------------------------------------------------
+# -- helpers ---------------------------------------------------------------------------------------------
 
 
 def _generate(backend: JudgeBackend, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
@@ -240,7 +241,7 @@ def _generate(backend: JudgeBackend, prompts: Sequence[Prompt], sampling: Sampli
 
 
 def _feedback(ids: list[int], rollout: Rollout, reader: ScoreReader) -> str:
-    """What stands before the anchor, special tokens left out."""
+    """The text before the anchor, without special tokens."""
     end = next((i for i, token in enumerate(ids) if token in reader.end_ids), len(ids))
     stop = end if rollout.reading.position is None else rollout.reading.position
     text = reader.tokenizer.decode(ids[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)

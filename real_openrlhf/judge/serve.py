@@ -1,4 +1,4 @@
-"""Starts vLLM's server for a judge with what this package's engines need: `python -m real_openrlhf.judge serve`."""
+"""Starts vLLM's server with the settings of this package's engines: `python -m real_openrlhf.judge serve`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def serve_command(
         **({} if device.is_cuda else {"enforce_eager": True}),
         **device.engine_options(max_model_len),
     }
-    # What `vllm serve` runs. The command itself asks for a distribution named vllm, which vLLM's CPU build is not.
+    # The module that `vllm serve` runs. The command itself needs a distribution named vllm; the CPU build has another.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     for name, value in options.items():
         flag = name.replace("_", "-")
@@ -45,7 +45,7 @@ def serve_command(
 
 
 def serve(command: Sequence[str], env: dict[str, str]) -> None:
-    """Become the server: this process's id is the server's. Does not return."""
+    """Replace this process by the server, under the same process id. Does not return."""
     sys.stderr.write(f"{' '.join(f'{k}={shlex.quote(v)}' for k, v in env.items())} {shlex.join(command)}\n")
     sys.stderr.flush()
     os.execvpe(command[0], list(command), {**os.environ, **env})

@@ -1,4 +1,4 @@
-"""A judgement, and what the scoring core asks of the engines that generate."""
+"""Judgements and scores, and the Protocol of the backends that generate."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ CALIBRATION_METHODS = ("isotonic", "linear")
 
 
 class JudgeError(ValueError):
-    """The judge was asked for something that it cannot do; the message says what would work."""
+    """The judge cannot do what it was asked for; the message says what would work."""
 
 
 class JudgeBackend(Protocol):
-    """Whatever turns prompts into scored rollouts.
+    """Turns prompts into scored rollouts.
 
-    The in-process engine and the server fit it, and so do the rollout engines of a training run
-    (`actors.protocols.RolloutGroup`). A rollout's `score_logprobs` hold NaN where the backend did
-    not return a label's log-prob.
+    The in-process engine and the server fit this Protocol, and so do the rollout engines of a training run
+    (`controller.protocols.RolloutGroup`). A rollout's `score_logprobs` are NaN where the backend did not
+    return a label's log-prob.
 
-    A prompt with `given_ids` is one whose response has begun: the backend continues it, and reads the
-    score in the given and the generated ids together. Rollout.token_ids then holds both.
+    The response to a prompt with `given_ids` has already begun with these ids: the backend continues it, and
+    reads the score in the given and the generated ids together. Rollout.token_ids then holds both.
     """
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
@@ -41,22 +41,22 @@ class JudgeBackend(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """One response of the judge, read. Scores are in units of the scale; nothing is imputed.
+    """One response of the judge, with its score read. Scores are in units of the scale; nothing is imputed.
 
-    token_ids       the whole response: generated ids, and the forced anchor's if there is one
-    text            token_ids, decoded, special tokens kept
-    feedback        what was written before the answer anchor, special tokens left out
+    token_ids       the whole response: generated ids, and those of a forced anchor
+    text            token_ids decoded, with special tokens
+    feedback        the text before the answer anchor, without special tokens
     position        index of the score token in token_ids; None: no score, `reason` says why
-    reason          one of `algo.types.REASONS`, or None. "off_scale": a distribution, but no decoded score
-    forced          no score was written, and the anchor was put behind the response
+    reason          one of `algo.types.REASONS`, or None. "off_scale": there is a distribution, but no decoded score
+    forced          no score was written, so the anchor was appended to the response
     label_logprobs  [S] log-probs of the labels over the full vocabulary; None without a position; an
                     entry is None where the server did not return it
     expected        E[score], the RAIL prediction; None without a position or with a missing label
     decoded         value of the written label ("Standard"); None where none was written
-    mass            probability on the scale; None as `expected`
-    entropy         of the distribution given that the score is on the scale, in nats; None as `expected`
-    finish_reason   "stop" or "length", of the part that was generated freely
-    n_generated     tokens that the model wrote, the forced anchor not counted
+    mass            probability on the scale; None if `expected` is
+    entropy         of the distribution given that the score is on the scale, in nats; None if `expected` is
+    finish_reason   why generation ended before any forced anchor: "stop" or "length"
+    n_generated     number of tokens that the model wrote, without the forced anchor
 
     Example, scale "1".."3", greedy "fine, So the overall score is 3": position 7, decoded 3.0,
     label_logprobs (-4.6, -1.6, -0.25), expected 2.75, mass 0.99.
@@ -78,12 +78,12 @@ class Judgement:
 
     @property
     def feedback_ids(self) -> tuple[int, ...]:
-        """All ids before the score token: what `scoring.score_given` takes to read the score once more."""
+        """All ids before the score token; `scoring.score_given` can read the score again after these."""
         return self.token_ids[: self.position]
 
     @property
     def complete(self) -> bool:
-        """There is a score position, and every label's log-prob came back."""
+        """Whether there is a score position, and the backend returned every label's log-prob."""
         return self.expected is not None
 
     @property
@@ -94,22 +94,23 @@ class Judgement:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """The verdict on one response: n judgements averaged (average-of-N).
+    """The score of one response: n judgements averaged (average-of-N).
 
     score         mean E[score] over the samples that have one; None when none has
     decoded       mean decoded score over the samples that have one; None when none has
-    distribution  label -> probability, mean over the samples with a score position; None for a label that was not
-                  returned for each of them; None altogether without such a sample. Probabilities are of the full
-                  vocabulary and need not add up to 1.
+    distribution  label -> probability, mean over the samples with a score position. A label's value is None if it is
+                  missing for one of these samples; the whole is None without such a sample. Probabilities are over
+                  the full vocabulary, so they need not add up to 1.
     mass          mean probability on the scale
     entropy       in nats, of `distribution` given that the score is on the scale
     feedback      of the first sample
     reason        why there is no score: the first sample's reason, or "missing_labels"
-    n_forced      samples whose anchor was forced; n_invalid: without a readable score even so
+    n_forced      number of samples with a forced anchor
+    n_invalid     number of samples without a readable score, even with a forced anchor
     samples       all n
-    calibrated    `score` after calibration, when that was asked for
-    dimensions    name -> Score for a rubric of several dimensions; the numbers above are then their aggregate, and
-                  distribution, mass, entropy and samples belong to the dimensions alone
+    calibrated    `score` after calibration, if the judge calibrates
+    dimensions    name -> Score for a rubric of several dimensions. score, decoded and calibrated are then means over
+                  them; distribution, mass, entropy and samples are found in the dimensions only
     """
 
     score: float | None

@@ -1,4 +1,4 @@
-"""A judge's vLLM engine in this process. Importing this module is light; making a `VLLMBackend` imports vLLM."""
+"""A judge's vLLM engine in this process. Importing this module is cheap; making a `VLLMBackend` imports vLLM."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.judge.types import JudgeError
 
 T = TypeVar("T")
-_GRACE_S = 5.0  # for the engine's own tasks, once it has ended
+_GRACE_S = 5.0  # how long the engine's own tasks may take to end after it
 
 
 class VLLMBackend:
-    """The rollout engine of training, on the model's own weights, without Ray. See `JudgeBackend`.
+    """The rollout engine of training, without Ray and with the model's own weights. See `JudgeBackend`.
 
     device: "auto", "cpu" or "cuda". max_model_len: prompt, response and forced anchor together.
-    logprobs_mode: see `engine_spec.logprobs_mode_for`. One GPU; for a model that needs several start
-    `vllm serve --tensor-parallel-size N` and use a `ServerBackend`.
+    logprobs_mode: see `actors.engine.spec.logprobs_mode_for`. It uses one GPU; for a model that needs several,
+    start `vllm serve --tensor-parallel-size N` and use a `ServerBackend`.
 
-    The engine's coroutines run on an event loop in a thread, so that it works in notebooks too.
+    The engine's coroutines run on an event loop in a separate thread, so this works in notebooks too.
     Calls are answered one after the other. `close` ends the engine's processes.
     """
 
@@ -45,8 +45,8 @@ class VLLMBackend:
         trust_remote_code: bool = False,
     ) -> None:
         resolved = Device.resolve(device)
-        # vLLM reads how much it logs when it is imported. What it warns of at every start (no Triton, eager mode,
-        # prompts of ids) buries what a person asked for, and what goes wrong is raised.
+        # vLLM reads its log level when it is imported. Its warnings at every start (no Triton, eager mode, prompts of
+        # ids) would hide the user's own output, and real errors are raised.
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         use_writable_caches()
         os.environ.update(resolved.engine_env())
@@ -100,5 +100,5 @@ class VLLMBackend:
             try:
                 return future.result()
             except BaseException:
-                future.cancel()  # Ctrl-C: the requests are withdrawn as well
+                future.cancel()  # after Ctrl-C, the requests are cancelled too
                 raise

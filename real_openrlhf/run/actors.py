@@ -49,7 +49,7 @@ class Actors:
             engines.append(RayRolloutGroup(plan.evaluator_engine, n_engines=1, group=groups["evaluator"], **place))
         self.policy = RayPolicyGroup(plan.policy, n_ranks=config.ranks, group=groups["policy"], **shared)
         waiting = [ref for group in engines for ref in group.ready()]
-        # Now, so that its imports are done when the first evaluation is due.
+        # Started now, so that its imports are done when the first evaluation begins.
         self.evaluator = None
         if plan.evaluator is not None:
             self.evaluator = RayEvaluator(plan.evaluator, engines[-1], env=env)

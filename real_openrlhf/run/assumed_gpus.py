@@ -1,4 +1,4 @@
-"""GPUs that are not here: what a dry run plans for on a laptop."""
+"""--assume_gpus: a dry run on a laptop plans for GPUs that this machine does not have."""
 
 from __future__ import annotations
 
@@ -7,44 +7,65 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from real_openrlhf.common.cards import Card
+from real_openrlhf.common.cards import RATES, Card
 from real_openrlhf.config.flags import ConfigError
 
 if TYPE_CHECKING:
     from real_openrlhf.run.placement import Request
 
-_FORM = re.compile(r"(?:(\d+)x)?(\d+)x(\d+(?:\.\d+)?)\s*(gi?b)", re.IGNORECASE)
+_FORM = re.compile(
+    r"(?:(?P<nodes>\d+)x)?(?P<gpus>\d+)x(?:(?P<name>[a-z][\w ]*)-)?(?P<size>\d+(?:\.\d+)?)\s*(?P<unit>gi?b)",
+    re.IGNORECASE,
+)
 # CPU cores are not what a plan for GPUs is about.
 _CORES = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
 class AssumedGpus:
-    """memory: bytes of each GPU."""
+    """memory: bytes of each GPU. name: as in `cards.RATES`, for expected times; None: not said."""
 
     nodes: int
     gpus_per_node: int
     memory: int
+    name: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> AssumedGpus:
-        """ "2x8x80GB" (nodes, GPUs of each, memory of each GPU) or "8x80GB", one node. ConfigError for another form.
+        """ "2x8x80GB" (nodes, GPUs of each, memory of each GPU), "8x80GB" (one node) or "8xA100-80GB".
+
+        Raises ConfigError for another form, and for a GPU of which no rates are known.
 
         >>> AssumedGpus.parse("8x80GB")
-        AssumedGpus(nodes=1, gpus_per_node=8, memory=80000000000)
+        AssumedGpus(nodes=1, gpus_per_node=8, memory=80000000000, name=None)
         """
         match = _FORM.fullmatch(text.strip())
-        if match is None or not int(match[1] or 1) or not int(match[2]) or not float(match[3]):
-            raise ConfigError(f"--assume_gpus {text!r}: write GPUSxMEMORY, as 8x80GB, or with nodes 2x8x80GB")
-        unit = 1 << 30 if match[4].lower() == "gib" else 10**9
-        return cls(nodes=int(match[1] or 1), gpus_per_node=int(match[2]), memory=round(float(match[3]) * unit))
+        if match is None or not int(match["nodes"] or 1) or not int(match["gpus"]) or not float(match["size"]):
+            raise ConfigError(
+                f"--assume_gpus {text!r}: write GPUSxMEMORY, as 8x80GB, with nodes 2x8x80GB, or with the GPU's name "
+                "8xA100-80GB"
+            )
+        known = {name.lower(): name for name in RATES}
+        if match["name"] and match["name"].lower() not in known:
+            raise ConfigError(
+                f"--assume_gpus {text!r}: no rates are known of {match['name']}; known are {', '.join(RATES)}, and "
+                "without a name any memory will do"
+            )
+        unit = 1 << 30 if match["unit"].lower() == "gib" else 10**9
+        return cls(
+            nodes=int(match["nodes"] or 1),
+            gpus_per_node=int(match["gpus"]),
+            memory=round(float(match["size"]) * unit),
+            name=known[match["name"].lower()] if match["name"] else None,
+        )
 
     def __str__(self) -> str:
-        return f"{self.nodes} node(s) x {self.gpus_per_node} GPU(s) of {self.memory / 1e9:g} GB"
+        kind = f" ({self.name})" if self.name else ""
+        return f"{self.nodes} node(s) x {self.gpus_per_node} GPU(s) of {self.memory / 1e9:g} GB{kind}"
 
     @property
     def cards(self) -> tuple[Card, ...]:
-        return (Card(name="assumed", capability=(9, 0), memory=self.memory, driver="unknown"),)
+        return (Card(name=self.name or "GPUs without a name", capability=(9, 0), memory=self.memory, driver="unknown"),)
 
     def check_places(self, requests: Sequence[Request]) -> None:
         """ConfigError where Ray could not place the actors on these nodes."""

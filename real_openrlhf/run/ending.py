@@ -1,4 +1,4 @@
-"""What a run says when it is done: held-out metrics before and after, a plot of them, and what to do next."""
+"""What a run prints when it is done: held-out metrics before and after, a plot of them, and the next commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from real_openrlhf.run.plan import RunPlan
 logger = logging.getLogger(__name__)
 
 CURVE_FILE = "learning_curve.png"
-# Shown where they were measured: name in the records -> name in the table.
+# The metrics of the table, if they were measured: name in metrics.jsonl -> name in the table.
 SHOWN = {
     "eval/reward": "reward, the objective",
     "eval/expected/pearson": "Pearson of E[score]",
@@ -45,7 +45,7 @@ def ending(plan: RunPlan) -> str:
 
 
 def evaluations_of(path: Path) -> list[Record]:
-    """The evaluations of a run's records, by step; the last one of a step counts. None without records."""
+    """The evaluations in metrics.jsonl, by step; of several at one step, the last. Empty if there is no such file."""
     if not path.exists():
         return []
     found = {record["step"]: record for _, record in read_lines(path) if record.get("phase") == "eval"}
@@ -70,13 +70,13 @@ def table(evaluations: Sequence[Record], exported: int | None) -> list[str]:
 
 
 def next_commands(plan: RunPlan) -> list[str]:
-    """What people do with a judge, ready to be copied."""
+    """Commands that use the judge, ready to be copied."""
     folder = shlex.quote(str(plan.model_folder))
-    beside = shlex.quote(str(Path(plan.config.ckpt.output_dir) / "evaluation"))
+    results = shlex.quote(str(Path(plan.config.ckpt.output_dir) / "evaluation"))
     lines = [
         "next:",
         f"  python -m real_openrlhf.judge --model {folder} --input ROWS.jsonl --output SCORES.jsonl",
-        f"  python -m real_openrlhf.evaluate --model {folder} --benchmark NAME=FILE --output_dir {beside}",
+        f"  python -m real_openrlhf.evaluate --model {folder} --benchmark NAME=FILE --output_dir {results}",
     ]
     if plan.config.logger.wandb.mode == "offline":
         lines.append(f"  wandb sync {shlex.quote(str(Path(plan.config.ckpt.output_dir) / 'wandb'))}/offline-run-*")

@@ -1,4 +1,4 @@
-"""Engine handles as something that generates groups. Imports no vLLM, so that any actor can hold it."""
+"""Generates groups by Ray handles of engines. Imports no vLLM, so that any actor can use it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from real_openrlhf.data.prompt import Prompt
 
 
 def generate_on(engines: Sequence[Any], prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-    """Prompts over engine handles in shares of equal size (to one), results in the prompts' order.
+    """Distribute prompts over engines; results come back in the prompts' order.
 
-    Longest prompts first, dealt in turn: the engines get as much work as each other, and what is
-    left for the end of the batch, when the others idle, is short. The order depends on the prompts alone.
+    Shares differ by one prompt at most. Prompts are dealt in turn, longest first: so the engines get similar
+    work, and only short prompts are left when some engines are already idle. The shares depend on the prompts alone.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].token_ids) - len(prompts[i].given_ids))
     shares = [order[i :: len(engines)] for i in range(min(len(engines), len(prompts)))]
@@ -26,7 +26,7 @@ def generate_on(engines: Sequence[Any], prompts: Sequence[Prompt], sampling: Sam
 
 
 class EngineHandles:
-    """Given to the evaluator: the engines it borrows, or its own."""
+    """The engines that the evaluator uses: borrowed rollout engines, or its own."""
 
     def __init__(self, engines: Sequence[Any]) -> None:
         self.engines = list(engines)

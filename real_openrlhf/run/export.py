@@ -1,4 +1,4 @@
-"""What an exported judge says of itself: its settings and its model card."""
+"""Writes settings and model card of an exported judge, from a run's plan."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from real_openrlhf.run.plan import RunPlan
 
 
 def exported_step(folder: Path) -> int | None:
-    """After which step the weights of an exported judge were the policy's; None for none or an old one."""
+    """The training step whose weights an exported judge has; None without an export, or if its settings do not say."""
     try:
         return JudgeSettings.load(folder).step
     except ExportError:
@@ -24,7 +24,7 @@ def exported_step(folder: Path) -> int | None:
 
 
 def complete_export(plan: RunPlan, folder: Path, chosen: Chosen) -> None:
-    """Model card and judge settings beside the weights, then a check of the whole folder. Raises ExportError."""
+    """Add model card and judge settings to the folder with the weights, then check it. Raises ExportError."""
     config, inputs = plan.config, plan.inputs
     read = [field.name for field in fields(objective_class(config.real.objective))]
     settings = JudgeSettings(
@@ -84,7 +84,7 @@ def _given(config: Config) -> dict[str, Any]:
 
 
 def split_metrics(metrics: dict[str, float | None]) -> dict[str, dict[str, float | None]]:
-    """ "flask/expected/pearson" -> column "flask/expected", row "pearson"."""
+    """Metrics as a table: "flask/expected/pearson" -> column "flask/expected", row "pearson"."""
     columns: dict[str, dict[str, float | None]] = {}
     for name, value in metrics.items():
         column, slash, row = name.rpartition("/")

@@ -1,4 +1,4 @@
-"""What must be the same for a run to go on from a checkpoint."""
+"""What must be the same in a run and in a checkpoint that it resumes from."""
 
 from __future__ import annotations
 

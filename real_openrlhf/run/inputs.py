@@ -1,4 +1,4 @@
-"""What a run's flags name, loaded and checked: tokenizer, scale, prompts, benchmarks."""
+"""Loads and checks what a run's flags name: tokenizer, scale, prompts, benchmarks."""
 
 from __future__ import annotations
 
@@ -10,26 +10,24 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from real_openrlhf.actors.engine.limits import ModelLimits
-from real_openrlhf.actors.engine.spec import EngineSpecError, check_read_tokens, check_sampling, logprobs_mode_for
+from real_openrlhf.actors.engine.spec import EngineSpecError, check_read_tokens
 from real_openrlhf.algo.bound_scale import BoundScale, bind_scale
 from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.common.device import Device
 from real_openrlhf.config.batch_plan import batch_plan
 from real_openrlhf.config.flags import ConfigError
-from real_openrlhf.config.sampling import evaluation_sampling, rollout_sampling
 from real_openrlhf.config.schema import Config
 from real_openrlhf.config.validate import validate
 from real_openrlhf.data.dataset import JudgeDataset
 from real_openrlhf.data.given import GivenDataset
 from real_openrlhf.data.judge_prompt import JudgeTemplate
-from real_openrlhf.data.sources import nearest
 from real_openrlhf.data.table import template_of_built
 from real_openrlhf.data.template import PromptTemplate
 from real_openrlhf.data.tokenizer import end_token_ids, load_tokenizer
-from real_openrlhf.evals.benchmarks import Benchmark, load_benchmark, parse_benchmarks
-from real_openrlhf.evals.results import metric_names
+from real_openrlhf.evals.benchmarks import Benchmark, load_benchmark
 from real_openrlhf.judge.scoring import room_for_forcing
 from real_openrlhf.run.assumed_gpus import AssumedGpus
+from real_openrlhf.run.early import benchmark_sources, check_samplings
 from real_openrlhf.run.ray_session import cluster_to_join
 
 
@@ -78,7 +76,7 @@ def load_inputs(config: Config) -> Inputs:
     if tokenizer.chat_template and not config.data.apply_chat_template:
         warnings.append(
             f"{config.actor.model_name_or_path} has a chat template, but prompts are given without it; an Instruct "
-            "model wants --data.apply_chat_template"
+            "model needs --data.apply_chat_template"
         )
     end_ids = end_token_ids(config.actor.model_name_or_path, tokenizer)
     given = None
@@ -131,26 +129,8 @@ def load_given(
     )
 
 
-def check_samplings(config: Config) -> None:
-    """ConfigError for rollouts or evaluation that draw from another distribution than the engines give log-probs of."""
-    try:
-        mode = logprobs_mode_for(config.rollout.temperature, config.rollout.top_p)
-        check_sampling(rollout_sampling(config), mode)
-    except EngineSpecError as error:
-        raise ConfigError(f"--rollout.temperature, --rollout.top_p: {error}") from error
-    if config.eval.dataset is None:
-        return
-    try:
-        check_sampling(evaluation_sampling(config), mode)
-    except EngineSpecError as error:
-        raise ConfigError(
-            f"--eval.temperature {config.eval.temperature:g} with --eval.top_p {config.eval.top_p:g} does not go "
-            f"together with --rollout.temperature {config.rollout.temperature:g}: {error}"
-        ) from error
-
-
 def check_engine(config: Config, bound: BoundScale) -> ModelLimits:
-    """ConfigError for what no engine of this model can do; returns what its configuration says."""
+    """ConfigError for settings that no engine can meet with this model; returns the limits in the model's config."""
     try:
         check_read_tokens(bound)
     except EngineSpecError as error:
@@ -171,9 +151,9 @@ def check_tokens(
     benchmarks: Sequence[Benchmark],
     own: Sequence[int],
 ) -> None:
-    """ConfigError for tokens that the model does not have, or prompts too short to compare engine and policy on.
+    """ConfigError for tokens that the model does not have, and for prompts too short to compare engine and policy.
 
-    own: the scale's tokens and those that end a response.
+    own: the scale's tokens and the tokens that end a response.
     """
     try:
         limits.check_tokens(own, "the labels of --real.scale and the end of text")
@@ -196,7 +176,7 @@ def check_lora(config: Config) -> None:
     lora = config.ds.lora
     if lora.rank == 0:
         return
-    # Here: peft takes seconds to import, and a run without adapters does not need it.
+    # Imported here: peft takes seconds to import, and a run without adapters does not need it.
     from real_openrlhf.actors.policy.lora import LoraError, check_adapters
 
     try:
@@ -208,20 +188,13 @@ def check_lora(config: Config) -> None:
 def load_benchmarks(
     config: Config, tokenizer: PreTrainedTokenizerBase, bound: BoundScale, template: PromptTemplate
 ) -> tuple[Benchmark, ...]:
-    """The held-out benchmarks of --eval.dataset; none without it. Checks that the best checkpoint's metric exists."""
+    """The held-out benchmarks of --eval.dataset; none without it."""
     if config.eval.dataset is None:
         return ()
     room = bound.extra_tokens
     if config.eval.force_anchor:
         reader = ScoreReader.build(bound, tokenizer, end_token_ids(config.actor.model_name_or_path, tokenizer))
         room = room_for_forcing(reader)
-    sources = parse_benchmarks([config.eval.dataset], "--eval.dataset")
-    metric, names = config.ckpt.best_metric, metric_names(list(sources))
-    if metric is not None and metric not in names:
-        raise ConfigError(
-            f"--ckpt.best_metric_key: there is no evaluation metric {metric!r}{nearest(metric, names)}; the benchmarks "
-            f"are {', '.join(sources)}, their metrics stand in README"
-        )
     return tuple(
         load_benchmark(
             name,
@@ -233,12 +206,12 @@ def load_benchmarks(
             scale=config.real.score_scale,
             **_reading(config, tokenizer, template),
         )
-        for name, source in sources.items()
+        for name, source in benchmark_sources(config).items()
     )
 
 
 def _reading(config: Config, tokenizer: PreTrainedTokenizerBase, template: PromptTemplate) -> dict[str, Any]:
-    """How training and evaluation data are read alike."""
+    """Arguments that are the same for reading training and evaluation data."""
     return dict(
         input_key=config.data.input_key,
         label_key=config.data.label_key,
@@ -249,10 +222,10 @@ def _reading(config: Config, tokenizer: PreTrainedTokenizerBase, template: Promp
 
 
 def known_device(config: Config) -> Device | None:
-    """The device as far as it is known before Ray: a cluster that is joined decides "auto" by its own GPUs.
+    """The device, as far as it is known before Ray starts. None: "auto" on a cluster, which decides by its own GPUs.
 
-    Its GPUs are believed in where they are asked for. Raises DeviceError where --real.device asks for GPUs that this
-    machine does not have.
+    If --real.device asks for GPUs: a cluster that will be joined is assumed to have them; this machine must have
+    them, else DeviceError.
     """
     if config.assume_gpus is not None:
         dtype = "bf16" if config.ds.param_dtype == "auto" else config.ds.param_dtype
@@ -264,7 +237,7 @@ def known_device(config: Config) -> Device | None:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """Local paths made absolute: actors on a joined cluster run in another folder than the driver."""
+    """The configuration with absolute local paths: actors on a joined cluster run in another folder than the driver."""
     actor, ckpt = config.actor, config.ckpt
     if Path(actor.model_name_or_path).is_dir():
         actor = replace(actor, model_name_or_path=str(Path(actor.model_name_or_path).resolve()))

@@ -1,7 +1,7 @@
 """Actor classes whose module is imported in the actor, not in the driver.
 
-Ray reads an actor's methods off its class, and a class like the engine's takes vLLM with it, some 10 s
-that the driver would spend before it starts anything. A lazy class has the methods' names alone.
+Ray needs a class to know an actor's methods, but importing the engine's class imports vLLM too: some 10 s in the driver
+before anything starts. A lazy class has only the methods' names.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from real_openrlhf.run.library_log import mark_own_lines
 
 
 def lazy_actor(where: str, *, methods: Sequence[str], coroutines: Sequence[str] = ()) -> type:
-    """A class that makes the one at `where` ("module:Class") when it is made, and hands its methods' calls on.
+    """A class whose instance imports `where` ("module:Class"), makes an instance of it, and forwards calls to that.
 
-    methods, coroutines: by what they are there; Ray runs an actor with coroutines on an event loop.
+    methods, coroutines: names of the plain and of the async methods there. Ray runs actors with async methods on an
+    event loop, so these must be async here too.
     """
     module, _, name = where.partition(":")
 

@@ -38,7 +38,7 @@ def run(config: Config, *, feedback_model: str | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     with ExitStack() as held:
         try:
-            # First of all: whoever else writes there must not be waited for until the data are read.
+            # Locked first: if another run writes there, the user learns it before data are loaded.
             if config.ckpt.output_dir and not config.dry_run:
                 held.enter_context(FolderLock(config.ckpt.output_dir, "--ckpt.output_dir"))
         except FolderError as error:
@@ -76,7 +76,7 @@ def _plan_and_launch(config: Config, held: ExitStack, feedback_model: str | None
             plan = with_feedback(plan, feedback_model)
         checkpoint = checkpoint_to_load(plan)
         check_folders(plan, checkpoint)
-        # Only now: before, it may not exist, and would make the output folder look used.
+        # Not earlier: the lock makes the folder, and inside the output folder that would look like an earlier run.
         ckpt = plan.config.ckpt
         if Path(ckpt.folder).resolve() != Path(ckpt.output_dir).resolve():
             held.enter_context(FolderLock(ckpt.folder, "--ckpt.path"))
@@ -89,15 +89,15 @@ def _plan_and_launch(config: Config, held: ExitStack, feedback_model: str | None
         if not stopped.saved:
             sys.stderr.write(f"error: {stopped}, but its state could not be saved\n")
             return 1
-        logger.info("%s; the same command with --ckpt.load latest goes on", stopped)
+        logger.info("%s; the same command with --ckpt.load latest resumes it", stopped)
         return EXIT_RESUME
     except (ConfigError, DeviceError, RunLogError, CheckpointError) as error:
-        # What only shows once the cluster or the log is there; nothing has been trained.
+        # Wrong input that only shows once the cluster or the log is there; nothing has been trained.
         sys.stderr.write(f"error: {error}\n")
         return 2
     try:
         sys.stdout.write(f"done: {ending(plan)}\n")
     except OSError as error:
-        # The judge is there; a plot that cannot be written is no reason to call the run failed.
+        # The judge was exported; the run has not failed because a plot cannot be written.
         logger.warning("done, but its summary could not be written: %s", error)
     return 0

@@ -1,4 +1,4 @@
-"""Where actors go: placement groups per kind of actor, reserved whole, with a deadline, in the order of their nodes."""
+"""Which node each actor runs on: placement groups per kind of actor, each reserved completely, within a deadline."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from real_openrlhf.common.errors import RunError
 logger = logging.getLogger(__name__)
 
 
-# Of its bundle, what a rank or an engine takes where both share it; OpenRLHF's number.
+# The share of a bundle that a rank takes, and an engine, where both share the bundle. OpenRLHF's number.
 COLOCATED_SHARE = 0.2
 
 
 class PlacementError(RunError):
-    """The cluster cannot hold what was asked for, or did not in time."""
+    """The cluster cannot hold the actors, or did not make room for them in time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Bundles for one kind of actor.
+    """The resource bundles that one kind of actor asks Ray for.
 
-    name   the kind of actors, or several that share the bundles, as in "policy+rollout"
-    width  bundles that must lie on one node, an engine's; None: they may lie anywhere
+    name   the kind of actor, or several that share the bundles, as in "policy+rollout"
+    width  so many bundles in a row must be on one node, those of one engine; None: each may be on any node
     """
 
     name: str
@@ -52,7 +52,7 @@ class Request:
 
     @property
     def strategy(self) -> str:
-        """Ray's name of it."""
+        """Ray's name for the placement strategy."""
         return "STRICT_PACK" if self.on_one_node else "PACK"
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A reserved bundle: its placement group, its number there, and the id of the node it lies on."""
+    """A reserved bundle: its placement group, its index there, and the id of its node."""
 
     group: PlacementGroup
     index: int
@@ -72,9 +72,10 @@ class Bundle:
 
 
 def check_fits(requests: Sequence[Request], nodes: Sequence[dict[str, float]]) -> None:
-    """Refuse at once what can never fit: every bundle on some node, all bundles in the sum of nodes.
+    """Refuse at once what can never fit: PlacementError.
 
-    Of a STRICT_PACK request, every group on some node, and as many groups as the nodes can hold.
+    Every bundle must fit on some node, and all bundles into the sum of the nodes. Of a STRICT_PACK request, every
+    group must fit on some node, and there may be no more groups than the nodes can hold.
     nodes: total resources of each live node.
     """
     for request in requests:
@@ -106,7 +107,7 @@ def _check_groups(request: Request, requests: Sequence[Request], nodes: Sequence
     if room < len(groups):
         raise PlacementError(
             _report(
-                f"{len(groups)} engines asked for that lie on one node each, the nodes have room for {room}",
+                f"{len(groups)} engines asked for, each on one node; the nodes have room for {room}",
                 requests,
                 nodes,
             )
@@ -125,14 +126,15 @@ def _times(node: dict[str, float], bundle: dict[str, float]) -> int:
 def reserve(requests: Sequence[Request], timeout_s: float) -> dict[str, list[Bundle]]:
     """Reserve every group, or raise PlacementError naming what was asked for and what each node has.
 
-    Returns the bundles of each kind of actor, those of a node beside each other and those of a group in their order;
-    kinds that share bundles have the same ones. Ray numbers bundles as it likes: rank i is the i-th of these.
+    Returns the bundles of each kind of actor: those of one node follow each other, those of a group keep their order,
+    and kinds that share bundles have the same ones. Rank i runs on the i-th bundle of this list, since Ray's own
+    numbering is arbitrary.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     check_fits(requests, nodes)
     deadline = time.monotonic() + timeout_s
     made: dict[str, list[PlacementGroup]] = {request.name: [] for request in requests}
-    # What needs room on one node comes first, and the rest only when it has its place: it fits between the others.
+    # Groups that need one node are placed first. The rest waits until they have their places: it fits anywhere.
     for request in sorted(requests, key=lambda r: not r.on_one_node):
         # Ray refuses a second group of one name.
         made[request.name] = [
@@ -155,7 +157,7 @@ def reserve(requests: Sequence[Request], timeout_s: float) -> dict[str, list[Bun
 
 
 def by_node(bundles: Sequence[Bundle]) -> list[Bundle]:
-    """Those of a node beside each other, nodes by their first bundle."""
+    """Sorted so that bundles of one node follow each other; nodes in the order of their first bundle."""
     first = {bundle.node: i for i, bundle in reversed(list(enumerate(bundles)))}
     return sorted(bundles, key=lambda bundle: first[bundle.node])
 

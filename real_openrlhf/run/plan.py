@@ -10,7 +10,6 @@ from real_openrlhf.actors.engine.spec import EngineSpec
 from real_openrlhf.actors.policy.spec import PolicySpec
 from real_openrlhf.algo.objectives.base import Objective
 from real_openrlhf.checkpoint.compat import RunIdentity
-from real_openrlhf.common.cards import local_cards
 from real_openrlhf.common.device import Device
 from real_openrlhf.config.batch_plan import BatchPlan, batch_plan
 from real_openrlhf.config.schema import Config
@@ -18,25 +17,26 @@ from real_openrlhf.config.validate import validate
 from real_openrlhf.controller.settings import ControllerSettings
 from real_openrlhf.evals.evaluator import EvaluatorSpec
 from real_openrlhf.run import specs
+from real_openrlhf.run.forecast import Forecast, forecast
 from real_openrlhf.run.identity import run_identity
 from real_openrlhf.run.inputs import Inputs
-from real_openrlhf.run.memory import check_memory
 from real_openrlhf.run.placement import Request
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """What --dry_run shows is what the start takes.
+    """All decisions of a run. --dry_run prints this plan, and a run is built from the same plan.
 
-    device           where the model lives; on a cluster that is not joined yet, what the flags believe of it
-    batch            rollouts, updates and steps
-    placement        bundles that Ray is asked for
-    needed_cpus      slots for actors that a cluster of this run's own must have
-    objective, engine, policy, evaluator, controller   what the parts of the run are built from
-    reference        None: no reference policy of its own
+    device           device and dtype of the model; before a cluster is joined, what the flags say about it
+    batch            number of rollouts, updates and steps
+    placement        the resource bundles that Ray is asked for
+    needed_cpus      CPU slots for actors; a cluster that this run starts itself has at least these
+    objective, engine, policy, evaluator, controller   settings from which the parts of the run are built
+    reference        the same for separate reference ranks; None: there are none
     evaluator        None: no evaluation
-    evaluator_engine its own engine; None: it uses the rollout engines
+    evaluator_engine the evaluator's own engine; None: it uses the rollout engines
     probes           token sequences on which engines and policy are compared after a weight sync
+    forecast         memory and time; None where nothing is known of the GPUs
     identity         what a checkpoint must have in common with the run
     warnings         all of them, each once
     """
@@ -54,6 +54,7 @@ class RunPlan:
     evaluator_engine: EngineSpec | None
     controller: ControllerSettings
     probes: tuple[tuple[int, ...], ...]
+    forecast: Forecast | None
     warnings: tuple[str, ...]
 
     @property
@@ -62,12 +63,12 @@ class RunPlan:
 
     @property
     def model_folder(self) -> Path:
-        """Of the exported judge."""
+        """Where the exported judge is written."""
         return Path(self.config.ckpt.output_dir) / "model"
 
     @property
     def reward_tolerance(self) -> float:
-        """Rewards of one prompt that lie closer count as equal."""
+        """Rewards of one prompt that differ by less than this count as equal."""
         tolerance = self.config.real.tolerance
         return self.device.reward_tolerance if tolerance is None else tolerance
 
@@ -77,17 +78,21 @@ class RunPlan:
 
 
 def make_plan(inputs: Inputs, *, cluster_gpus: int | None = None) -> RunPlan:
-    """Raises ConfigError for flags that cannot go together, or a model that cannot fit; DeviceError without the device.
+    """The plan that follows from flags and data.
 
-    cluster_gpus: of the cluster that was joined; None: none was.
+    cluster_gpus: number of GPUs of the cluster that was joined; None: no cluster was joined yet.
+    Raises ConfigError for flags that contradict each other and for a model that cannot fit into memory, DeviceError
+    if the device is not there.
     """
     config, device, warnings = inputs.config, inputs.device, list(inputs.warnings)
     if device is None or cluster_gpus is not None:
         device = Device.resolve(config.real.device, config.ds.param_dtype, cluster_gpus=cluster_gpus)
-        # What depends on the device was left out before.
+        # Checks that depend on the device could not be made when the flags were read.
         warnings += validate(config, device="cuda" if device.is_cuda else "cpu")
     assumed = inputs.assumed_gpus
-    warnings += check_memory(config, local_cards() if assumed is None else assumed.cards, assumed=assumed is not None)
+    prompts = [len(prompt.token_ids) for prompt in inputs.train_set.prompts]
+    expected = forecast(config, device, prompts, assumed)
+    warnings += expected.warnings if expected is not None else ()
     batch = batch_plan(config, len(inputs.train_set))
     placement = tuple(specs.placement_requests(config, device))
     if assumed is not None:
@@ -108,5 +113,6 @@ def make_plan(inputs: Inputs, *, cluster_gpus: int | None = None) -> RunPlan:
         evaluator_engine=specs.evaluator_engine(engine, config),
         controller=specs.controller_settings(config, batch),
         probes=specs.probe_sequences(inputs),
+        forecast=expected,
         warnings=tuple(dict.fromkeys(warnings)),
     )

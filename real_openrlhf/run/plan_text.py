@@ -1,4 +1,4 @@
-"""A run's plan as plain text: what --dry_run prints, and what the log of a run opens with."""
+"""A run's plan as plain text: --dry_run prints it, and a run's log begins with it."""
 
 from __future__ import annotations
 
@@ -11,23 +11,28 @@ from real_openrlhf.config.convert import get_value
 from real_openrlhf.config.presets import preset_values
 from real_openrlhf.config.schema import Config
 from real_openrlhf.run.inputs import Inputs
+from real_openrlhf.run.memory_text import memory_lines, time_lines
 from real_openrlhf.run.plan import RunPlan
 
-# Characters of a prompt at each end.
+# How many characters of a prompt's beginning and end are shown.
 _SHOWN = 400
 
 
 def render(plan: RunPlan, *, for_log: bool = False) -> str:
     """One section per subject; warnings come last, if there are any.
 
-    for_log: without the prompt, which may be private, and the warnings, which a run logs by themselves.
+    for_log: leave out the prompt, which may be private, and the warnings, which a run logs separately.
     """
     config, inputs = plan.config, plan.inputs
+    expected = plan.forecast
+    time = None if expected is None else expected.time
     sections = [
         ("Model", _model_lines(config, plan.device)),
         ("Placement", [*_assumed_lines(inputs), *(str(request) for request in plan.placement)]),
         ("Batch", _batch_lines(config, plan.batch, inputs.bound, plan.reward_tolerance)),
         ("Steps", _step_lines(config, plan.batch)),
+        ("Memory", [] if expected is None else memory_lines(expected.memory)),
+        ("Time", [] if time is None else time_lines(time, plan.batch.total_steps, at_most=plan.batch.at_most)),
         ("First prompt", [] if for_log else _prompt_lines(inputs)),
         ("Score tokens", _score_lines(inputs.bound, lambda token: inputs.tokenizer.decode([token]))),
         ("Preset", _preset_lines(config)),
@@ -46,7 +51,7 @@ def _model_lines(config: Config, device: Device) -> list[str]:
         lines.append(f"LoRA adapters: {config.ds.lora}")
     kl = config.algo.kl
     if kl.init_coef:
-        where = f"{config.reference_ranks} rank(s) of its own" if config.reference_ranks else "the policy, adapters off"
+        where = f"{config.reference_ranks} separate rank(s)" if config.reference_ranks else "the policy, adapters off"
         lines.append(f"KL: weight {kl.init_coef:g}, estimator {kl.estimator}; reference: {where}")
     return lines
 
@@ -131,8 +136,8 @@ def _score_lines(bound: BoundScale, read: Callable[[int], str]) -> list[str]:
     n_branches = len(bound.anchors[0].trie.branches)
     if n_branches:
         lines.append(
-            f"labels of several tokens: up to {n_branches} more sequence(s) per rollout, for engine and policy to read "
-            "labels that it did not write"
+            f"labels of several tokens: up to {n_branches} more sequence(s) per rollout, in which engine and policy "
+            "read the labels that the rollout did not write"
         )
     return lines
 

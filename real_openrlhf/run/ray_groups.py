@@ -1,4 +1,4 @@
-"""The one place where classes become Ray actors, and where handles become the controller's Protocols."""
+"""The only place where classes become Ray actors. Groups of actor handles here fit the controller's Protocols."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# How often an evaluation that is waited for is asked how far it is.
+# Seconds between two questions to a running evaluation how far it is.
 _WATCH_S = 5.0
-# The driver imports neither vLLM nor DeepSpeed; tests/unit/run/test_lazy_actor.py holds the names against the classes.
+# The driver imports neither vLLM nor DeepSpeed; tests/unit/run/test_lazy_actor.py compares the names with the classes.
 _ENGINE = lazy_actor(
     "real_openrlhf.actors.engine.rollout_engine:RolloutEngine",
     methods=(),
@@ -62,7 +62,11 @@ _EVALUATOR = lazy_actor(
 
 
 def _remote(cls: type, bundle: Bundle, device: Device, env: dict[str, str], share: float | None = 1.0) -> Any:
-    """cls as an actor on one bundle, of which it takes its share; None: nothing, its own workers do."""
+    """cls as a Ray actor on one bundle.
+
+    share: the share of the bundle's resources that the actor takes. None: it takes nothing, because an engine of
+    several GPUs starts worker processes that take the resources.
+    """
     options: dict[str, Any] = dict(
         scheduling_strategy=PlacementGroupSchedulingStrategy(
             placement_group=bundle.group,
@@ -77,10 +81,11 @@ def _remote(cls: type, bundle: Bundle, device: Device, env: dict[str, str], shar
 
 
 class RayRolloutGroup:
-    """Several engines as one: prompts are shared out (`generate_on`), results come back in order.
+    """Several engines, used as one: prompts are distributed (`generate_on`), results come back in order.
 
-    group: the bundles that `placement.reserve` gave them, one per worker; an engine's are of one placement group.
-    share: of each bundle, for engines that live beside policy ranks (`placement.COLOCATED_SHARE`).
+    group: bundles from `placement.reserve`, one per worker; the bundles of one engine are in one placement group.
+    share: how much of each bundle a worker takes; below 1 where engines share bundles with policy ranks
+    (`placement.COLOCATED_SHARE`).
     """
 
     actor: type = _ENGINE
@@ -117,11 +122,11 @@ class RayRolloutGroup:
         ray.get(self.fall_asleep())
 
     def fall_asleep(self) -> list[Any]:
-        """Refs that resolve once the engines have started and given up their memory; none if they never sleep."""
+        """Refs that resolve once the engines have started and freed their memory; none if engines never sleep."""
         return [engine.sleep.remote() for engine in self.engines] if self.sleeps else []
 
     def wake_up(self, tag: str) -> list[Any]:
-        """Refs; tag "weights" or "kv_cache". Nothing for engines that do not sleep."""
+        """Refs that resolve once the memory is back. tag: "weights" or "kv_cache". None if engines never sleep."""
         return [engine.wake_up.remote([tag]) for engine in self.engines] if self.sleeps else []
 
     def shutdown(self) -> None:
@@ -129,10 +134,10 @@ class RayRolloutGroup:
 
 
 class _Ranks:
-    """The ranks of one DeepSpeed model as one.
+    """The ranks of one DeepSpeed model, used as one.
 
-    group: the bundles that `placement.reserve` gave them, one per rank.
-    share: of each bundle, for ranks that live beside engines.
+    group: bundles from `placement.reserve`, one per rank.
+    share: how much of its bundle a rank takes; below 1 where ranks share bundles with engines.
     """
 
     actor: type
@@ -148,7 +153,7 @@ class _Ranks:
         share: float = 1.0,
         after: Sequence[Any] = (),
     ) -> None:
-        """after: refs that must resolve before a rank touches its GPU; its process starts and imports meanwhile."""
+        """after: refs that must resolve before a rank uses its GPU; its process already starts and imports before."""
         self.spec = spec
         env = {**env, **device.trainer_env(spec.ranks_per_node, adam_offload=bool(spec.args.ds.adam_offload))}
 
@@ -163,7 +168,7 @@ class _Ranks:
         self._built = self.call("build", spec, *after)
 
     def call(self, method: str, *args: Any) -> list[Any]:
-        """Refs of one method on every rank."""
+        """Call one method on every rank; returns the refs."""
         return [getattr(rank, method).remote(*args) for rank in self.ranks]
 
     def ready(self) -> list[Any]:
@@ -176,7 +181,7 @@ class _Ranks:
         return [found for share in self._shared("reference_logprobs", groups) for found in share]
 
     def _shared(self, method: str, groups: Sequence[TrainGroup]) -> list[Any]:
-        """One method on every rank, each on its contiguous share of the groups; results by rank."""
+        """Call one method on every rank, each with its contiguous share of the groups; returns results by rank."""
         n = len(self.ranks)
         if len(groups) % n:
             raise ValueError(f"{len(groups)} groups cannot be shared evenly by {n} ranks")
@@ -197,12 +202,12 @@ class RayPolicyGroup(_Ranks):
     actor = _POLICY
 
     def train(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
-        with self._states_at_hand():
+        with self._states_on_gpu():
             return self._shared("train", groups)[0]
 
     @contextmanager
-    def _states_at_hand(self) -> Iterator[None]:
-        """Inside, optimizer states and gradient buffers are on the GPU; --ds.enable_sleep moves them off it after."""
+    def _states_on_gpu(self) -> Iterator[None]:
+        """Inside, optimizer states and gradient buffers are on the GPU; --ds.enable_sleep moves them off afterwards."""
         sleeps = bool(self.spec.args.ds.enable_sleep)
         if sleeps:
             ray.get(self.call("reload_states"))
@@ -216,12 +221,12 @@ class RayPolicyGroup(_Ranks):
             complete(folder)
 
     def save_checkpoint(self, path: str) -> None:
-        """OSError when a rank wrote, but into a folder that this process does not see."""
+        """OSError when a rank's shard is not visible here: it wrote to a disk that is not shared."""
         ray.get(self.call("save_checkpoint", path))
         away = [rank for rank in range(len(self.ranks)) if not (Path(path) / f"rank_{rank}.pt").is_file()]
         if away:
             raise OSError(
-                f"the shards of ranks {away} are not in {path}: checkpoints need a file system that all share"
+                f"the shards of ranks {away} are not in {path}: checkpoints need a file system that all nodes share"
             )
 
     def sees(self, path: str) -> list[bool]:
@@ -229,7 +234,7 @@ class RayPolicyGroup(_Ranks):
         return ray.get(self.call("sees", path))
 
     def load_checkpoint(self, path: str) -> None:
-        with self._states_at_hand():
+        with self._states_on_gpu():
             ray.get(self.call("load_checkpoint", path))
 
 
@@ -243,8 +248,8 @@ def on_one_host(policy: RayPolicyGroup, groups: Sequence[RayRolloutGroup]) -> bo
 class RayWeightSync:
     """Policy -> engines: one call per actor and sync, one broadcast per bucket, then the agreement check.
 
-    backend: `Device.sync_backend`'s. Raises `cuda_ipc.Unpaired` for "ipc" with an engine worker that has no policy rank
-    on its GPU.
+    backend: from `Device.sync_backend`. With "ipc", an engine worker without a policy rank on its GPU raises
+    `cuda_ipc.Unpaired`.
     """
 
     def __init__(
@@ -302,7 +307,7 @@ class RayWeightSync:
 
     def sync(self, version: int) -> SyncReport:
         with timed() as transfer:
-            # Engines that slept get memory for the weights first and for the KV cache once the sync needs none.
+            # Engines that slept get back memory for the weights now, and for the KV cache when the sync is done.
             self._wake("weights")
             refs = [engine.receive_weights.remote(self.wire, version) for engine in self._engines()]
             sent = self._get([*self.policy.call("send_weights", self.plan), *refs], f"weight sync {version}")[0]
@@ -337,7 +342,7 @@ class RayWeightSync:
 
 
 class RayEvaluator:
-    """The evaluator actor behind the Protocol."""
+    """The evaluator actor as the controller's `Evaluator`."""
 
     def __init__(self, spec: EvaluatorSpec, engines: RayRolloutGroup, *, env: dict[str, str]) -> None:
         # It only sends prompts and computes metrics: no CPU or GPU is reserved for it.
@@ -355,7 +360,7 @@ class RayEvaluator:
     def result(self, watch: Callable[[int, int], None] | None = None) -> EvalReport:
         while watch is not None and not ray.wait([self._running], timeout=_WATCH_S)[0]:
             try:
-                # What is asked for behind a forced anchor comes on top.
+                # Requests after a forced anchor are not in the total, so the count may exceed it.
                 watch(min(self._finished() - self._before, self.total), self.total)
             except ray.exceptions.RayError:
                 break  # the evaluation itself says what went wrong

@@ -1,4 +1,4 @@
-"""Joins a running Ray cluster, or starts one and ends it."""
+"""Joins a running Ray cluster, or starts one and shuts it down at the end."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from real_openrlhf.common.home import chosen_here
 
 logger = logging.getLogger(__name__)
 
-# Variables of the driver that actors get too. Ray passes nothing on by itself, and a setting that
-# stays behind (NCCL's interface, a proxy of the hub) shows up as a hang much later.
+# Environment variables of the driver that actors get too. Ray passes none on by itself, and a missing setting
+# (NCCL's interface, a proxy for the hub) shows up as a hang much later.
 PASSED_PREFIXES = ("NCCL_", "GLOO_", "VLLM_", "HF_", "WANDB_", "UCX_", "FI_")
 PASSED = (
     "TOKENIZERS_PARALLELISM",
@@ -27,13 +27,13 @@ PASSED = (
 # Secrets, and the driver's own address, which is wrong on every other node.
 NEVER_PASSED = ("WANDB_API_KEY", "HF_TOKEN", "VLLM_HOST_IP")
 
-# Of the processes that Ray starts, as Ray spells it.
+# Environment variable from which Ray takes the niceness of the processes that it starts.
 NICENESS = "RAY_worker_niceness"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """owned: this process started the cluster. gpus, cpus: of the whole cluster."""
+    """owned: this process started the cluster. cpus, gpus: numbers of the whole cluster."""
 
     owned: bool
     address: str
@@ -47,9 +47,10 @@ class Session:
 
 
 def passed_environment() -> dict[str, str]:
-    """The allow-listed variables as they are set here, plus what every actor needs.
+    """The variables that are passed on, with their values here, plus what every actor needs.
 
-    Caches that had to leave this process's home folder are left out: each actor looks at its own.
+    Cache folders that this process chose because its home folder cannot be written are left out: each actor checks
+    its own home folder.
     """
     mine = chosen_here()
     env = {
@@ -69,11 +70,11 @@ def cluster_to_join(address: str | None) -> str | None:
 
 @contextmanager
 def ray_session(address: str | None, *, num_cpus: int | None, needed_cpus: float) -> Iterator[Session]:
-    """Join the cluster at `address`, RAY_ADDRESS or the job's; else, or at "local", start one here.
+    """Join the cluster at `address`, RAY_ADDRESS or the job's; without one, or for "local", start a cluster here.
 
-    An own cluster counts CPUs as slots for actors and has at least needed_cpus of them: on a small
-    machine engines and policy take turns on the same cores. It is shut down at the end; a joined
-    cluster is left as it was, but for this driver's actors.
+    A cluster that is started here has at least needed_cpus CPUs, whatever the machine has: they only count actors. On a
+    small machine, engines and policy take turns on the same cores. It is shut down at the end. A joined cluster keeps
+    running; only this driver's actors end.
     """
     already = ray.is_initialized()
     join = cluster_to_join(address)
@@ -88,7 +89,7 @@ def ray_session(address: str | None, *, num_cpus: int | None, needed_cpus: float
                 ) from error
         else:
             slots = max(num_cpus or os.cpu_count() or 1, int(-(-needed_cpus // 1)))
-            # Ray starts actors at niceness 15: beside anything else that is busy they would get a thirtieth of a core.
+            # Ray starts actors at niceness 15: next to any other busy process they would get a thirtieth of a core.
             os.environ.setdefault(NICENESS, "0")
             # "local": without it Ray would join whatever `ray start` left running on this machine.
             ray.init(

@@ -1,4 +1,4 @@
-"""Where a run goes on: the checkpoint that its flags ask for, and folders that can be written."""
+"""The checkpoint that a run resumes from, and checks of the folders that it writes."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def checkpoint_to_load(plan: RunPlan) -> Checkpoint | None:
 
 
 def check_folders(plan: RunPlan, checkpoint: Checkpoint | None) -> None:
-    """Prove that records and checkpoints can be written; CheckpointError or RunLogError, before anything starts."""
+    """Check that records and checkpoints can be written. CheckpointError or RunLogError, before anything starts."""
     ckpt = plan.config.ckpt
     check_output_dir(ckpt.output_dir, append=checkpoint is not None, overwrite=starts_anew(ckpt, checkpoint))
     make_store(ckpt.folder, keep=ckpt.max_num, metric=ckpt.best_metric).open()
 
 
 def starts_anew(ckpt: CkptConfig, checkpoint: Checkpoint | None) -> bool:
-    """--ckpt.load auto on what a run left that ended before its first checkpoint: its records begin again.
+    """Whether --ckpt.load auto starts the records anew: an earlier run ended here before its first checkpoint.
 
-    A folder with a judge, or with anything like a checkpoint, whole or broken, is never begun again.
+    Never for a folder with a judge, or with anything like a checkpoint, complete or broken.
     """
     output = Path(ckpt.output_dir)
     if ckpt.load != "auto" or checkpoint is not None or not output.is_dir():

@@ -1,4 +1,4 @@
-"""Stop at the next step boundary: SIGTERM and SIGUSR1 set a flag that the training loop looks at."""
+"""Stop at the end of a step: SIGTERM and SIGUSR1 set a flag that the training loop checks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import FrameType, TracebackType
 logger = logging.getLogger(__name__)
 
 EXIT_RESUME = 85
-"""Exit code that says: the state is saved, run me again with the same command. Not used by shells or sysexits.h."""
+"""Exit code that means: the state is saved, run the same command again. Not used by shells or sysexits.h."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -28,8 +28,8 @@ class StopRequest:
                     save()
                     sys.exit(EXIT_RESUME)
 
-    Enter it after `ray.init`, which installs a SIGTERM handler of its own that ends the process.
-    Handlers are put back at exit. RuntimeError when entered twice or outside of the main thread.
+    Enter it after `ray.init`, which installs its own SIGTERM handler, one that ends the process.
+    The earlier handlers are restored at exit. RuntimeError when entered twice or outside of the main thread.
     """
 
     def __init__(self) -> None:
@@ -57,13 +57,13 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, previous in self._previous.items():
-            # Somebody who has taken the signal over meanwhile keeps it. None: a handler that Python cannot know.
+            # A handler that was installed meanwhile stays. None: the earlier handler was not installed from Python.
             if signal.getsignal(number) == self._handle:
                 signal.signal(number, signal.SIG_DFL if previous is None else previous)
         self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Runs between any two instructions of the main thread: set the flag, say so, touch nothing else."""
+        """May run between any two instructions of the main thread, so it only sets the flag and logs."""
         name = signal.Signals(number).name
         if number in self._seen:
             logger.warning("%s once more: ignored, already stopping at the end of this step", name)

@@ -1,4 +1,4 @@
-"""From flags to what each part of a run is built from. No actor, no Ray, no file is touched here."""
+"""Turns flags into the settings of each part of a run. No actor, no Ray and no file is touched here."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def warmup_settings(config: Config, plan: BatchPlan) -> WarmupSettings:
 def placement_requests(config: Config, device: Device) -> list[Request]:
     """One placement group for the policy, one for the engines, one each for a reference and the evaluator's engine.
 
-    Colocated, policy and engines share one: rank i and engine worker i live on bundle i. Engines of several GPUs have
-    a group each, whose bundles lie on one node.
+    Colocated, policy and engines share one: rank i and engine worker i run on bundle i. Engines of several GPUs have
+    a group each, with all bundles on one node.
     """
     bundle = device.bundle()
     width = config.vllm.tensor_parallel_size
@@ -175,7 +175,7 @@ def reference_spec(policy: PolicySpec, config: Config) -> PolicySpec:
 
 
 def evaluator_engine(engine: EngineSpec, config: Config) -> EngineSpec | None:
-    """The engine that judges beside the rollouts; it never sleeps."""
+    """The evaluator's own engine, which judges while the others sample; it never sleeps. None: it has none."""
     own = config.eval.dataset is not None and config.eval.engine == "own"
     return replace(engine, enable_sleep=False) if own else None
 
@@ -201,12 +201,12 @@ def evaluator_spec(inputs: Inputs) -> EvaluatorSpec:
 
 
 def probe_sequences(inputs: Inputs) -> tuple[tuple[int, ...], ...]:
-    """What engine and policy are compared on after a sync: the ends of the first prompts.
+    """Token sequences on which engine and policy are compared after a sync: the ends of the first prompts.
 
-    The end of a prompt differs from row to row, its beginning is often a template.
+    Ends, because prompts often begin with the same template.
     """
     sync = inputs.config.sync
-    # A log-prob needs a token before it.
+    # A token's log-prob needs a token before it, so prompts of one token are skipped.
     prompts = [p for p in inputs.train_set.prompts if len(p.token_ids) > 1][: sync.check_sequences]
     return tuple(tuple(p.token_ids[-sync.check_tokens :]) for p in prompts)
 

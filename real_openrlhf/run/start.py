@@ -1,4 +1,4 @@
-"""From a plan to a run: start, train, export, end."""
+"""Carries out a plan: start the actors, train, export, shut down."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def launch(plan: RunPlan, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
-    """Start, train, export, end. Returns the metrics of the last evaluation; raises Stopped after a signal.
+    """Start, train, export, shut down. Returns the metrics of the last evaluation; raises Stopped after a signal.
 
     checkpoint: resume from there. The caller holds the locks of the run's folders.
     """
@@ -48,7 +48,7 @@ def launch(plan: RunPlan, checkpoint: Checkpoint | None = None) -> dict[str, Any
             wandb=config.logger.wandb,
             config=config_to_dict(config),
             append=checkpoint is not None,
-            # The folder was looked at before anything started (resume.check_folders).
+            # The folder was checked before anything started (resume.check_folders).
             overwrite=checkpoint is None,
             resume_step=None if checkpoint is None else checkpoint.step,
             locked=True,
@@ -58,7 +58,7 @@ def launch(plan: RunPlan, checkpoint: Checkpoint | None = None) -> dict[str, Any
             Path(config.ckpt.output_dir) / LIBRARIES_FILE, append=checkpoint is not None or config.supervised
         ) as terminal,
         ray_session(config.ray.address, num_cpus=config.ray.num_cpus, needed_cpus=plan.needed_cpus) as session,
-        # Inside: ray.init installs a SIGTERM handler of its own.
+        # Entered after Ray has started: ray.init installs its own SIGTERM handler.
         StopRequest() as stop,
     ):
         plan = on_cluster(plan, session)
@@ -66,7 +66,7 @@ def launch(plan: RunPlan, checkpoint: Checkpoint | None = None) -> dict[str, Any
         timer = PhaseTimer()
         with timer.phase("start"):
             actors = Actors(plan)
-            # Also without --ckpt.save_steps: a signal saves all the same.
+            # Checked even without --ckpt.save_steps, since a signal saves a checkpoint too.
             store.check_shared(actors.policy.sees)
         if checkpoint is None:
             log.log(0, "sync", {"seconds/start": timer.seconds("start"), **actors.facts})
@@ -95,7 +95,7 @@ def launch(plan: RunPlan, checkpoint: Checkpoint | None = None) -> dict[str, Any
 
 
 def on_cluster(plan: RunPlan, session: Session) -> RunPlan:
-    """The plan for the cluster that was joined, whose GPUs were not known before. DeviceError if it lacks them."""
+    """The plan made again for a joined cluster, whose GPUs were not known before. DeviceError if it lacks them."""
     if session.owned:
         return plan
     known = make_plan(plan.inputs, cluster_gpus=math.floor(session.gpus))

@@ -51,7 +51,7 @@ def copies(q: Tensor, k: Tensor, v: Tensor, layout: PromptLayout, scale: float) 
 
 
 def errors(lengths: list[tuple[int, Sequence[int]]], heads: Heads, window: int | None, seed: int) -> list[float]:
-    """Of output and gradients in bf16, against fp32 maths on the same numbers."""
+    """Relative errors of output and gradients in bf16, against fp32 maths on the same numbers."""
     layout = layout_of(lengths)
     narrow = draw(layout, heads, DTYPE, seed)
     exact = [x.detach().float().requires_grad_() for x in narrow]

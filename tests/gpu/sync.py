@@ -48,7 +48,7 @@ HEAD_SIZE = 128 if ON_GPU else 8
 
 
 def shapes(model: str) -> dict[str, tuple[int, ...]]:
-    """Of Qwen3's parameters, in the checkpoint's order."""
+    """Names and shapes of Qwen3's parameters, in the checkpoint's order."""
     width, layers, mlp, heads, kv_heads, tokens, tied = MODELS[model]
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (tokens, width)}
     for i in range(layers):

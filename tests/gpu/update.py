@@ -1,6 +1,6 @@
 """The real policy actor on a GPU: it starts without a compiler, trains, and how does it add up its gradients?
 
-The parent asks; each child (`python -m tests.gpu.update --child ...`) is one actor in a process of its own.
+The parent asks; each child (`python -m tests.gpu.update --child ...`) is one actor in a separate process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An actor that says where it stands. A module of its own: Ray's workers import it, and nothing heavy with it."""
+"""An actor that says where it runs. In its own module: Ray's workers import it, and nothing heavy with it."""
 
 from __future__ import annotations
 

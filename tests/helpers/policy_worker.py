@@ -1,4 +1,4 @@
-"""One rank of the real policy actor (DeepSpeed, gloo) on fixed groups; run as a process of its own.
+"""One rank of the real policy actor (DeepSpeed, gloo) on fixed groups; run as a separate process.
 
 python -m tests.helpers.policy_worker FOLDER OUT --stage 2 --rank 0 --world 1 --port 29500
 """
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--kl", type=float, default=0.0)
     parser.add_argument("--adam_offload", action="store_true")
     parser.add_argument("--save", help="checkpoint, saved after the first update, once one rank's disk was full")
-    parser.add_argument("--load", help="checkpoint of the first update: go on behind it")
+    parser.add_argument("--load", help="checkpoint of the first update: continue after it")
     args = parser.parse_args()
 
     from real_openrlhf.actors.policy.policy_actor import RealPolicyActor

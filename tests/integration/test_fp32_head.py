@@ -37,7 +37,7 @@ def mean_difference(stack: Stack) -> float:
 
 
 def share_on_grid(stack: Stack) -> float:
-    """Of the differences between the score labels' log-probs, those that are multiples of the grid."""
+    """The share of differences between the score labels' log-probs that are multiples of the grid."""
     sampling = Sampling(n=8, temperature=1.0, top_p=1.0, max_new_tokens=24, seed=7)
     groups = stack.run(stack.engine.generate(prompts(20), sampling))
     read = [r.score_logprobs[0] for g in groups for r in g.rollouts if r.reading.position is not None]

@@ -100,7 +100,7 @@ def make_prompts(judge: Judge, n: int) -> list[Prompt]:
 
 @torch.no_grad()
 def exact(stack: SimpleNamespace, prompt: Prompt, got: Judgement) -> torch.Tensor:
-    """[5] log-probs of "1" to "5" behind the prompt and all that stands before the score."""
+    """[5] log-probs of "1" to "5" after the prompt and the response up to the score."""
     logits = stack.model(torch.tensor([[*prompt.token_ids, *got.feedback_ids]])).logits[0, -1]
     return logits.double().log_softmax(-1)[stack.local.tokenizer.convert_tokens_to_ids(list("12345"))]
 

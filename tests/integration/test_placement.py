@@ -62,7 +62,7 @@ def test_colocated_ranks_and_engines_share_gpus(two_nodes: None) -> None:
     engines, ranks = ([start(bundle, COLOCATED_SHARE) for bundle in shared] for _ in range(2))
     assert places(engines) == places(ranks)
     assert len(set(places(ranks))) == 4 and all(len(gpus) == 1 for _, gpus in places(ranks))
-    # Ranks of a node stand beside each other.
+    # Ranks of a node follow each other.
     nodes = [node for node, _ in places(ranks)]
     assert nodes == [bundle.node for bundle in shared] and nodes[0] == nodes[1] != nodes[2] == nodes[3]
     for actor in (*engines, *ranks):
@@ -96,7 +96,7 @@ def test_a_wide_engine_has_a_group_on_one_node(two_nodes: None) -> None:
 
 
 def test_a_wide_engine_gets_its_node_before_the_policy_is_spread(two_nodes: None) -> None:
-    # Two ranks and an engine of two GPUs: on 2 x 2 GPUs each has a node of its own, whichever is named first.
+    # Two ranks and an engine of two GPUs: on 2 x 2 GPUs each gets a separate node, whichever is named first.
     kinds = reserve([Request(name="policy", bundles=(GPU,) * 2), wide("rollout", 1)], 60)
     assert len({bundle.node for bundle in kinds["rollout"]}) == 1
     assert {b.node for b in kinds["policy"]}.isdisjoint(b.node for b in kinds["rollout"])

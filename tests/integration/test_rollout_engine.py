@@ -32,7 +32,7 @@ BUCKET_BYTES = 40_000
 
 
 def make_model(folder: Path, tied: bool) -> torch.nn.Module:
-    """A random Llama with a tied head, or one with a head of its own and biases."""
+    """A random Llama with a tied head, or one with a separate head and biases."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -274,7 +274,7 @@ def test_sync_and_generate(stack: Stack) -> None:
     other = stack.run(engine.generate(batch, replace(sampling, seed=8)))
     assert other[0].rollouts[0].token_ids.tolist() != groups[0].rollouts[0].token_ids.tolist()
 
-    # More prompt tokens than one forward pass of the engine takes, all with seeds of their own.
+    # More prompt tokens than one forward pass of the engine takes, each with its own seed.
     many = stack.run(engine.generate(prompts(60, length=120), replace(sampling, n=1, max_new_tokens=2)))
     assert [g.row for g in many] == [10 + i for i in range(60)]
 

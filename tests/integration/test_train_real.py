@@ -28,7 +28,7 @@ from tests.helpers.tiny_judge import ANCHOR
 
 pytestmark = pytest.mark.integration
 BIN = Path(sys.executable).parent
-# Every request has a seed of its own, so that rollouts do not depend on the number of engines. A large epsilon: where
+# Every request has its own seed, so that rollouts do not depend on the number of engines. A large epsilon: where
 # a gradient is rounding noise, Adam would turn the noise into a full step.
 SAME = ["--train.full_determinism_enable", "--actor.adam.eps", "1e-4", "--ckpt.best_metric_key", "none"]
 HEAD, ROLLOUTS = "untied", 32
@@ -112,7 +112,7 @@ def check_export_against_last_evaluation(judges: Path, out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def narrow(judges: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One rank, one engine, an evaluator with an engine of its own; a cluster of its own; ZeRO-2."""
+    """One rank, one engine, an evaluator with its own engine; the run starts its own cluster; ZeRO-2."""
     out = tmp_path_factory.mktemp("narrow") / "run"
     command = [sys.executable, "-m", "real_openrlhf.train_real", *flags(judges, HEAD, out, *SAME)]
     command += ["--eval.engine", "own"]
@@ -196,7 +196,7 @@ def test_with_a_kl(judges: Path, tmp_path: Path, lora: bool) -> None:
 
 @contextlib.contextmanager
 def ray_head(folder: Path) -> Iterator[str]:
-    """A Ray head node of its own, ended by its own process group; yields the job server's address."""
+    """A separate Ray head node, ended by its process group; yields the job server's address."""
     port, dashboard = free_port(), free_port()
     command = [str(BIN / "ray"), "start", "--head", "--block", "--port", str(port), "--num-cpus", "4"]
     command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard), "--disable-usage-stats"]

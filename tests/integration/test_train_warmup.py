@@ -59,7 +59,7 @@ def command(folder: Path, out: Path, *flags: str, data: str = "sft.jsonl") -> li
 
 
 def run(words: list[str]) -> str:
-    done = subprocess.run(words, capture_output=True, text=True, timeout=580)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -110,8 +110,16 @@ def test_the_loss_is_transformers_own_and_falls(folder: Path, tmp_path: Path, me
 def test_tract_on_rows_some_of_which_have_no_feedback(folder: Path, tmp_path: Path) -> None:
     """Stage 1 completes the data, its judge writes the feedback of stage 2, which begins from the start again."""
     out = tmp_path / "out"
-    flags = ["--warmup.method", "tract", "--warmup.feedback", "missing", "--eval.dataset", str(folder / "eval.jsonl")]
-    flags += ["--eval.steps", "-1", "--ckpt.best_metric_key", "none"]
+    flags = [
+        "--warmup.method",
+        "tract",
+        "--warmup.feedback",
+        "missing",
+        "--real.lam",
+        "3",
+        "--train.num_episodes",
+        "20",
+    ]
     told = run(command(folder, out, *flags, data="labels.jsonl"))
     assert f"done: the judge is in {out}/model" in told
     first, second = lines(out / "stage_1/feedback.jsonl")[1:], lines(out / "feedback.jsonl")[1:]
@@ -126,12 +134,11 @@ def test_tract_on_rows_some_of_which_have_no_feedback(folder: Path, tmp_path: Pa
     by_itself = [sum(line["ended"] == "anchor" for line in part) / len(part) for part in (first, second)]
     assert by_itself[1] > by_itself[0]
     for stage in (out / "stage_1", out):
-        metrics = lines(stage / "metrics.jsonl", "eval")
-        assert [m["step"] for m in metrics] == [0, 24]
-        assert metrics[1]["eval/reward"] > metrics[0]["eval/reward"]
-    # Both stages begin with the same model: the evaluation before training is the same.
-    starts = [lines(stage / "metrics.jsonl", "eval")[0]["eval/reward"] for stage in (out / "stage_1", out)]
-    assert starts[0] == pytest.approx(starts[1], abs=1e-5)
+        train = lines(stage / "metrics.jsonl", "train")
+        assert len(train) == 160 and train[-1]["loss/total"] < train[0]["loss/total"]
+    # Both stages begin with the same model. Of stage 2 the same rows are in the first update, with other feedback.
+    first_errors = [lines(stage / "metrics.jsonl", "train")[0]["policy/abs_error"] for stage in (out / "stage_1", out)]
+    assert abs(first_errors[0] - first_errors[1]) < 0.5
 
 
 def test_two_ranks_with_zero_3_and_adapters(folder: Path, tmp_path: Path) -> None:

@@ -16,6 +16,9 @@ import pytest
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.schema import Config
 from real_openrlhf.config.validate import validate
+from real_openrlhf.run.memory import Question, memory_plan
+from real_openrlhf.run.model_shape import ModelShape
+from tests.helpers.configs import QWEN3_32B, write_config
 
 ROOT = Path(__file__).parents[2]
 MODULE = "-m real_openrlhf.train_real"
@@ -103,6 +106,17 @@ def test_all_gpus_train_and_generate_in_turns(slurm: dict[str, str]) -> None:
     # The longest prompt that --data.max_len leaves room for, with all its rollouts, is one pass.
     rollouts, response = config.rollout.n_samples_per_prompt, config.rollout.max_new_tokens
     assert config.train.max_tokens_per_gpu == config.data.max_len - response + rollouts * response
+
+
+@pytest.mark.parametrize(("nodes", "fits"), [("2", True), ("1", False)])
+def test_qwen3_32b_needs_two_nodes_of_eight_gpus_with_80_gb(
+    slurm: dict[str, str], tmp_path: Path, nodes: str, fits: bool
+) -> None:
+    config = layout({**slurm, "SLURM_JOB_NUM_NODES": nodes})
+    shape = ModelShape.of(write_config(tmp_path / "model", "qwen3", **QWEN3_32B))
+    assert shape is not None
+    asked = Question(shape=shape, itemsize=2, card=80 * 10**9, prompt=2048, liger=False)
+    assert memory_plan(config, asked).fits is fits
 
 
 @pytest.mark.parametrize(("gpus", "ranks", "engines", "width"), [("1", 1, 1, 1), ("3", 3, 3, 1), ("4", 4, 2, 2)])

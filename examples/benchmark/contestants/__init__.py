@@ -12,7 +12,7 @@ def build(name: str, setup: Setup) -> Contestant:
     """Load the model and make the optimizer. ValueError for an unknown name."""
     if name not in CONTESTANTS:
         raise ValueError(f"contestants are {', '.join(CONTESTANTS)}, got {name!r}")
-    # Here, since only one of them is built in a process, and they patch what they import.
+    # Imported here, since a process builds only one of them, and they patch the modules that they import.
     module = importlib.import_module(f"{__name__}.{name}")
     contestant: Contestant = module.Contestant(setup)
     return contestant

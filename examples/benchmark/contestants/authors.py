@@ -6,10 +6,10 @@ likelihood, then forward and backward. Every pass computes logits of all tokens,
 rows [prompt | rollout], so that every rollout has its own copy of the prompt. Network, ZeRO stage and optimizer are
 those of the other contestants, where theirs are verl's and FSDP's.
 
-What could only make it slower is left out: the two passes of a reference policy, the entropy, and the tensor of
-rollouts times vocabulary that is never filled. Their E pass feeds rewards and advantages; here these come with the
-rollouts, so that all contestants minimise the same, and the pass is checked by the E[score] that it reads. Faults that
-change numbers but not cost (shifted positions, packing-dependent means) are not reproduced.
+Parts that would only make it slower are left out: the two passes of a reference policy, the entropy, and a tensor of
+rollouts times vocabulary that is never filled. Their E[score] pass gives rewards and advantages; here these come with
+the rollouts, so that all contestants minimise the same, and the pass is checked by the E[score] that it reads. Faults
+that change numbers but not cost (shifted positions, packing-dependent means) are not reproduced.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Contestant:
             setup.model, dtype=setup.device.torch_dtype, attn_implementation=setup.device.attn_implementation
         )
         model.config.use_cache = False
-        # Carries the engine for the strategy; its own forward is not used.
+        # Holds the engine for the strategy; its own forward is not used.
         self.actor = Actor(model)
         self.actor, self.optimizer, self.scheduler = self.strategy.prepare((self.actor, optimizer_config(self.args)))
 
@@ -112,12 +112,12 @@ class Contestant:
         )
 
     def _forward_backward(self, batch: Batch, *, last: bool) -> Tensor:
-        """The part of the loss of one micro-batch, detached. A function, so that its logits end with it."""
+        """One micro-batch's part of the loss, detached. A function, so that its logits are freed at its end."""
         self.strategy.mark_boundary(self.actor, last=last)
         with self.timers.phase("forward"):
             logits = self._logits(batch)
             loss = self._loss(self._token_logprobs(logits, batch), *self._scores(logits, batch), batch)
-            # The graph holds what it needs of them.
+            # The autograd graph keeps what it needs of the logits.
             del logits
         with self.timers.phase("backward"):
             self.strategy.backward(loss, self.actor)

@@ -1,4 +1,4 @@
-"""What all contestants have in common: settings, the score scale's objective, how a case is switched on."""
+"""Code that all contestants share: settings, the objective, and how the sizes of a case are set."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ ADDRESS = "127.0.0.1"
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a contestant is built from.
+    """Settings from which a contestant is built.
 
-    logits_mb  of this project's step only, see `--real.logits_mb`; None: the device's default
-    liger      --ds.use_liger_kernel of all contestants that know it; None: on a GPU where the package is
+    logits_mb  for this project's step only, see `--real.logits_mb`; None: the device's default
+    liger      --ds.use_liger_kernel for all contestants that have it; None: on a GPU if the package is installed
     """
 
     model: str
@@ -37,14 +37,14 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a step gives back besides its time; see `Measured`."""
+    """Results of a step besides its time; see `Measured`."""
 
     loss: float
     facts: dict[str, float]
 
 
 class Contestant(Protocol):
-    """overrides  what was changed in somebody else's code, and why. network: the transformers model that trains."""
+    """overrides: what was changed in other people's code, and why. network: the transformers model that trains."""
 
     overrides: list[str]
     args: SimpleNamespace
@@ -54,14 +54,14 @@ class Contestant(Protocol):
     def network(self) -> Any: ...
 
     def prepare(self, case: Case, group: Group) -> None:
-        """Everything that is not part of a step: sizes, and the rollouts in the form in which engines return them."""
+        """Do everything that is not part of a step: set sizes, and bring rollouts into the form that engines return."""
 
     def step(self) -> Outcome:
-        """One training step on the group, one optimizer update; phases go to the timers."""
+        """One training step on the group, with one optimizer update; the timers record its phases."""
 
 
 def arguments(setup: Setup) -> SimpleNamespace:
-    """OpenRLHF's arguments of all contestants: ZeRO-2, AdamW, clipping at 1, one update on one prompt."""
+    """OpenRLHF's arguments for all contestants: ZeRO-2, AdamW, clipping at 1, one update on one prompt."""
     config = build_config(
         {
             "actor.model_name_or_path": setup.model,
@@ -86,7 +86,7 @@ def arguments(setup: Setup) -> SimpleNamespace:
 
 
 def set_sizes(args: SimpleNamespace, case: Case) -> None:
-    """The sizes of a case, where OpenRLHF's classes and ours read them at each step."""
+    """Set the sizes of a case in the arguments, which OpenRLHF's classes and ours read at each step."""
     args.rollout.n_samples_per_prompt = case.samples
     args.rollout.micro_batch_size = case.micro_batch
     args.train.batch_size = case.samples
@@ -115,12 +115,12 @@ def optimizer_config(args: SimpleNamespace) -> dict[str, Any]:
     }
 
 
-# Optimizer steps that the schedule is told of; it is constant.
+# Number of optimizer steps for the learning-rate schedule, which is constant.
 MAX_STEPS = 1000
 
 
 def single_rank() -> tuple[str, int]:
-    """Describe a process group of one rank in the environment; its address and port."""
+    """Set environment variables for a process group of one rank; returns its address and port."""
     port = free_port()
     os.environ.update(
         {"MASTER_ADDR": ADDRESS, "MASTER_PORT": str(port), "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}

@@ -1,9 +1,9 @@
 """Stock OpenRLHF's RLOO step by its own classes, in one process and on any device.
 
-What a step of `PPOTrainer` does once rollouts and rewards are there: `RemoteExperienceMaker.make_experience_batch`
-(log-probs of the rollouts, then RLOO advantages), the experiences into the policy actor's replay buffer, and
+It does what a step of `PPOTrainer` does once rollouts and rewards are there: `RemoteExperienceMaker.
+make_experience_batch` (log-probs of the rollouts, then RLOO advantages), filling the policy actor's replay buffer, and
 `PolicyModelActor.fit`, which is `ActorPPOTrainer.ppo_train`. The actor, its model, its loss and its trainer are
-OpenRLHF's; `overrides_of` names what is not.
+OpenRLHF's; `overrides_of` lists what is not.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from real_openrlhf.algo.objectives.real import RealObjective
 from real_openrlhf.algo.types import Group, group_scores
 from real_openrlhf.common.device import Device
 
-# OpenRLHF wraps its class with @ray.remote; the plain class lies under the wrapper.
+# OpenRLHF wraps its class with @ray.remote; this is the plain class inside.
 _PolicyModelActor = ppo_actor.PolicyModelActor.__ray_metadata__.modified_class.__ray_actor_class__
 PAD_ID = 0
 
 
 def overrides_of(device: Device) -> list[str]:
-    """Everything that is not as OpenRLHF has it, and why."""
+    """Everything that differs from OpenRLHF, and why."""
     always = [
         "DeepspeedStrategy.setup_distributed: this project's, which takes backend and mesh from the device",
         "DeepspeedStrategy.get_ds_train_config: this project's, without a fixed train_batch_size, which DeepSpeed is "
@@ -70,13 +70,13 @@ def overrides_of(device: Device) -> list[str]:
 
 
 class StockStrategy(PolicyStrategy):
-    """OpenRLHF's strategy but for the device; its losses are divided by the accumulation steps again."""
+    """OpenRLHF's strategy except for the device: as there, losses are divided by the accumulation steps."""
 
     backward = DeepspeedStrategy.backward
 
 
 class LocalGroup:
-    """`RayActorGroup` of one actor in this process: a result stands where a reference to it would."""
+    """`RayActorGroup` of one actor in this process: it returns results instead of references to them."""
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
@@ -135,7 +135,7 @@ class Contestant:
         self.strategy.accumulated_gradient = case.samples // case.micro_batch
         engine.set_train_micro_batch_size(case.micro_batch)
         engine.set_train_batch_size(case.samples)
-        # DeepSpeed steps where this count is a multiple of the accumulation steps.
+        # DeepSpeed updates when this count is a multiple of the accumulation steps.
         engine.micro_steps = 0
         self.samples = [_experience(group, k, reward) for k, reward in enumerate(_rewards(group))]
 
@@ -158,7 +158,7 @@ def _rewards(group: Group) -> list[float]:
 
 
 def _experience(group: Group, index: int, reward: float) -> Experience:
-    """One rollout as `SamplesGenerator._process_response_into_experience` leaves it."""
+    """One rollout in the form that `SamplesGenerator._process_response_into_experience` gives it."""
     response = group.rollouts[index].token_ids
     sequence = torch.cat([group.prompt_ids, response])
     action_mask = torch.zeros_like(sequence)
@@ -181,13 +181,13 @@ def _experience(group: Group, index: int, reward: float) -> Experience:
 
 
 def _replace_ray() -> None:
-    """References are the values themselves, see `LocalGroup`."""
+    """Make references the values themselves, see `LocalGroup`."""
     experience_maker.ray = SimpleNamespace(put=lambda value: value, get=lambda value: value)
     ppo_actor.get_tokenizer = lambda *_, **__: SimpleNamespace(pad_token_id=PAD_ID)
 
 
 def _answer_for_cpu() -> None:
-    """Patches of this process, see `overrides_of`."""
+    """Patch this process, see `overrides_of`."""
     original = openrlhf_utils.convert_to_torch_dtype
     openrlhf_utils.convert_to_torch_dtype = lambda name: torch.float32 if name == "fp32" else original(name)
     sys.modules["flash_attn.ops.triton.cross_entropy"] = None  # type: ignore[assignment]

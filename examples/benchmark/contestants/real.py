@@ -45,7 +45,7 @@ class Contestant:
                 values=SCALE.values,
                 options=LossOptions(),
                 trains_score_token=self.objective.trains_score_token,
-                # A log of every tenth step.
+                # These would be computed every tenth step, for the log only.
                 term_grad_norm_steps=0,
                 norms_at_parameters=False,
                 max_steps=MAX_STEPS,

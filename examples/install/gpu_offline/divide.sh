@@ -3,7 +3,7 @@
 #
 #   bash examples/install/gpu_offline/divide.sh PARTS BYTES FOLDER...
 #
-# A FOLDER of *.tar.xz begins a part of its own; an archive larger than BYTES is cut. Parts of an earlier call are
+# Each FOLDER of *.tar.xz begins a new part; an archive larger than BYTES is cut. Parts of an earlier call are
 # replaced; a PARTS that holds anything else is refused.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# On the machine without a network, in the checkout: unpacks what lies beside this file into SITE (default /tmp/site; what
-# CARRY named goes into the checkout) and writes SITE/env.sh, which is to be sourced in the checkout. Nothing is installed
+# Run on the machine without a network, in the checkout: unpacks the files next to this one into SITE (default /tmp/site;
+# files of CARRY into the checkout) and writes SITE/env.sh, which is to be sourced in the checkout. Nothing is installed
 # into the machine's Python (PYTHON, default python3).
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -9,10 +9,10 @@ site=$(realpath -m "${SITE:-/tmp/site}")
 pieces=$site.pieces
 mkdir -p "$site" "$pieces"
 SECONDS=0
-# Pieces that an earlier call took are not here any more.
+# Pieces that an earlier call has taken are missing here.
 (cd "$here" && sha256sum --check --quiet --ignore-missing SHA256SUMS) || {
   [ "$(find "$here" -name '*.tar.xz*' ! -name '*.last' | wc -l)" = 0 ] ||
-    { echo "unpack: files of $here did not arrive whole; carry this part over again" >&2; exit 1; }
+    { echo "unpack: files of $here are incomplete; copy this part again" >&2; exit 1; }
 }
 find "$here" -maxdepth 1 -name '*.tar.xz.*' -exec mv -t "$pieces" {} +
 

@@ -1,4 +1,4 @@
-"""What a model's configuration says of the engines that can serve it: known before any of them starts."""
+"""Limits that a model's configuration sets for its engines. They are known before an engine starts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from real_openrlhf.actors.engine.spec import EngineSpecError
 from real_openrlhf.common.errors import one_line
 
-# Where configurations keep the number of positions, as vLLM 0.29 looks for it (model_arch_config_convertor.py).
+# Keys of a configuration with the number of positions; vLLM 0.29 reads the same (model_arch_config_convertor.py).
 _POSITION_KEYS = (
     "max_position_embeddings",
     "n_positions",
@@ -24,15 +24,18 @@ _POSITION_KEYS = (
     "max_seq_length",
     "seq_len",
 )
-# Their max_position_embeddings has the factor in it already.
+# RoPE scalings whose max_position_embeddings already includes the factor.
 _SCALED_ALREADY = ("su", "longrope", "llama3")
-# vLLM's own leave to go beyond the positions.
+# vLLM's environment variable that allows more tokens than positions.
 _ALLOW_LONG = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelLimits:
-    """positions: most tokens of prompt and response; heads: of attention; vocabulary: token ids below it exist.
+    """
+    positions   most tokens of prompt and response together
+    heads       attention heads
+    vocabulary  token ids below it exist
 
     None: the configuration does not say.
     """
@@ -43,11 +46,11 @@ class ModelLimits:
 
     @classmethod
     def of(cls, model: str, *, trust_remote_code: bool = False) -> ModelLimits:
-        """EngineSpecError for a model without a configuration that loads."""
+        """The limits of a model. EngineSpecError if its configuration does not load."""
         try:
             config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
         except Exception as error:  # transformers and huggingface_hub raise many kinds
-            raise EngineSpecError(f"{model} has no configuration that loads: {one_line(error)}") from error
+            raise EngineSpecError(f"the configuration of {model} does not load: {one_line(error)}") from error
         return cls(
             positions=_positions(config),
             heads=getattr(config, "num_attention_heads", None),
@@ -55,7 +58,7 @@ class ModelLimits:
         )
 
     def check_length(self, max_model_len: int, flag: str) -> None:
-        """EngineSpecError for more tokens than the model has positions, unless vLLM is told to allow them."""
+        """EngineSpecError for more tokens than the model has positions, unless vLLM's own variable allows it."""
         most = self.positions
         if most is None or max_model_len <= most or os.environ.get(_ALLOW_LONG, "0").lower() in ("1", "true"):
             return
@@ -71,7 +74,7 @@ class ModelLimits:
         )
 
     def check_tokens(self, token_ids: Iterable[int], what: str) -> None:
-        """EngineSpecError for a token that the model has no embedding of. what: they are, for the message."""
+        """EngineSpecError for a token that has no embedding in the model. what: whose tokens, for the message."""
         highest = max(token_ids, default=0)
         if self.vocabulary is not None and highest >= self.vocabulary:
             raise EngineSpecError(
@@ -81,7 +84,7 @@ class ModelLimits:
 
 
 def _positions(config: Any) -> int | None:
-    """As vLLM 0.29 derives it (config/model.py, _get_and_verify_max_len)."""
+    """The number of positions, computed as vLLM 0.29 does (config/model.py, _get_and_verify_max_len)."""
     found = [value for key in _POSITION_KEYS if (value := getattr(config, key, None)) is not None]
     if not found:
         return None

@@ -1,7 +1,7 @@
-"""Ends a vLLM engine whose owner is gone. Its workers import this module: it must stay light.
+"""Ends a vLLM engine when the process that started it (its owner) is gone. Engine workers import this: keep it light.
 
-vLLM's workers notice when the engine's process ends, but the engine's process does not notice when the program that
-started it is killed (`kill -9`, the kernel when memory is short). It would go on and keep its memory for good.
+vLLM's workers notice when the engine's process ends, but the engine's process does not notice when its owner is killed
+(`kill -9`, or the kernel when memory is short). It would keep running and keep its memory for good.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import threading
 
 import psutil
 
-# Names the process that an engine belongs to; set before the engine starts.
+# Environment variable with the owner's process id; set before the engine starts.
 OWNER_ENV = "REAL_OPENRLHF_ENGINE_OWNER"
 _EVERY_S = 1.0
 
 
 def own_engines() -> None:
-    """Engines that this process starts from now on end with it."""
+    """Make this process the owner of the engines that it starts from now on: they end with it."""
     os.environ[OWNER_ENV] = str(os.getpid())
 
 
 def end_with_owner() -> None:
-    """In a worker: once the owner is gone, kill the processes between it and this one, then this one.
+    """Call in a worker: once the owner is gone, the processes between owner and worker are killed, then the worker.
 
-    Does nothing without an owner, and for a worker that does not descend from it, such as a Ray actor.
+    Does nothing without an owner, and in a worker that is not the owner's descendant, such as a Ray actor.
     """
     owner = os.environ.get(OWNER_ENV, "")
     between: list[psutil.Process] = []

@@ -1,9 +1,9 @@
 """The rollout engine: prompts in, groups of scored rollouts out, weights from the policy.
 
-It extends the class under OpenRLHF's RolloutRayActor, from which it has pausing, sleeping and the
-token-level request. Once vLLM is imported (10 s), importing that class adds 17 small modules and
-0.02 s, neither deepspeed nor the trainers among them. Importing this module imports vLLM: do it in
-the engine's process; `EngineSpec` and all that needs no vLLM are in `engine_spec`.
+It extends the class under OpenRLHF's RolloutRayActor and inherits pausing, sleeping and the token-level request.
+Importing this module imports vLLM (10 s), so do it in the engine's process only; OpenRLHF's class adds 17 small modules
+and 0.02 s, neither deepspeed nor the trainers among them. `EngineSpec`, and all that needs no vLLM, is in
+`actors.engine.spec`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _SHUTDOWN_S = 8.0
 
 
 class RolloutEngine(_Base):
-    """One vLLM engine. All methods but the constructor and the state are coroutines.
+    """One vLLM engine. All public methods except the constructor are coroutines.
 
     bundle_indices, num_gpus: for an engine of several workers inside a Ray placement group, as in
     OpenRLHF's create_vllm_engines.
@@ -100,7 +100,7 @@ class RolloutEngine(_Base):
         )
 
     async def ready(self) -> bool:
-        """Returns once the engine answers; raises what went wrong with it."""
+        """Returns once the engine answers; raises its error if it could not start."""
         await self.llm.check_health()
         await self.llm.collective_rpc("sync_version")
         return True
@@ -108,12 +108,12 @@ class RolloutEngine(_Base):
     # -- generation ------------------------------------------------------------------------------
 
     async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        """One group of sampling.n rollouts per prompt, in the prompts' order, scores read.
+        """One group of sampling.n rollouts per prompt, in the prompts' order, with their scores read.
 
-        Log-probs are log softmax(logits / temperature) over the full vocabulary, at temperature 0
+        Log-probs are log softmax(logits / temperature) over the full vocabulary; at temperature 0,
         those of temperature 1. A sampled end of text stays in the response. With sampling.seed
-        every response has a seed of its own (`request_seed`), so that it does not depend on how
-        requests are batched or spread over engines.
+        every response has its own seed (`request_seed`), so that it does not depend on how
+        requests are batched or distributed over engines.
 
         Raises EngineSpecError for requests that cannot be answered exactly, SyncError when the
         engine has no weights yet.
@@ -126,7 +126,7 @@ class RolloutEngine(_Base):
         if self._version == NO_VERSION:
             raise SyncError("the engine has no weights: it starts with dummy ones and no sync has been completed")
         version = self._version
-        self._in_flight += 1  # also between responses and what is forced after them
+        self._in_flight += 1  # counts until the forced labels after the responses are read too
         try:
             rollouts = await self._rollouts([(prompt, k) for prompt in prompts for k in range(sampling.n)], sampling)
         finally:
@@ -143,10 +143,10 @@ class RolloutEngine(_Base):
         ]
 
     async def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Per sequence of L tokens (2 <= L < max_model_len): [L - 1] float32, log-probs of tokens 1 .. L-1.
+        """For each sequence of L tokens (2 <= L < max_model_len): [L - 1] float32, log-probs of tokens 1 .. L-1.
 
-        Always at temperature 1, in both log-prob modes; computed anew, never from the prefix cache.
-        Also answers on dummy weights.
+        Always at temperature 1, in both log-prob modes. Always computed, never taken from the prefix cache.
+        Works with the dummy weights of the start, too.
         """
         for i, ids in enumerate(sequences):
             if len(ids) < 2:
@@ -172,16 +172,16 @@ class RolloutEngine(_Base):
             self.reader, read_ids, output.token_ids, output.logprobs.logprobs, output.finish_reason, prompt.given_ids
         )
         if sampling.seed is None:
-            # At once, while the engine has the response in its prefix cache.
+            # Immediately, while the response is still in the engine's prefix cache.
             (rollout,) = await self._read_forced([prompt], [rollout], sampling)
         return rollout
 
     async def _read_forced(
         self, prompts: Sequence[Prompt], rollouts: list[Rollout], sampling: Sampling
     ) -> list[Rollout]:
-        """Fill the score rows that the responses did not pass: one request of one token for each.
+        """Read the score rows that the responses did not pass, by one request of one token for each.
 
-        prompts: that of each rollout. A scale of single tokens has no such rows.
+        prompts: the prompt of each rollout. A scale of single tokens has no such rows.
         """
         if not self.spec.bound.extra_tokens:
             return rollouts
@@ -203,14 +203,14 @@ class RolloutEngine(_Base):
         ]
 
     async def _draw(self, ids: Sequence[int], sampling: Sampling, max_tokens: int, seed: int | None) -> Any:
-        """Tokens drawn behind ids, and at each of them the log-probs that `make_rollout` takes."""
+        """Sample tokens after ids; returns them, and for each the log-probs that `make_rollout` takes."""
         read_ids = self.spec.read_token_ids
         params = vllm.SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=max_tokens,
             seed=seed,
-            # `logprobs` stays unset: the sampled token's log-prob comes first in any case.
+            # `logprobs` stays unset: the sampled token's log-prob comes first even so.
             logprob_token_ids=read_ids,
             flat_logprobs=True,
             stop_token_ids=sorted(self.reader.end_ids),
@@ -257,11 +257,11 @@ class RolloutEngine(_Base):
             self._in_flight -= 1
 
     async def _run_in_order(self, jobs: list[Coroutine[Any, Any, T]], *, clear_cache: bool = True) -> list[T]:
-        """As `_run`, but the engine starts only when it has all requests, in order, and with an empty cache.
+        """Like `_run`, but the engine starts only when it has all requests, in order, and with an empty prefix cache.
 
-        What a batch is made of changes the last bits of its log-probs, and those a sampled token:
-        arrival times and cached prefixes must not decide it. clear_cache=False is for what follows at
-        once behind such a batch: the cache then holds that batch, whatever came before it.
+        Which requests are batched together changes the last bits of log-probs, and these can change a sampled
+        token. So arrival times and cached prefixes must not decide how requests are batched. clear_cache=False is for
+        requests right after such a batch: the cache then holds exactly that batch.
         """
         await self.llm.pause_generation(mode="keep", clear_cache=clear_cache and self.spec.enable_prefix_caching)
         before = self.get_num_unfinished_requests()
@@ -294,7 +294,7 @@ class RolloutEngine(_Base):
         timeout_s: float,
         buffer_bytes: int = 0,
     ) -> list[int]:
-        """The workers join the sync group as ranks rank_offset ..; returns them. Blocks until all ranks came."""
+        """The workers join the sync group as ranks rank_offset and up; returns these. Blocks until all ranks joined."""
         return await self.llm.collective_rpc(
             "init_sync_group", args=(address, port, rank_offset, world_size, backend, timeout_s, buffer_bytes)
         )
@@ -304,10 +304,10 @@ class RolloutEngine(_Base):
         return await self.llm.collective_rpc("sync_host")
 
     async def receive_weights(self, plan: list[list[list[Any]]], version: int) -> int:
-        """Receive the plan's buckets (`weight_transfer.to_wire`), load them, forget cached prefixes.
+        """Receive the plan's buckets (`sync.transfer.to_wire`), load them, empty the prefix cache.
 
-        Raises when generation is under way, when the deadline passes, and when a parameter cannot
-        be loaded or is left out; the engine then refuses to generate until a sync completes.
+        Raises when the engine is generating, when the deadline passes, and when a parameter cannot
+        be loaded or is missing; the engine then refuses to generate until a sync completes.
         """
         if self._in_flight:
             raise SyncError(f"{self._in_flight} calls are generating: weights must not change under them")
@@ -320,7 +320,7 @@ class RolloutEngine(_Base):
         return version
 
     async def sleep(self, level: int = 2) -> None:
-        """Give up the GPU's memory: weights and KV cache with its prefixes are thrown away (level 2).
+        """Free the GPU's memory: weights and KV cache are thrown away (level 2).
 
         Nothing is generated until `wake_up(["weights"])`, a weight sync and `wake_up(["kv_cache"])`.
         """
@@ -330,33 +330,33 @@ class RolloutEngine(_Base):
         await super().sleep(level)
 
     async def sync_version(self) -> int:
-        """Version of the weights in use; -1 without any."""
+        """Version of the engine's weights; -1 before the first sync."""
         return self._version
 
     async def reset_prefix_cache(self) -> None:
-        """Forget what earlier weights computed. Raises when requests still hold blocks."""
+        """Empty the prefix cache, which earlier weights computed. Raises when requests still hold blocks of it."""
         if not self.spec.enable_prefix_caching:
             return
         for _ in range(100):
             if await self.llm.reset_prefix_cache():
                 return
-            await asyncio.sleep(0.05)  # a finished request's last block is freed a moment later
+            await asyncio.sleep(0.05)  # the last block of a finished request is freed a moment later
         raise RuntimeError("the prefix cache could not be reset: requests still hold blocks of it")
 
     # -- state and end -----------------------------------------------------------------------------------
 
     async def finished_requests(self) -> int:
-        """Requests answered since this engine started; also while others are under way."""
+        """Number of requests answered since this engine started; may be called while others run."""
         return self._finished
 
     async def shutdown(self) -> None:
-        """End the engine's processes; killed when they do not go within the grace period."""
-        # Blocks the event loop on purpose: vLLM's output task would report the end as a crash.
+        """End the engine's processes; those that do not end within the grace period are killed."""
+        # Blocks the event loop on purpose: vLLM's output task would report the shutdown as a crash.
         self.llm.shutdown(timeout=_SHUTDOWN_S)
 
 
 def _executor_backend(spec: EngineSpec) -> str:
     if spec.tensor_parallel_size == 1:
         return "uni"
-    # Workers of one engine may lie on several nodes only where Ray places them.
+    # Only Ray can place the workers of one engine on several nodes.
     return "ray" if spec.device.is_cuda else "mp"

@@ -1,4 +1,4 @@
-"""What a rollout engine is made from and how it draws: everything about it that needs no vLLM."""
+"""Settings of a rollout engine, and how its answers become rollouts: everything about it that needs no vLLM."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MIN_TEMPERATURE = 0.01
 
 
 class EngineSpecError(ValueError):
-    """An engine or a request that cannot do what is asked."""
+    """Settings that an engine cannot have, or a request that it cannot answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +35,12 @@ class EngineSpec:
     bound                   the score scale, bound to the model's tokenizer
     max_model_len           prompt and response together, in tokens
     tensor_parallel_size    workers of this engine
-    enable_prefix_caching   computes the prompt of a group once
+    enable_prefix_caching   compute the prompt of a group once
     gpu_memory_utilization  share of the GPU's memory for weights and KV cache; unused on CPU
-    seed                    of requests without one; give every engine its own
-    load_format             "dummy": random weights, so that the first sync is proven; "auto": the model's
+    seed                    for requests without one; every engine needs another
+    load_format             "dummy": random weights, so that the first sync is really checked; "auto": the model's
     logprobs_mode           see `logprobs_mode_for`
-    enable_sleep            the engine can give up its GPU memory between generation and weight sync
+    enable_sleep            the engine can free its GPU memory between generation and weight sync
     max_num_seqs, max_num_batched_tokens, fp32_head   see `Device.engine_options`
     """
 
@@ -88,7 +88,7 @@ def check_read_tokens(bound: BoundScale) -> None:
     n_read = len(bound.read_token_ids)
     if n_read > MAX_READ_TOKENS:
         raise EngineSpecError(
-            f"the scale's labels are {n_read} different tokens over all anchors; vLLM returns log-probs of at "
+            f"the scale's labels have {n_read} different tokens over all anchors; vLLM returns log-probs of at "
             f"most {MAX_READ_TOKENS} chosen tokens. Use fewer labels or fewer anchors."
         )
 
@@ -100,7 +100,7 @@ def logprobs_mode_for(temperature: float, top_p: float) -> str:
     "processed_logprobs" is taken after both: right for any temperature, at top_p 1 (below, tokens
     outside of the nucleus have -inf). At temperature 0 (greedy) both give temperature 1.
 
-    Raises EngineSpecError for a temperature other than 0 or 1 together with top_p < 1: no mode gives it.
+    Raises EngineSpecError for a temperature other than 0 or 1 together with top_p < 1: no mode gives that.
     """
     if temperature in (0.0, 1.0):
         return "raw_logprobs"
@@ -113,12 +113,12 @@ def logprobs_mode_for(temperature: float, top_p: float) -> str:
 
 
 def check_sampling(sampling: Sampling, logprobs_mode: str) -> None:
-    """EngineSpecError for requests whose log-probs this engine would return of another distribution."""
+    """EngineSpecError for requests whose log-probs would not be those of the full vocabulary at their temperature."""
     t, top_p = sampling.temperature, sampling.top_p
     if sampling.n < 1 or sampling.max_new_tokens < 1:
         raise EngineSpecError(f"n ({sampling.n}) and max_new_tokens ({sampling.max_new_tokens}) must be at least 1")
     if not 0 < top_p <= 1:
-        raise EngineSpecError(f"top_p must lie in (0, 1], got {top_p}")
+        raise EngineSpecError(f"top_p must be above 0 and at most 1, got {top_p}")
     if t != 0 and not t >= MIN_TEMPERATURE:
         raise EngineSpecError(f"the temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}, got {t}")
     if t == 0:
@@ -139,8 +139,11 @@ def check_sampling(sampling: Sampling, logprobs_mode: str) -> None:
 def request_seed(seed: int, row: int, sample: int) -> int:
     """Seed of one sampled response, in [0, 2^63).
 
-    seed: made from the run's seed and the step by the caller; row: of the prompt in its data set;
-    sample: 0 .. K-1. vLLM's own rule for n > 1 is seed + k, which repeats between neighbours.
+    seed    made from the run's seed and the step by the caller
+    row     of the prompt in its data set
+    sample  0 .. K-1
+
+    vLLM's own rule for n > 1 is seed + k, by which neighbouring seeds share responses.
     """
     digest = hashlib.blake2b(f"{seed}/{row}/{sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
@@ -156,11 +159,13 @@ def make_rollout(
 ) -> Rollout:
     """A rollout from what the engine returned.
 
-    token_ids: [T] the sampled ones. logprobs: [T * (1 + R)] flat; per position the sampled token, then
-    read_token_ids in order. given_ids: [G] the response's first tokens, which were not sampled: the
-    rollout has all G + T tokens, and NaN as the log-probs of the given. NaN in a column of
-    read_token_ids: the engine did not return it. Score rows in branches stay NaN until `with_forced`
-    gets what `forced_prefixes` asks for.
+    token_ids   [T] the sampled tokens
+    logprobs    [T * (1 + R)] flat: for each position the sampled token's, then those of read_token_ids in order;
+                NaN where the engine did not return one
+    given_ids   [G] the response's first tokens, if they were forced instead of sampled: the rollout then has all
+                G + T tokens, with NaN as the log-probs of the first G
+
+    Score rows in branches are NaN until `with_forced` gets the log-probs after `forced_prefixes`.
     """
     width = 1 + len(read_token_ids)
     if len(logprobs) != len(token_ids) * width:
@@ -174,7 +179,7 @@ def make_rollout(
         token_ids = [*given_ids, *token_ids]
     reading = reader.read(token_ids)
     if reading.position is not None and reading.position < len(given_ids):
-        # The score that counts stands in what was given: nothing was read there.
+        # The score that counts is in the forced tokens, where no log-probs were read.
         reading = replace(reading, position=None, label_index=None, reason=SPLIT_ANCHOR)
     n_labels = len(reader.bound.scale)
     if reading.position is None or reading.anchor_index is None:
@@ -197,7 +202,7 @@ def make_rollout(
 
 
 def forced_prefixes(rollout: Rollout) -> list[list[int]]:
-    """What must be written behind the prompt to read the score rows in branches: one prefix per row, in their order.
+    """The tokens to put after the prompt to read the score rows in branches: one prefix per row, in the rows' order.
 
     Empty for scales of single tokens, and for a response that passes every inner node of the trie.
     """
@@ -208,7 +213,7 @@ def forced_prefixes(rollout: Rollout) -> list[list[int]]:
 def with_forced(rollout: Rollout, read_token_ids: Sequence[int], logprobs: Sequence[Sequence[float]]) -> Rollout:
     """The rollout with all its score rows.
 
-    logprobs: per prefix of `forced_prefixes` [1 + R], the token that follows it as in `make_rollout`.
+    logprobs: for each prefix of `forced_prefixes`, [1 + R] log-probs of the next token, as in `make_rollout`.
     """
     rows = rollout.score_rows
     table = torch.tensor([list(row) for row in logprobs], dtype=torch.float32)
@@ -224,7 +229,7 @@ def with_forced(rollout: Rollout, read_token_ids: Sequence[int], logprobs: Seque
 
 
 def _candidates(table: Tensor, read_token_ids: Sequence[int], token_ids: Tensor) -> Tensor:
-    """[R, C] the columns of the candidates, -inf at padding."""
+    """[R, C] log-probs of the candidate tokens, -inf at padding."""
     column = {token: 1 + i for i, token in enumerate(read_token_ids)}
     columns = torch.tensor([[column.get(token, 0) for token in row] for row in token_ids.tolist()])
     return table.gather(1, columns).masked_fill(token_ids < 0, float("-inf"))

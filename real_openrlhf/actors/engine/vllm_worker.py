@@ -1,4 +1,4 @@
-"""What is added to every vLLM worker: it receives the policy's weights.
+"""Added to every vLLM worker, so that it can receive the policy's weights.
 
 vLLM imports this module in the worker before the model is loaded. It must not import openrlhf,
 deepspeed or ray, which would cost every worker seconds and memory.
@@ -23,8 +23,8 @@ def keep_cpu_weights_loadable() -> None:
     """On CPU, make vLLM compute linear layers from their parameters.
 
     vLLM packs each linear weight into a oneDNN handle and empties the parameter; a tied head gets
-    a packed copy of its own. Weights loaded later then miss the linears, or leave the head stale
-    while all parameters compare equal. With plain F.linear the parameter is what is computed with.
+    another packed copy. Weights that are loaded later then do not reach the linear layers, or leave the
+    head stale while all parameters compare equal. With plain F.linear, the parameter itself is used.
     """
     from vllm.platforms import current_platform
 
@@ -38,7 +38,7 @@ def keep_cpu_weights_loadable() -> None:
 
     def dispatch(layer: Any, remove_weight: bool) -> None:
         if not layer.weight.is_meta and layer.weight.ndim != 2:
-            # Not a linear: convolution kernels need their own packing.
+            # Not a linear layer: convolution kernels need their own packing.
             return pack(layer, remove_weight)
         layer.cpu_linear = torch.nn.functional.linear
 
@@ -49,7 +49,7 @@ def keep_cpu_weights_loadable() -> None:
 class SyncWorkerExtension:
     """Mixed into vLLM's Worker; the methods are called through `collective_rpc`."""
 
-    # Given by the worker; no values here, since vLLM refuses attributes that the worker also has.
+    # The worker provides these. No values here: vLLM refuses attributes that the worker also has.
     model_runner: Any
     rank: int
     device: torch.device
@@ -80,7 +80,7 @@ class SyncWorkerExtension:
         return place(self.device)
 
     def receive_weights(self, plan: Sequence[Sequence[Sequence[Any]]], version: int) -> int:
-        """Receive all buckets of the plan (`weight_transfer.to_wire`) and load them into the model.
+        """Receive all buckets of the plan (`sync.transfer.to_wire`) and load them into the model.
 
         Returns the new version. Raises SyncError naming the last parameter when a broadcast or a
         load fails, or when the plan leaves parameters of the model without a value.
@@ -93,7 +93,7 @@ class SyncWorkerExtension:
         failure: Exception | None = None
         for bucket, weights in receive_buckets(group, from_wire(plan)):
             if failure is not None:
-                continue  # go on receiving: a sender with nobody to send to would wait for its deadline
+                continue  # keep receiving: a sender whose receiver stopped would wait for its deadline
             try:
                 loaded = self._load(bucket, weights, loaded)
             except SyncError as error:
@@ -119,7 +119,7 @@ class SyncWorkerExtension:
     def _load(
         self, bucket: Bucket, weights: list[tuple[str, torch.Tensor]], loaded: set[str] | None
     ) -> set[str] | None:
-        """Load one bucket; the names of the engine's parameters loaded so far, None if the model does not tell."""
+        """Load one bucket. Returns all names of engine parameters loaded so far; None if the model does not tell."""
         last = "nothing"
 
         def watched() -> Any:

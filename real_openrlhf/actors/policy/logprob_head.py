@@ -1,8 +1,7 @@
-"""The output layer where log-probs are needed: chunk by chunk, in bounded memory.
+"""The output layer, computed in chunks of rows and so in bounded memory.
 
-A forward pass needs few numbers of each row of logits: log-probs of some tokens and the entropy.
-Here they are computed over chunks of rows; what the backward pass needs is kept as far as the bound
-allows and computed again beyond it.
+Training needs few numbers of each row of logits: the log-probs of some tokens, and the entropy. They are computed
+chunk by chunk. What the backward pass needs is kept up to a bound and computed again beyond it.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from real_openrlhf.algo.packing import PromptLayout
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a forward of a packed row is asked for; see `RealBatch` for the letters.
+    """What a forward pass over a packed row shall compute; see `RealBatch` for the letters.
 
     layout         how the row is packed
-    logit_index    [M] int64: the tokens of the row whose logits are needed
-    row, token     [Q] int64: the picks, log-probs of these tokens in these of the M rows
-    max_bytes      what logits and everything of their size may take together
+    logit_index    [M] int64: positions in the row whose logits are needed
+    row, token     [Q] int64: the picks, that is the log-prob of `token` in the `row`-th of the M rows of logits
+    max_bytes      most bytes that logits and other tensors of their size may take together
     entropy_grad   the entropies need a gradient
-    moments        compute them too
+    moments        also compute the moments, see `LogprobHead.forward`
     """
 
     layout: PromptLayout
@@ -41,28 +40,29 @@ class Request:
 class LogprobHead(nn.Linear):
     """A linear output layer that also answers requests.
 
-    Existing layers are turned into it by assigning their __class__: the parameter stays the object
-    that an embedding is tied to and that DeepSpeed has sharded, under the name that it has. It must be
-    called as a module for a request too, since under ZeRO-3 that is what gathers the weight.
+    An existing layer becomes one by assigning its __class__. So its parameter stays the same object, under the
+    same name: an embedding may be tied to it, and DeepSpeed may have sharded it. It must be called as a module
+    for a request too, since under ZeRO-3 that call gathers the weight.
     """
 
     def forward(self, input: Tensor, request: Request | None = None) -> Any:
-        """Without a request logits; else input [M, D] -> picks [Q], entropy [M], moments [3, M], in fp32 or wider.
+        """Without a request: logits. With one: input [M, D] -> picks [Q], entropy [M], moments [3, M], fp32 or wider.
 
-        The moments of a row's probabilities p and entropy H are the sums of p^2, of p^2 (log p + H)
-        and of p^2 (log p + H)^2: the norm of any loss's gradient at the logits follows from them.
+        The moments of a row with probabilities p and entropy H are the sums of p^2, of p^2 (log p + H) and of
+        p^2 (log p + H)^2. The norm of any loss's gradient at the logits can be computed from them (`term_norms`).
         """
         if request is None:
-            # Without gradients in fp32 too: what is compared with them must not be compared with their rounding.
+            # Without gradients, logits are in fp32: they serve comparisons, which rounding would disturb.
             return super().forward(input) if torch.is_grad_enabled() else _logits(input, self.weight, self.bias)
         keep = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
         return _Chunked.apply(input, self.weight, self.bias, request, keep)
 
 
 class _Chunked(torch.autograd.Function):
-    """Log-softmax over chunks of rows. The gradient at a row's logits, with picks i of gradient g_i,
+    """Log-softmax over chunks of rows.
 
-    is (sum_i g_i (onehot_i - p) - h p (log p + H)) / T, where h is the gradient of the entropy H.
+    The gradient at a row's logits is (sum_i g_i (onehot_i - p) - h p (log p + H)) / T, where g_i is the gradient
+    of the row's pick i, and h that of its entropy H.
     """
 
     @staticmethod
@@ -102,7 +102,7 @@ class _Chunked(torch.autograd.Function):
         total = hidden.new_zeros(len(hidden), dtype=dtype).index_add(0, request.row, grad_picks)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # Chunks add up in fp32 whatever the weight's dtype, and are rounded once.
+        # Chunks are added up in fp32, whatever the weight's dtype, and rounded once.
         grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
         for rows, mine in ctx.chunks:
@@ -130,10 +130,10 @@ class _Chunked(torch.autograd.Function):
 
 
 class _Chunks:
-    """The chunks of M rows: slices of the rows, and of each the indices of its picks.
+    """The chunks of M rows: for each, the slice of its rows and the indices of its picks.
 
-    An eighth of the bound per chunk: at most three of its size are alive at once besides narrower copies,
-    and half of the bound is for what is kept.
+    A chunk may take an eighth of the bound: at most three tensors of its size are alive at once, besides
+    narrower copies, and half of the bound is for what is kept for the backward pass.
     """
 
     def __init__(self, request: Request, n_rows: int, vocabulary: int) -> None:
@@ -156,7 +156,7 @@ def _logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: 
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[..., V] in fp32 or wider, also of a bf16 model: rounded to bf16, logits of 30 would be off by up to 0.06."""
+    """[..., V] in fp32 or wider, for a bf16 model too: rounded to bf16, logits of 30 would be off by up to 0.06."""
     if hidden.dtype in (torch.float32, torch.float64):
         return nn.functional.linear(hidden, weight, bias)
     if hidden.is_cuda:

@@ -1,8 +1,8 @@
-"""LoRA in the policy: adapters put in, weights as they are with them, and the network without them.
+"""LoRA in the policy: adds adapters, computes merged weights, and switches adapters off.
 
-peft's layers are injected into the network, which stays the Hugging Face class it was. Nothing is ever
-merged in place: a weight with its adapter is computed where it is sent or saved, and forgotten, so that
-the network in training cannot drift. Engines and the exported folder know no adapters.
+peft's layers are injected into the network, whose Hugging Face class stays the same. Adapters are never merged in
+place: a merged weight is computed when it is sent or saved, then dropped, so that the network in training cannot
+drift. Engines and the exported folder get plain weights.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ ADAPTER = "default"
 
 
 class LoraError(ValueError):
-    """Adapters that cannot be put into this model."""
+    """This model cannot have these adapters."""
 
 
 def add_adapters(network: nn.Module, lora: LoraConfig, seed: int) -> None:
-    """Freeze the network and put an adapter beside each linear layer that the targets name, as OpenRLHF does.
+    """Freeze the network and add an adapter to each linear layer that the targets name, as OpenRLHF does.
 
     The start depends on the seed alone, and is the same on all ranks. Raises LoraError for targets that the
     network does not have, that are not linear layers, and for the output layer.
@@ -50,11 +50,11 @@ def add_adapters(network: nn.Module, lora: LoraConfig, seed: int) -> None:
     shown = " ".join(lora.target_modules)
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a tied head, which is refused below
+            warnings.simplefilter("ignore")  # peft warns of a tied head, which is refused below
             torch.manual_seed(seed)
             peft.inject_adapter_in_model(config, network, adapter_name=ADAPTER)  # type: ignore[arg-type]
     except ValueError as error:
-        # peft prints the whole module it dislikes.
+        # Only the first line: peft's message holds the whole module.
         raise LoraError(f"--ds.lora.target_modules {shown}: {str(error).splitlines()[0]}") from error
     head = network.get_output_embeddings()  # type: ignore[operator]
     for name, layer in lora_layers(network).items():
@@ -83,7 +83,7 @@ def lora_layers(network: nn.Module) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
-    """One parameter under its name in the Hugging Face checkpoint, and the adapter beside it, if any."""
+    """One parameter under its name in the Hugging Face checkpoint, and its adapter, if it has one."""
 
     name: str
     parameter: nn.Parameter
@@ -91,12 +91,12 @@ class Weight:
 
     @property
     def parts(self) -> list[nn.Parameter]:
-        """What `value` is computed from, and what ZeRO-3 has to gather before."""
+        """The parameters that `value` is computed from; under ZeRO-3 they must be gathered first."""
         return [self.parameter, *self.adapter.values()]
 
     @property
     def adapter(self) -> dict[str, nn.Parameter]:
-        """Names as in peft's files -> A [r, in] and B [out, r]; empty without an adapter."""
+        """The adapter's parameters by their names in peft's files: A [r, in] and B [out, r]. Empty without one."""
         if self.layer is None:
             return {}
         start = self.name.removesuffix(".weight")
@@ -136,7 +136,7 @@ def weights_of(network: nn.Module) -> list[Weight]:
 def without_adapters(network: nn.Module) -> Iterator[None]:
     """The network as it was before LoRA: the reference policy.
 
-    By scale: peft's own switch also changes requires_grad, on which DeepSpeed's hooks rely.
+    It sets the adapters' scale to 0. peft's own switch also changes requires_grad, on which DeepSpeed's hooks rely.
     """
     layers = lora_layers(network).values()
     for layer in layers:
@@ -149,7 +149,7 @@ def without_adapters(network: nn.Module) -> Iterator[None]:
 
 
 def save_adapter(folder: str | Path, network: Any, tensors: Mapping[str, Tensor], base: str) -> None:
-    """A folder that peft's PeftModel.from_pretrained loads onto the base model."""
+    """Write a folder that peft's PeftModel.from_pretrained can load onto the base model."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = network.peft_config[ADAPTER]

@@ -1,4 +1,4 @@
-"""The policy's model: one forward over packed groups that yields what the fused loss needs, and no more logits."""
+"""The policy's model: one forward pass over packed groups computes what the loss needs, without keeping all logits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from real_openrlhf.common.errors import RunError
 
 logger = logging.getLogger(__name__)
 
-# Tokens of the check of packed rows: enough of them for a mean that bf16's noise does not decide.
+# Numbers of tokens in the check of packed rows: enough that bf16's noise does not decide the mean.
 CHECKED_PROMPT, CHECKED_RESPONSES = 16, (40, 29)
 
 
@@ -34,7 +34,7 @@ CHECKED_PROMPT, CHECKED_RESPONSES = 16, (40, 29)
 class PolicyOutputs:
     """
     token_logprobs      [N, T] float32 with grad, 0 at padding
-    candidate_logprobs  [R, C] float32 with grad: of the score rows' tokens, -inf at padding
+    candidate_logprobs  [R, C] float32 with grad: log-probs of the score rows' candidate tokens, -inf at padding
     label_logprobs      [N, S] float32 with grad, 0 where the score cannot be read
     entropy             [N, T] float32, 0 at padding
     moments             [4, M] float32: entropy and moments of the needed rows, see `LogprobHead`; None unless asked for
@@ -48,14 +48,14 @@ class PolicyOutputs:
 
 
 class PolicyModel(Actor):
-    """OpenRLHF's Actor whose forward takes a RealBatch.
+    """OpenRLHF's Actor, with a forward that takes a RealBatch.
 
-    The model is built here and handed to Actor, because Actor's own loading knows bf16 and fp16
-    only and trusts remote code. `model` stays a transformers model (or what wraps it later) with
-    its names and its own forward; it takes packed rows besides.
+    The model is built here and handed to Actor, because Actor's own loading supports only bf16 and fp16
+    and trusts remote code. `model` stays a transformers model (or a wrapper of one, later) with
+    its parameter names and its own forward; in addition, it accepts packed rows.
 
-    max_logit_bytes   what logits may take at a time, see `Request`
-    use_liger_kernel  Liger's layers in place of the model's, see `_with_liger`; None: on a GPU where they can be had
+    max_logit_bytes   most bytes that logits may take at a time, see `Request`
+    use_liger_kernel  replace the model's layers by Liger's, see `_with_liger`; None: on GPUs, if Liger has them
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class PolicyModel(Actor):
         zero3 = ds_config["zero_optimization"]["stage"] == 3
         if zero3:
             _patch_zero3_weight_mapping()
-        # Alive while from_pretrained runs: it is how transformers learns of ZeRO-3.
+        # It must be alive while from_pretrained runs: that is how transformers knows of ZeRO-3.
         hf_config = HfDeepSpeedConfig(ds_config) if zero3 else None
         if use_liger_kernel is None:
             use_liger_kernel = device.is_cuda and _liger_knows(path)
@@ -103,7 +103,7 @@ class PolicyModel(Actor):
 
     @contextmanager
     def without_deepspeed(self) -> Iterator[None]:
-        """Forward passes of the network itself: DeepSpeed's engine neither sees them nor their backward passes."""
+        """Inside, forward and backward passes bypass DeepSpeed's engine and its hooks."""
         engine = cast(Any, self).model  # the base class has no annotations
         self.model = engine.module if isinstance(engine, DeepSpeedEngine) else engine
         try:
@@ -115,11 +115,12 @@ class PolicyModel(Actor):
     def check_packed_rows(self, text: Sequence[int] = ()) -> float:
         """Compare a packed group with the model's own logits on separate rows; RunError where they differ.
 
-        A model may do more than a linear output layer (scale or cap its logits), or attend to
-        something else than its past. text: tokens that it is checked on, as far as they go, then random ones; a
-        model is far surer of real text, and in bf16 its noise is smaller there.
+        They differ for a model that does more than a linear output layer (scales or caps its logits), or whose
+        attention is not plain causal attention.
 
-        Returns the mean absolute difference of the log-probs of CHECKED_RESPONSES' tokens.
+        text: tokens to check on, followed by random ones if there are too few. Real text is better: a model is
+        far surer of it, so its bf16 noise is smaller there.
+        Returns the mean absolute difference of the log-probs, over the tokens of both responses.
         """
         generator = torch.Generator().manual_seed(0)
         lengths = (CHECKED_PROMPT, *CHECKED_RESPONSES)
@@ -154,16 +155,17 @@ class PolicyModel(Actor):
             raise RunError(
                 f"--actor.model_name_or_path: this model ({self.model_type}) cannot be trained with shared prompts: "
                 f"log-probs of packed rollouts differ from its own by {difference:.2g} on average, so its output "
-                "layer or its attention does something unknown here; Llama, Mistral, Qwen2 and Qwen3 work"
+                "layer or its attention does something unsupported; Llama, Mistral, Qwen2 and Qwen3 work"
             )
         return difference
 
 
 def _with_liger(path: str) -> Callable[..., PreTrainedModel]:
-    """Loads a model with Liger's RMSNorm, rotary embedding and SwiGLU, as OpenRLHF's Actor does (models/actor.py).
+    """A function that loads a model with Liger's RMSNorm, rotary embedding and SwiGLU, as OpenRLHF's Actor does
+    (models/actor.py).
 
-    Its fused output layers stay off: they yield a loss, or the log-prob of one token per row, where the score rows
-    need those of several and the log needs the entropy; `LogprobHead` bounds memory on every device.
+    Its fused output layers stay off: they return a loss, or the log-prob of one token per row. But score rows need
+    log-probs of several tokens, and the log needs the entropy. `LogprobHead` bounds memory instead, on every device.
     RunError without the package, and for models that Liger would silently leave as they are.
     """
     try:
@@ -195,7 +197,7 @@ def outputs_of(
     entropy_grad: bool = False,
     moments: bool = False,
 ) -> PolicyOutputs:
-    """A forward of a network that takes packed rows, spread over [N, T]."""
+    """A forward pass of a network that accepts packed rows, with its results as [N, T] tensors."""
     mask, rows = batch.response_mask, batch.score_rows
     n_candidates = rows.token_ids.shape[1]
     request = Request(
@@ -225,18 +227,18 @@ def outputs_of(
 
 
 def accept_packed_rows(model: PreTrainedModel) -> None:
-    """Teach a transformers model `forward(input_ids=, position_ids=, request=Request)`, beside its own forward.
+    """Add `forward(input_ids=, position_ids=, request=Request)` to a transformers model, next to its own forward.
 
-    Its class, its parameters and their names stay as they are. Everything happens inside of its
-    forward and of its output layer's, where DeepSpeed has its hooks; a PEFT model around it hands
-    the arguments through. RunError for a model that cannot work this way.
+    Its class, its parameters and their names stay as they are. Everything happens inside its forward and
+    its output layer's, where DeepSpeed has its hooks; a PEFT model around it passes the arguments on.
+    RunError for a model that cannot work this way.
     """
     name = model.config.model_type
     text = model.config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds or not getattr(model, "_supports_attention_backend", False):
         raise RunError(
-            f"--actor.model_name_or_path: {name} models have {', '.join(sorted(kinds)) or 'attention of their own'}, "
+            f"--actor.model_name_or_path: {name} models have {', '.join(sorted(kinds)) or 'their own attention'}, "
             "with which prompts cannot be shared in training; Llama, Mistral, Qwen2 and Qwen3 work"
         )
     head = model.get_output_embeddings()
@@ -244,7 +246,7 @@ def accept_packed_rows(model: PreTrainedModel) -> None:
         raise RunError(f"--actor.model_name_or_path: {name} models have an output layer of the type {type(head)}")
     head.__class__ = LogprobHead
     model.own_attention = model.config._attn_implementation
-    # It stays this one between forwards, since gradient checkpointing computes layers again in the backward pass.
+    # Not only during a forward pass: gradient checkpointing computes layers again in the backward pass.
     model.config._attn_implementation = PROMPT_ATTENTION
     model.forward = MethodType(_forward, model)
 

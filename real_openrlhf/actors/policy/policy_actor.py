@@ -25,26 +25,26 @@ from real_openrlhf.actors.sync.transfer import Bucket, SyncGroup, make_plan, sen
 from real_openrlhf.algo.types import TrainGroup
 from real_openrlhf.common import durable
 
-# OpenRLHF wraps its class with @ray.remote; the plain class lies under the wrapper.
+# OpenRLHF wraps its class with @ray.remote; this is the plain class inside.
 _OpenRLHFPolicyActor = PolicyModelActor.__ray_metadata__.modified_class.__ray_actor_class__
 
-# Of an exported model: the folder of its adapter, for peft.
+# Folder inside an exported model with the LoRA adapter, for peft.
 _ADAPTER_FOLDER = "adapter"
-# Of one forward of the agreement check: 2.5 GB of fp32 logits with a vocabulary of 152,000.
+# Most tokens in one forward of the agreement check: 2.5 GB of fp32 logits with a vocabulary of 152,000.
 _PROBE_TOKENS = 4096
 
 
 class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
     """Methods are called on all ranks at once; results of rank 0 count."""
 
-    # Ray demands an __init__ of its own from the subclass of a class that it has wrapped.
+    # Ray demands that a subclass of a class it has wrapped defines __init__.
     def __init__(self, world_size: int, rank: int, master_addr: str | None, master_port: int | None) -> None:
         super().__init__(world_size, rank, master_addr, master_port)
 
     def build(self, spec: PolicySpec, *after: Any) -> dict[str, Any]:
         """Load the model, shard it, make the optimizer. Returns facts for the log (rank 0's are shown).
 
-        after: what Ray waits for before it calls this; not looked at.
+        after: refs that Ray waits for before it calls this; their values are not used.
         """
         self.spec = spec
         args = spec.args
@@ -104,16 +104,16 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
         }
 
     def train(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
-        """Train on this rank's groups; the policy's weights are a new version afterwards."""
+        """Train on this rank's groups; afterwards the policy has a new version of its weights."""
         metrics = self.trainer.ppo_train(groups)
         if self.spec.args.train.colocate_all:
-            # Engines on the same GPU need the room. Where nobody does, asking for it again costs the next step.
+            # Engines on the same GPU need the memory. Where there are none, freeing it would only slow the next step.
             self.spec.device.empty_cache()
         self.weight_version += 1
         return metrics
 
     def counts(self) -> dict[str, int]:
-        """How many rollouts went forward and backward, and optimizer updates, on this rank."""
+        """Numbers of rollouts that went forward and backward, and of optimizer updates, on this rank."""
         trainer = self.trainer
         return {
             "forwards": trainer.n_forwards,
@@ -133,14 +133,14 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
 
     @torch.no_grad()
     def token_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Log-probs at temperature 1 of each sequence's tokens from the second on: [L - 1] float32 each."""
+        """For each sequence, the log-probs at temperature 1 of its tokens from the second on: [L - 1] float32."""
         network = self.actor.model
         network.eval()
         result = padded_logprobs(network, sequences, self.spec.device.current())
         network.train()
         return result
 
-    # Weight sync: rank 0 broadcasts to the engines, the other ranks help to gather. By CUDA IPC every rank sends.
+    # Weight sync: rank 0 broadcasts to the engines, the other ranks only help to gather. By CUDA IPC every rank sends.
 
     def free_port(self) -> int:
         """A free port on this rank's node."""
@@ -183,7 +183,7 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
         if self._sync_group is not None:
             self._sync_group.flush()
         self.spec.device.synchronize()
-        # Where an engine shares the GPU, its KV cache wakes next and takes what is free to the driver.
+        # An engine on the same GPU allocates its KV cache next, so torch's unused memory goes back to the driver.
         self.spec.device.empty_cache()
         distributed.barrier()
         return self.weight_version
@@ -191,7 +191,7 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
     def save_model(self, path: str, tokenizer_path: str) -> None:
         """Write a Hugging Face folder, adapters merged; the tokenizer's files come from tokenizer_path.
 
-        With LoRA the adapter alone lies in a folder beside the weights.
+        With LoRA, a subfolder has the adapter alone.
         """
         network = self._network
         state: dict[str, Tensor] = {}
@@ -214,7 +214,7 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
             tokenizer.save_pretrained(path)
             if adapter:
                 save_adapter(Path(path) / _ADAPTER_FOLDER, network, adapter, self.spec.path)
-            durable.fsync_tree(Path(path))  # only the node that wrote can force it out
+            durable.fsync_tree(Path(path))  # only the node that wrote the files can force them to the disk
         distributed.barrier()
 
     def save_checkpoint(self, path: str) -> None:
@@ -222,7 +222,7 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
         save_shards(self.actor.model, path, self._own_state())
 
     def load_checkpoint(self, path: str) -> None:
-        """The inverse, on as many ranks or on others."""
+        """Load what `save_checkpoint` wrote, by the same or by another number of ranks."""
         args = self.spec.args
         self._restore(load_shards(self.actor.model, path, scratch=args.ckpt.path, seed=args.train.seed))
 
@@ -231,7 +231,7 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
         return Path(path).exists()
 
     def _own_state(self) -> dict[str, Any]:
-        """This rank's state outside of DeepSpeed's own checkpoint, which holds weights and optimizer."""
+        """This rank's state that is not in DeepSpeed's own checkpoint, which holds weights and optimizer."""
         return {
             "weight_version": self.weight_version,
             "n_calls": self.trainer.n_calls,
@@ -247,18 +247,18 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
 
     @property
     def _network(self) -> Any:
-        """The Hugging Face model inside of DeepSpeed's engine."""
+        """The Hugging Face model inside DeepSpeed's engine."""
         return self.actor.model.module
 
     def _weights(self) -> list[Weight]:
         return weights_of(self._network)
 
     def _gathered(self, weights: Sequence[Weight]) -> ExitStack:
-        """A context in which the weights are whole on every rank, also under ZeRO-3."""
+        """A context in which every rank has the complete weights, also under ZeRO-3."""
         parts = [part for weight in weights for part in weight.parts]
         # DeepSpeed 0.19 gathers several parameters at once and waits for the last gather only
-        # (partition_parameters.py, _allgather_params_coalesced). NCCL does them in order; gloo has several threads, and
-        # a rank that is ahead of another read parameters that had not arrived. One by one it waits for each.
+        # (partition_parameters.py, _allgather_params_coalesced). NCCL gathers in order. gloo has several threads, and a
+        # rank that was ahead read parameters that had not arrived yet. Gathered one by one, each is waited for.
         calls = [parts] if self.spec.device.is_cuda else [[part] for part in parts]
         gathered = ExitStack()
         for call in calls:
@@ -269,10 +269,10 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
 def padded_logprobs(
     network: Any, sequences: Sequence[Sequence[int]], device: torch.device, max_tokens: int = _PROBE_TOKENS
 ) -> list[Tensor]:
-    """Per sequence of L tokens: [L - 1] float32 on the CPU. One forward for all, padded on the right.
+    """For each sequence of L tokens, [L - 1] float32 on the CPU. One forward pass for all, padded on the right.
 
-    More than max_tokens, padding counted, take several: their logits are there at once. Ranks that hold shards of the
-    network must be given sequences of the same lengths.
+    All logits of a pass are in memory at once, so above max_tokens, padding counted, there are several passes. Ranks
+    that hold shards of the network must be given sequences of the same lengths.
     """
     found: list[Tensor] = []
     per_pass = max(1, max_tokens // max((len(ids) for ids in sequences), default=1))

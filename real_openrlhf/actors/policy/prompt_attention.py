@@ -1,9 +1,9 @@
-"""Attention over a packed row: every rollout sees its group's prompt and itself.
+"""Attention over a packed row: every rollout attends to its group's prompt and to itself.
 
-transformers' attention layers call it through its AttentionInterface, under the name PROMPT_ATTENTION;
-the row's `PromptLayout` arrives as the keyword argument "layout", which the layers hand through (also
-when gradient checkpointing computes them again). No mask over the whole row is ever made: per group
-there is causal attention within the prompt, and the rollouts attend to the prompt and to themselves.
+transformers' attention layers call it through its AttentionInterface, under the name PROMPT_ATTENTION. The row's
+`PromptLayout` arrives as the keyword argument "layout", which the layers pass on (also when gradient checkpointing
+computes them again). There is never a mask over the whole row: in each group, attention within the prompt is causal,
+and the rollouts attend to the prompt and to themselves.
 
 Several ways compute the same: `varlen_attention` on GPUs in bf16; on CPUs one call for all groups where each prompt has
 a single rollout, and two parts of torch's flash kernel where it has several; and everywhere else (fp32 on a GPU,
@@ -26,7 +26,7 @@ from real_openrlhf.algo.packing import PackedGroup, PromptLayout
 from real_openrlhf.common.errors import RunError
 
 PROMPT_ATTENTION = "real_prompt_attention"
-# Arguments by which some models change what attention computes; none of these is known here.
+# Arguments by which some models change what attention computes; none of them is supported here.
 _UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")
 
 
@@ -44,9 +44,9 @@ def prompt_attention(
     exact: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, H, L, D], key and value [1, H_kv, L, D] -> [1, L, H, D]; attention_mask is not looked at.
+    """query [1, H, L, D], key and value [1, H_kv, L, D] -> [1, L, H, D]; attention_mask is ignored.
 
-    exact: torch's unfused kernel, which is what "eager" stands for.
+    exact: use torch's unfused kernel, as --ds.attn_implementation eager asks for.
     """
     if layout is None:
         raise ValueError("a forward without a layout cannot run on the packed row's attention")
@@ -106,7 +106,7 @@ def _single_rollouts(query: Tensor, key: Tensor, value: Tensor, layout: PromptLa
 def _group(
     query: Tensor, key: Tensor, value: Tensor, group: PackedGroup, scale: float, dropout: float, window: int | None
 ) -> Tensor:
-    """[1, H, tokens of the group, D]. Rollouts are padded to the longest behind a copy of the prompt's keys."""
+    """[1, H, tokens of the group, D]. Rollouts are padded to the longest one; each has a copy of the prompt's keys."""
     heads = query.shape[1] // key.shape[1]
     prompt = slice(group.start, group.end_of_prompt)
     q, k, v = query[:, :, prompt], _repeat(key[:, :, prompt], heads), _repeat(value[:, :, prompt], heads)
@@ -120,19 +120,19 @@ def _group(
     def padded(x: Tensor) -> Tensor:  # [1, H, tokens, D] -> [K, H, width, D]
         return x[:, :, pads].unflatten(2, (-1, width))[0].transpose(0, 1)
 
-    def behind_the_prompt(x: Tensor) -> Tensor:
+    def after_the_prompt(x: Tensor) -> Tensor:
         own = padded(x)
         return _repeat(torch.cat([x[:, :, prompt].expand(len(own), -1, -1, -1), own], dim=2), heads)
 
     mask = _mask(width, group.prompt, window, q.device)
     own = scaled_dot_product_attention(
-        padded(query), behind_the_prompt(key), behind_the_prompt(value), mask, dropout, scale=scale
+        padded(query), after_the_prompt(key), after_the_prompt(value), mask, dropout, scale=scale
     )
     return torch.cat([out, own.transpose(0, 1).flatten(1, 2)[None, :, places]], dim=2)
 
 
 def _mask(width: int, before: int, window: int | None, device: torch.device) -> Tensor:
-    """[width, before + width] bool: causal, and within the window. Padding at the end needs nothing more."""
+    """[width, before + width] bool: causal, and within the window. Padding is at the end, so it needs no masking."""
     row = before + torch.arange(width, device=device)[:, None]
     column = torch.arange(before + width, device=device)
     mask = column <= row
@@ -140,7 +140,7 @@ def _mask(width: int, before: int, window: int | None, device: torch.device) -> 
 
 
 def _repeat(x: Tensor, times: int) -> Tensor:
-    """Keys or values of grouped-query attention, once per query head."""
+    """Repeat keys or values of grouped-query attention, once per query head."""
     return x if times == 1 else x.repeat_interleave(times, dim=1)
 
 
@@ -149,7 +149,7 @@ def _n(group: PackedGroup) -> int:
 
 
 def _padding(group: PackedGroup, device: torch.device) -> tuple[Tensor, Tensor]:
-    """From packed to padded and back: [K * width] indices into the row, [tokens of the rollouts] indices into these.
+    """Indices from packed to padded, [K * width] into the row, and back, [tokens of the rollouts] into the padded.
 
     Padding repeats the rollout's last token; under a causal mask no real token sees it.
     """
@@ -170,9 +170,9 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 class _TwoParts(torch.autograd.Function):
     """The same with torch's flash kernel for CPUs, without a copy of the prompt's keys per rollout.
 
-    All rollouts of a group attend to the prompt in one call, and to themselves in another; softmaxes
-    over parts of the keys are merged by their log-sum-exps. In the backward pass each part is given
-    the merged output and log-sum-exp, by which its probabilities are those of the whole.
+    All rollouts of a group attend to the prompt in one call ("far"), and to themselves in another ("near"). The two
+    softmaxes, each over a part of the keys, are merged by their log-sum-exps. In the backward pass each call gets
+    the merged output and log-sum-exp, so that its probabilities are those of the softmax over all keys.
     """
 
     @staticmethod
@@ -221,7 +221,7 @@ class _Group:
         self.rollouts = slice(group.end_of_prompt, group.end)
         lengths = {length for length in group.responses if length}
         self.width = max(lengths, default=0)
-        # Rollouts of one length need no padding, hence no indices.
+        # Rollouts of equal length need no padding, so no indices either.
         self.index = None if len(lengths) < 2 else _padding(group, query.device)
 
     def within_prompt(self) -> tuple[Tensor, Tensor]:
@@ -242,7 +242,7 @@ class _Group:
         near, near_lse = _flash(*self._own(), 0.0, True, scale=self.scale)
         near, near_lse = self._packed(near), self._packed(near_lse)
         lse = torch.logaddexp(far_lse, near_lse)
-        # The log-sum-exps are in fp32 also where the rest is bf16, and so is the sum: it is rounded once.
+        # The log-sum-exps are in fp32 even if the rest is bf16, and so is the sum, which is rounded once.
         return far * (far_lse - lse).exp()[..., None] + near * (near_lse - lse).exp()[..., None], lse
 
     def merged_backward(self, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
@@ -252,7 +252,7 @@ class _Group:
         dq, dk, dv = _flash_backward(g, q, k, v, o, self._fold(lse), 0.0, False, scale=self.scale)
         g, o, padded_lse = self._padded(grad), self._padded(out), self._padded(lse, packed=self.rollouts.start)
         if self.index is not None:
-            # Padding repeats real tokens: without this, their gradients would count again.
+            # Padding repeats real tokens, whose gradients must not count twice.
             real = torch.zeros(g.shape[0] * self.width, dtype=torch.bool)
             real[self.index[1]] = True
             g = g * real.view(-1, 1, self.width, 1)
@@ -281,9 +281,9 @@ class _Group:
         return x if self.index is None else x.index_select(2, self.index[1])
 
     def _fold(self, x: Tensor) -> Tensor:
-        """Query heads of one key head as further queries: [1, H, n, ...] -> [1, H_kv, heads * n, ...].
+        """Turn the query heads of one key head into further queries: [1, H, n, ...] -> [1, H_kv, heads * n, ...].
 
-        Towards the prompt nothing is causal, so grouped-query attention needs no copies of the keys.
+        Attention to the prompt is not causal, so grouped-query attention needs no copies of its keys.
         """
         return x.unflatten(1, (self.n_keys, self.heads)).flatten(2, 3).contiguous()
 
@@ -291,5 +291,5 @@ class _Group:
         return x.unflatten(2, (self.heads, -1)).flatten(1, 2)
 
     def _sum(self, x: Tensor) -> Tensor:
-        """Gradients of repeated keys or values -> of the keys or values themselves."""
+        """Add up the gradients of repeated keys or values."""
         return x if self.heads == 1 else x.unflatten(1, (self.n_keys, self.heads)).sum(2)

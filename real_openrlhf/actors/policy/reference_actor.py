@@ -1,7 +1,7 @@
-"""The reference policy of the KL: one frozen rank of it, and the log-probs that either kind of reference computes.
+"""The reference policy of the KL: one rank of it, and the function by which every reference computes log-probs.
 
-There are two kinds: a group of ranks of its own that holds the model training began with, and, with LoRA,
-the policy's ranks with their adapters switched off (`RealPolicyActor.reference_logprobs`).
+There are two kinds of reference: separate ranks with the model that training began with (here), and, with LoRA, the
+policy's ranks with their adapters switched off (`RealPolicyActor.reference_logprobs`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from real_openrlhf.algo.types import TrainGroup
 if TYPE_CHECKING:
     from real_openrlhf.actors.policy.spec import PolicySpec
 
-# OpenRLHF wraps its class with @ray.remote; the plain class lies under the wrapper.
+# OpenRLHF wraps its class with @ray.remote; this is the plain class inside.
 _OpenRLHFReferenceActor = ReferenceModelActor.__ray_metadata__.modified_class.__ray_actor_class__
 
 
@@ -29,9 +29,9 @@ _OpenRLHFReferenceActor = ReferenceModelActor.__ray_metadata__.modified_class.__
 def response_logprobs(
     model: PolicyModel, groups: Sequence[TrainGroup], strategy: PolicyStrategy
 ) -> list[tuple[Tensor, ...]]:
-    """One forward per rollout: for every group K tensors [T] float32 on the CPU, at the model's temperature.
+    """For every group, K tensors [T] float32 on the CPU: log-probs of the responses, at the model's temperature.
 
-    By the policy's own forward, so that equal weights give a KL of 0 but for rounding.
+    Computed by the policy's own forward, so that equal weights give a KL of 0 up to rounding.
     """
     model.eval()
     found: dict[tuple[int, int], Tensor] = {}
@@ -43,20 +43,20 @@ def response_logprobs(
 
 
 class ReferenceActor(_OpenRLHFReferenceActor):  # type: ignore[misc, valid-type]
-    """Methods are called on all ranks at once. It has no state: its weights are those of spec.path for good."""
+    """Methods are called on all ranks at once. It has no state: its weights are always those of spec.path."""
 
     def __init__(self, world_size: int, rank: int, master_addr: str | None, master_port: int | None) -> None:
         super().__init__(world_size, rank, master_addr, master_port)
         self.n_forwards = 0
 
     def build(self, spec: PolicySpec, *after: Any) -> dict[str, Any]:
-        """Load the model, sharded like the policy under ZeRO-3 and whole on every rank otherwise."""
+        """Load the model: sharded like the policy under ZeRO-3, else complete on every rank."""
         self.spec = spec
         torch.set_num_threads(spec.device.trainer_threads(spec.ranks_per_node))
         strategy = PolicyStrategy(spec.args, spec.device)
         self._setup_distributed(strategy)
         spec.device.check_card()
-        # On a CPU its weights are in CPU memory anyway.
+        # Without a GPU its weights are in CPU memory anyway.
         offload = spec.args.ref.offload and spec.device.is_cuda
         model = PolicyModel(
             spec.path,
@@ -67,18 +67,18 @@ class ReferenceActor(_OpenRLHFReferenceActor):  # type: ignore[misc, valid-type]
             max_logit_bytes=spec.max_logit_bytes,
             use_liger_kernel=spec.args.ds.use_liger_kernel,
         )
-        # The strategy asks the model.
+        # OpenRLHF's strategy reads this attribute of the model.
         model._offload = offload
         self.model = strategy.prepare(model)
         return {"threads": torch.get_num_threads()}
 
     def reference_logprobs(self, groups: Sequence[TrainGroup]) -> list[tuple[Tensor, ...]]:
-        """Of this rank's groups; see `response_logprobs`. Every rank gets as many rollouts as the others."""
+        """`response_logprobs` of this rank's groups. All ranks must get equally many rollouts."""
         found = response_logprobs(self.model, groups, self.strategy)
         self.n_forwards += sum(len(group) for group in found)
         self.spec.device.empty_cache()
         return found
 
     def counts(self) -> dict[str, int]:
-        """How many rollouts went forward on this rank."""
+        """Number of rollouts that went forward on this rank."""
         return {"reference_forwards": self.n_forwards}

@@ -1,4 +1,4 @@
-"""What the ranks of the policy write into a checkpoint and read from it, on as many ranks or on others.
+"""Saves and loads the policy's part of a checkpoint, which another number of ranks may load too.
 
     <path>/deepspeed/      DeepSpeed's shards of weights, optimizer and schedule
     <path>/rank_<i>.pt     each rank's own state: counters and random numbers
@@ -43,13 +43,13 @@ class ShardError(RuntimeError):
 def save_shards(engine: Any, path: str, state: dict[str, Any]) -> None:
     """Write DeepSpeed's shards and this rank's `state` below `path`, and force them to the disk.
 
-    engine: DeepSpeed's. Every rank fsyncs what lies there: on a shared file system only the node that wrote a file
-    can force it out. A failure of one rank (a full disk) raises ShardError on all of them, after all collective
+    engine: DeepSpeed's. Every rank fsyncs all files: on a shared file system, only the node that wrote a file can
+    force it to the disk. A failure of one rank (a full disk) raises ShardError on all of them, after all collective
     calls, so that training can go on.
     """
     folder, rank = Path(path), distributed.get_rank()
     errors: list[Exception] = []
-    # DeepSpeed makes the folder on rank 0 only, and the others would wait for ever if that failed.
+    # DeepSpeed makes the folder on rank 0 only, and the other ranks would wait forever if that failed.
     with _collected(errors):
         folder.mkdir(parents=True, exist_ok=True)
     _agree(errors, f"{folder} could not be made")
@@ -73,7 +73,7 @@ def _collected(errors: list[Exception]) -> Iterator[None]:
 
 @contextmanager
 def _deferred(engine: Any, errors: list[Exception]) -> Iterator[None]:
-    """DeepSpeed's writing calls collect their errors instead of raising them: between them lie barriers."""
+    """Inside, DeepSpeed's writing calls collect their errors instead of raising them, since barriers follow them."""
 
     def guarded(method: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> None:
@@ -92,7 +92,7 @@ def _deferred(engine: Any, errors: list[Exception]) -> Iterator[None]:
 
 
 def _agree(errors: list[Exception], what: str) -> None:
-    """ShardError on every rank if one of them has errors."""
+    """Raise ShardError on every rank if one of them has errors."""
     mine = f"{type(errors[0]).__name__}: {errors[0]}" if errors else None
     everybody: list[str | None] = [None] * distributed.get_world_size()
     distributed.all_gather_object(everybody, mine)
@@ -107,9 +107,9 @@ def _agree(errors: list[Exception], what: str) -> None:
 def load_shards(engine: Any, path: str, *, scratch: str, seed: int) -> dict[str, Any]:
     """Load what `save_shards` wrote; returns this rank's state, ready for `restore_rng`.
 
-    On another number of ranks the shards are converted first (DeepSpeed's universal checkpoints), below `scratch`:
-    12 bytes per parameter for a while. A rank that was not there gets rank 0's counters and random numbers of its own,
-    from (seed, update, rank). Raises ShardError when nothing fits.
+    For another number of ranks the shards are converted first (DeepSpeed's universal checkpoints), below `scratch`,
+    where 12 bytes per parameter are needed for a while. A rank that did not exist before gets rank 0's counters, and a
+    new random state from (seed, update, rank). Raises ShardError if the shards cannot be loaded.
     """
     folder, rank = Path(path), distributed.get_rank()
     wrote = len(list(folder.glob("rank_*.pt")))
@@ -117,7 +117,7 @@ def load_shards(engine: Any, path: str, *, scratch: str, seed: int) -> dict[str,
         _load(engine, folder)
     else:
         _load_converted(engine, folder, scratch)
-    # Our own file, just checked against its manifest; it holds RNG states of numpy and python.
+    # Loading pickles is safe here: the file is ours and was just checked against its manifest. It holds RNG states.
     mine = folder / f"rank_{rank if rank < wrote else 0}.pt"
     state: dict[str, Any] = torch.load(mine, map_location="cpu", weights_only=False)
     if rank >= wrote:
@@ -141,7 +141,7 @@ def _load_converted(engine: Any, folder: Path, scratch: str) -> None:
     target = [""]
     if distributed.get_rank() == 0:
         with _collected(errors):
-            # The name of a temporary folder: should this process die, the next start removes it.
+            # It has the name of a temporary folder: if this process dies, the next start removes it.
             converted = Path(scratch) / durable.owned_name("tmp", "universal")
             target[0] = str(converted)
             convert(folder / _TAG, converted / _TAG)
@@ -162,13 +162,13 @@ def _load_converted(engine: Any, folder: Path, scratch: str) -> None:
 
 
 def convert(shards: Path, target: Path) -> None:
-    """DeepSpeed's shards of any number of ranks as one file per parameter and state, in a process of its own.
+    """Convert DeepSpeed's shards, of any number of ranks, to one file per parameter and state, in a separate process.
 
-    ShardError with the converter's last words when it fails; what it wrote is removed.
+    If it fails, ShardError has the end of its output, and what it wrote is removed.
     """
     target.parent.mkdir(parents=True)
     command = [sys.executable, "-m", _CONVERTER, "--input_folder", str(shards), "--output_folder", str(target)]
-    # Plain data parallelism has no layout to describe; the converter wants the description all the same.
+    # The converter demands a description of the parallel layout, which plain data parallelism does not have.
     done = subprocess.run([*command, "--inject_missing_state"], capture_output=True, text=True, env=_converter_env())
     if done.returncode != 0:
         durable.remove_tree(target.parent)
@@ -176,15 +176,15 @@ def convert(shards: Path, target: Path) -> None:
 
 
 def _converter_env() -> dict[str, str]:
-    """It only moves tensors between files: no GPU, and one thread in each of its processes."""
+    """The converter only moves tensors between files: it gets no GPU, and one thread in each of its processes."""
     return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def _mend_zero3(engine: Any, folder: Path) -> None:
-    """Two things that DeepSpeed's ZeRO-3 loader (0.19) takes from the first group for all (runtime/zero/stage3.py).
+    """Repair two things that DeepSpeed's ZeRO-3 loader (0.19) takes from the first parameter group for all groups.
 
-    The groups' settings: the parameters without weight decay would get the others'. And `step`, one tensor shared by
-    all, which torch's Adam would then raise once per group.
+    See runtime/zero/stage3.py. The groups' settings: parameters without weight decay would get the others'. And
+    `step`: all groups would share one tensor, which torch's Adam would then raise once per group.
     """
     optimizer = engine.optimizer.optimizer
     saved = torch.load(folder / "zero" / "optimizer_state.pt", map_location="cpu", weights_only=False)
@@ -199,7 +199,7 @@ def _mend_zero3(engine: Any, folder: Path) -> None:
 
 
 def rng_state(device: Device) -> dict[str, Any]:
-    """Of torch, the device, python and numpy in this process."""
+    """States of this process's random number generators: torch's, the device's, python's and numpy's."""
     return {
         "torch": torch.get_rng_state(),
         "device": device.rng_state(),
@@ -209,7 +209,7 @@ def rng_state(device: Device) -> dict[str, Any]:
 
 
 def restore_rng(state: dict[str, Any] | None, device: Device) -> None:
-    """The inverse; None leaves everything as it is."""
+    """Restore what `rng_state` returned; None leaves everything as it is."""
     if state is None:
         return
     torch.set_rng_state(state["torch"])

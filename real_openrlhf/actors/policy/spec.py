@@ -1,4 +1,4 @@
-"""What a rank of the policy is built from. Imports neither deepspeed nor peft: the driver makes it."""
+"""Settings from which a rank of the policy is built. Imports neither deepspeed nor peft, since the driver makes it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class PolicySpec:
     attn_implementation  "auto": the device's default
     values               the score scale's values
     max_steps            optimizer steps of the whole run, for the learning-rate schedule
-    logits_mb            megabytes that logits may take in training; None: the device's share for them
-    lora                 adapters of rank 0: all parameters are trained
-    seed                 of the adapters' start
+    logits_mb            megabytes that logits may take in training; None: the device's default
+    lora                 LoRA settings; with lora.rank 0 there are no adapters and all parameters are trained
+    seed                 for the adapters' initial values
     text                 tokens of a training prompt, for the check of packed rows
     """
 
@@ -43,10 +43,10 @@ class PolicySpec:
 
     @property
     def max_logit_bytes(self) -> int:
-        """Asked for in the actor, whose GPU decides."""
+        """To be read in the actor, since its GPU decides."""
         return (self.logits_mb or self.device.logits_mb()) * 2**20
 
     @property
     def attention(self) -> str:
-        """Asked for in the actor: the driver may sit on a node without flash attention."""
+        """To be read in the actor, since the driver may run on a node without flash attention."""
         return self.attn_implementation if self.attn_implementation != "auto" else self.device.attn_implementation

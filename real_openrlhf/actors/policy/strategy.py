@@ -1,7 +1,7 @@
 """OpenRLHF's DeepSpeed strategy on any device.
 
-The device decides the backend and the mesh; the optimizer's kernel and the precision of sums are ours; all else is
-OpenRLHF's.
+Three things differ from OpenRLHF's: the device decides the backend and the mesh, the optimizer has another kernel, and
+gradients are summed in fp32.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from real_openrlhf.common.device import Device
 
 
 class PolicyStrategy(DeepspeedStrategy):
-    """Overrides what assumes CUDA in openrlhf/utils/deepspeed/deepspeed.py; see openrlhf_internals.py."""
+    """Overrides the methods of openrlhf/utils/deepspeed/deepspeed.py that assume CUDA; see openrlhf_internals.py."""
 
     def __init__(self, args: Namespace | SimpleNamespace, device: Device) -> None:
         super().__init__(
@@ -44,15 +44,15 @@ class PolicyStrategy(DeepspeedStrategy):
         """Join the policy's process group and build the data-parallel mesh."""
         if self.full_determinism:
             transformers.enable_full_determinism(self.seed)
-            # It also makes torch fill every new buffer, a debugging aid: DeepSpeed's buckets of 2 GB then
-            # cost seconds per step. Nothing reads them before they are written.
+            # That call also makes torch fill every new buffer, as a debugging aid. For DeepSpeed's buckets of 2 GB
+            # this costs seconds per step, and nothing reads them before they are written.
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         else:
             transformers.set_seed(self.seed)
         self.device.set_local_rank(int(os.environ.get("LOCAL_RANK", "0")))
         if not self.device.is_cuda:
-            # Its shared-memory reduction serves inference only. It is compiled at the first start, and a process
-            # that is killed meanwhile leaves a lock behind on which every later start waits for ever.
+            # DeepSpeed's shared-memory reduction is for inference only. It is compiled at the first start, and a
+            # process that is killed meanwhile leaves a lock for which every later start waits forever.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=self.device.dist_backend, timeout=timeout)
         self.world_size = dist.get_world_size()
@@ -67,9 +67,9 @@ class PolicyStrategy(DeepspeedStrategy):
     ) -> dict[str, Any]:
         """OpenRLHF's configuration, with torch's fused AdamW, whose kernel needs no compilation, and gradients in fp32.
 
-        DeepSpeed's own FusedAdam is compiled by nvcc at the first start. It stays where DeepSpeed insists on it: its
-        ZeRO 3 moves no other optimizer's states off the GPU (zero/stage3.py, offload_states), and
-        its CPU Adam serves --ds.adam_offload.
+        DeepSpeed's own FusedAdam is compiled by nvcc at the first start. It is used only where DeepSpeed needs it:
+        ZeRO 3 moves no other optimizer's states off the GPU (zero/stage3.py, offload_states). With --ds.adam_offload
+        DeepSpeed's CPU Adam is used.
 
         The trainer marks accumulation boundaries itself (dynamic sampling varies the batch), so
         the accumulation steps given here are nominal and no loss is scaled by them.
@@ -81,8 +81,8 @@ class PolicyStrategy(DeepspeedStrategy):
         if "optimizer" in ds_config and not deepspeeds_own:
             ds_config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
         if ds_config["data_types"]["grad_accum_dtype"] is None and self.stage >= 2:
-            # Added up in bf16, a gradient that is 256 times smaller than the sum so far would be lost. Stages 0 and 1
-            # know no second dtype, or take another optimizer for it.
+            # In a bf16 sum, a gradient that is 256 times smaller than the sum so far would be lost. Stages 0 and 1
+            # do not support a second dtype, or switch to another optimizer for it.
             ds_config["data_types"]["grad_accum_dtype"] = "fp32"
         return ds_config
 
@@ -94,7 +94,7 @@ class PolicyStrategy(DeepspeedStrategy):
         return ds_config
 
     def backward(self, loss: torch.Tensor, model: Any, _optimizer: Any = None, **kwargs: Any) -> None:
-        """Backward of one micro-batch; the losses of an update are sums, so nothing divides them.
+        """Backward of one micro-batch. The losses of an update are parts of one sum, so they are not divided.
 
         Call `mark_boundary` before the forward.
         """
@@ -105,14 +105,14 @@ class PolicyStrategy(DeepspeedStrategy):
         model.model.set_gradient_accumulation_boundary(last)
 
     def sum_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
-        """Sums of a dict that has the same keys on every rank, in float64."""
+        """The dict's values summed over all ranks, in float64. It must have the same keys on every rank."""
         names = sorted(values)
         packed = torch.tensor([values[name] for name in names], dtype=torch.float64, device=self.device.current())
         dist.all_reduce(packed)
         return dict(zip(names, packed.tolist()))
 
     def add_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Its sum over all ranks, in place."""
+        """The tensor's sum over all ranks, in place."""
         dist.all_reduce(tensor)
         return tensor
 
@@ -126,8 +126,8 @@ def add_up_in_fp32(optimizer: Any) -> None:
     """Make DeepSpeed's ZeRO 2 add up the gradients of an update's micro-batches in its own grad_accum_dtype.
 
     DeepSpeed 0.19 keeps the first micro-batch's gradients as they are, in bf16, and adds the others to them
-    (zero/stage_1_and_2.py, independent_gradient_partition_epilogue): the setting has no effect there. Under ZeRO 3,
-    with --ds.adam_offload and in fp32 there is nothing to mend, and nothing is changed.
+    (zero/stage_1_and_2.py, independent_gradient_partition_epilogue), so the setting has no effect. Under ZeRO 3, with
+    --ds.adam_offload and in fp32 there is nothing to repair, and nothing is changed.
     """
     wanted = getattr(optimizer, "gradient_accumulation_dtype", None)
     narrow = wanted is not None and getattr(optimizer, "dtype", wanted) != wanted
@@ -139,7 +139,7 @@ def add_up_in_fp32(optimizer: Any) -> None:
         gradients = plain(parameters, dtype)
         group = next(i for i, mine in enumerate(optimizer.params_in_partition) if mine is parameters)
         first = optimizer.all_grad_tensors.get(group) is None
-        # Those that come later are added to the first, which decides.
+        # Later gradients are added to the first ones, whose dtype decides the sum's.
         return [g.to(dtype) for g in gradients] if first else gradients
 
     optimizer.get_all_grad_tensors = wide
@@ -148,8 +148,8 @@ def add_up_in_fp32(optimizer: Any) -> None:
 def equal_micro_batches(rows: Sequence[Row], strategy: PolicyStrategy) -> list[list[Row]]:
     """Micro-batches within the bounds of the flags, equally many on every rank.
 
-    The longest rollouts may need more forward passes on one of the ranks, and with sharded parameters each is a
-    collective operation.
+    A rank with longer rollouts may need more forward passes. With sharded parameters each pass is a collective
+    operation, so all ranks must run equally many.
     """
     train = strategy.args.train
     parts = micro_batches(rows, max_rollouts=train.micro_batch_size, max_tokens=train.max_tokens_per_gpu)

@@ -1,13 +1,12 @@
-"""How strongly each term of the loss pulls: at the logits, without the logits, or at the parameters.
+"""Gradient norms of each term of the loss: at the logits or at the parameters.
 
-At the logits (`term_norms`) it needs no second backward pass through the network. At the parameters (`ParameterNorms`)
-it needs a forward pass, two backward passes and the memory of two gradients. They answer different questions: a term
-that reaches few logits may move the parameters far.
+At the logits (`term_norms`) this needs no second backward pass through the network. At the parameters
+(`ParameterNorms`) it needs a forward pass, two backward passes and the memory of two gradients. The two answer
+different questions: a term with gradients at few logits may still change the parameters much.
 
-A term reaches a
-row of logits through log-probs of a few tokens, its picks, and through the row's entropy, so that its
-gradient there is (e - G p - h p (log p + H)) / T: e holds the picks' gradients, G is their sum, h the
-entropy's. The norm follows from the moments of p that came with the forward pass.
+A term depends on a row of logits only through the log-probs of a few tokens, its picks, and through the row's entropy.
+So its gradient at the row is (e - G p - h p (log p + H)) / T: e holds the picks' gradients, G is their sum, h is the
+entropy's gradient. Its norm is computed from the moments of p that the forward pass returned, without the logits.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from real_openrlhf.algo.batch import RealBatch
 class ParameterNorms:
     """Gradients of Term 1 and Term 2 at the parameters, added up over the micro-batches of an update.
 
-    Whole gradients on every rank: not with ZeRO 3, whose parameters lie in shards.
+    Every rank needs complete gradients, so this does not work with ZeRO 3, where parameters are sharded.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -36,8 +35,8 @@ class ParameterNorms:
         }
 
     def add(self, terms: Mapping[str, Tensor]) -> None:
-        """terms: of `policy_loss`, from a forward pass that DeepSpeed does not see (its hooks end every backward
-        pass by reducing gradients that are not there)."""
+        """terms: of `policy_loss`, from a forward pass that bypasses DeepSpeed. Its hooks would end every backward pass
+        by reducing gradients that do not exist here."""
         both = {"term1": terms["cot"], "term2": terms["squared_error"] + terms["likelihood"]}
         for name, term in both.items():
             gradients = torch.autograd.grad(term, self._parameters, retain_graph=True, allow_unused=True)
@@ -46,7 +45,7 @@ class ParameterNorms:
                     total += gradient
 
     def norms(self, strategy: PolicyStrategy) -> dict[str, float]:
-        """Over all ranks: both norms, and the cosine between the two gradients (0 where one of them is 0)."""
+        """Both norms over all ranks, and the cosine between the two gradients (0 if one of them is 0)."""
         inner = {"term1": 0.0, "term2": 0.0, "both": 0.0}
         for first, second in zip(self._sums["term1"], self._sums["term2"]):
             a, b = (strategy.add_over_ranks(x).double().flatten() for x in (first, second))
@@ -70,8 +69,8 @@ def term_norms(
 ) -> dict[str, float]:
     """Squared norm of each term's gradient at the logits that predict the N rollouts.
 
-    outputs: with moments. terms_of: token log-probs [N, T], label log-probs [N, S], entropy [N, T] -> the terms.
-    The first token's logits count once per rollout, as if no prompt were shared.
+    outputs: must have moments. terms_of: token log-probs [N, T], label log-probs [N, S], entropy [N, T] -> the terms.
+    The logits that predict a rollout's first token count once per rollout, as if no prompt were shared.
     """
     leaves = [
         x.detach().requires_grad_() for x in (outputs.token_logprobs, outputs.candidate_logprobs, outputs.entropy)
@@ -91,7 +90,8 @@ def _square(outputs: PolicyOutputs, batch: RealBatch, tokens: Tensor, candidates
     mask, rows = batch.response_mask, batch.score_rows
     real = rows.token_ids >= 0
     n, length = mask.shape
-    # A place per sequence (rollouts, then branches) and token; a score row may also be behind the last token.
+    # A place for each token of each sequence (rollouts, then branches), and one more, since a score row may come after
+    # the last token.
     shape = n + len(rows.branches), max([length, *(rows.position + 1).tolist()])
     logit_row = batch.logit_row.new_zeros(shape)
     logit_row[:n, :length] = batch.logit_row
@@ -108,7 +108,7 @@ def _square(outputs: PolicyOutputs, batch: RealBatch, tokens: Tensor, candidates
     logprob = torch.cat([outputs.token_logprobs[mask], outputs.candidate_logprobs[real]]).detach().double()
     total = torch.zeros_like(first).index_add(0, place, grad)
 
-    # Picks of one token at one place, the sampled score and the same label's, add up.
+    # Picks of the same token at the same place (the sampled score and its label) add up.
     _, same = torch.stack([place, token]).unique(dim=1, return_inverse=True)
     picks = torch.zeros_like(grad).index_add(0, same, grad)
     cross = grad * logprob.exp() * (total[place] + pull[place] * (logprob + entropies[place]))

@@ -1,8 +1,8 @@
-"""Trains the policy on groups: OpenRLHF's PPO trainer with the REAL batch, forward and loss.
+"""Trains the policy on groups: OpenRLHF's PPO trainer with REAL's batch, forward pass and loss.
 
-Per rollout and update there is one forward and one backward, and a prompt is computed once for all of
-its rollouts in a micro-batch. The rollouts' own log-probs came with the rollouts, so nothing is
-computed ahead of the update.
+For each rollout and update there is one forward and one backward pass, and a prompt is computed once for all of its
+rollouts in a micro-batch. The log-probs at sampling time came with the rollouts, so nothing is computed before the
+update.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from real_openrlhf.algo.types import Denominators, LossInputs, TrainGroup
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """One optimizer step, over all ranks: sums over its rollouts and tokens, and what has one value per update."""
+    """One optimizer step, over all ranks: sums over its rollouts and tokens, and values that exist once per update."""
 
     sums: dict[str, float]
     denominators: Denominators
@@ -33,7 +33,7 @@ class Update:
 
 
 class RealTrainer(ActorPPOTrainer):
-    """Replaces the replay buffer by groups and PolicyLoss by the fused loss; one instance per rank."""
+    """Replaces the replay buffer by groups, and PolicyLoss by `policy_loss`; one instance per rank."""
 
     def __init__(
         self,
@@ -80,10 +80,10 @@ class RealTrainer(ActorPPOTrainer):
         return _metrics(updates, kl=self.options.kl_coef > 0)
 
     def _updates(self, groups: Sequence[TrainGroup], per_update: int, epoch: int) -> Iterator[list[Row]]:
-        """The rows of each optimizer step. One update takes them all; several draw groups anew per epoch.
+        """The rows of each optimizer step. One update takes all groups; with several, each epoch shuffles the groups.
 
-        Whole groups, so that their rollouts share the prompt and their advantages still balance; one that
-        straddles two updates is divided. The last update is smaller when dynamic sampling without
+        Groups stay together, so that their rollouts share the prompt and their advantages balance; only one that
+        falls on the border of two updates is divided. The last update is smaller when dynamic sampling without
         refill left fewer groups.
         """
         rows = rows_of(groups)
@@ -110,7 +110,7 @@ class RealTrainer(ActorPPOTrainer):
                 largest = max(largest or 0.0, got.pop("logprob_difference_max"))
             for name, value in got.items():
                 sums[name] = sums.get(name, 0.0) + value
-        # Before the step: the schedule moves on with it.
+        # Read before the step, which advances the schedule.
         lr = float(self.actor_scheduler.get_last_lr()[0])
         self.strategy.optimizer_step(self.actor_optim, self.actor, self.actor_scheduler, name="actor")
         self.n_updates += 1
@@ -148,7 +148,7 @@ class RealTrainer(ActorPPOTrainer):
         return part
 
     def _terms(self, batch: RealBatch, denominators: Denominators) -> dict[str, torch.Tensor]:
-        """The loss's terms of a forward pass of their own."""
+        """The loss's terms, from a separate forward pass."""
         outputs = self.actor(batch, entropy_grad=False, moments=False)
         inputs = loss_inputs(batch, outputs.token_logprobs, outputs.label_logprobs, self.values, outputs.entropy)
         return policy_loss(inputs, options=self.options, denominators=denominators).terms
@@ -174,7 +174,7 @@ def loss_inputs(
     values: torch.Tensor,
     entropy: torch.Tensor | None = None,
 ) -> LossInputs:
-    """The loss's view of a batch and of what the policy computed for it."""
+    """The loss's inputs, from a batch and from what the policy computed for it."""
     return LossInputs(
         token_logprobs=token_logprobs,
         label_logprobs=label_logprobs,
@@ -197,8 +197,8 @@ def loss_inputs(
 def _metrics(updates: Sequence[Update], *, kl: bool) -> dict[str, float]:
     """Metrics of a batch: means over all rollouts or tokens of all updates, never means of means.
 
-    What has one value per update (loss terms, norms) is averaged over the updates. The gap to the
-    rollouts is that of the first, on-policy update, the learning rate that of the last.
+    Values that exist once per update (loss terms, norms) are averaged over the updates. The gap to the
+    rollouts' log-probs is that of the first update, which is on-policy; the learning rate is the last update's.
     """
     first = updates[0]
     metrics = {name: sum(u.values[name] for u in updates) / len(updates) for name in first.values}

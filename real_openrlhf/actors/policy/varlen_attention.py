@@ -1,13 +1,13 @@
 """Attention over a packed row by FlashAttention's varlen kernels: no padding, no copies of the prompt's keys.
 
-Two calls per layer, whatever the number of groups. "near" is causal, and every prompt and every rollout is a segment
-of its own. "far" is not causal: the rollouts of a group are one segment of queries, and their prompt is the keys. The
-two softmaxes are merged by their log-sum-exps. In the backward pass each call is given the merged output and the merged
-log-sum-exp, by which its probabilities are those of the whole, so that the gradients just add up.
+There are two calls per layer, whatever the number of groups. "near" is causal, and each prompt and each rollout is a
+segment. "far" is not causal: the rollouts of a group are one segment of queries, and the keys are those of their
+prompt. The two softmaxes are merged by their log-sum-exps. In the backward pass each call gets the merged output and
+the merged log-sum-exp, so that its probabilities are those of the softmax over all keys, and the gradients add up.
 
-torch's own kernels serve (FlashAttention 2, or 3 after `torch.nn.attention.activate_flash_attention_impl`): bf16 and
-fp16, grouped-query attention, head sizes up to 256 in steps of 8, from sm_80 on. `VarlenOps` is what they must do; the
-tests put plain torch in their place.
+torch's own kernels are used (FlashAttention 2, or 3 after `torch.nn.attention.activate_flash_attention_impl`): bf16 and
+fp16, grouped-query attention, head sizes up to 256 in steps of 8, from sm_80 on. `VarlenOps` says what they must do;
+tests replace them by plain torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HEAD_STEP = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Segments:
-    """Where the segments of queries and of keys end: cumulative lengths [S + 1] int32, and the longest of each."""
+    """Where segments of queries and keys end: cumulative lengths [S + 1] int32, and the length of the longest."""
 
     queries: Tensor
     keys: Tensor
@@ -37,7 +37,7 @@ class Segments:
 
     @classmethod
     def of(cls, queries: list[int], keys: list[int], device: torch.device) -> Segments:
-        """From the lengths, segment by segment."""
+        """From the number of queries and of keys in each segment."""
         ends = torch.tensor([[0, *accumulate(queries)], [0, *accumulate(keys)]], dtype=torch.int32).to(device)
         return cls(queries=ends[0], keys=ends[1], longest_query=max(queries), longest_key=max(keys))
 
@@ -46,7 +46,7 @@ class VarlenOps(Protocol):
     """Attention of T_q queries to T_k keys, segment by segment.
 
     query [T_q, H, D], key and value [T_k, H_kv, D]; causal aligns the ends of queries and keys; window: a query sees
-    itself and that many keys before it, None: all of them. lse [H, T_q] in fp32, natural logarithm.
+    itself and that many keys before it, None: all of them. lse, the log-sum-exps: [H, T_q] in fp32, natural logarithm.
     """
 
     def forward(
@@ -107,7 +107,7 @@ class FlashOps:
         scale: float,
         window: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # Without dropout nothing reads the state of the random numbers.
+        # Without dropout, nothing reads the random state.
         state, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
         return torch.ops.aten._flash_attention_backward(
             grad,
@@ -134,7 +134,7 @@ def _window(window: int | None) -> dict[str, int]:
 
 
 def ops_for(query: Tensor) -> VarlenOps | None:
-    """The kernels for queries like this one; None where torch has none (CPU, fp32, odd head sizes)."""
+    """The kernels for queries like this one; None if torch has none (on a CPU, for fp32, for odd head sizes)."""
     head = query.shape[-1]
     fits = head <= LARGEST_HEAD and head % HEAD_STEP == 0
     return FlashOps() if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and fits else None
@@ -152,23 +152,25 @@ def varlen_attention(
 ) -> Tensor:
     """query [1, H, L, D], key and value [1, H_kv, L, D] -> [1, L, H, D].
 
-    window: tokens that a query sees, itself included; None when no sequence is longer.
+    window: how many tokens a query attends to, itself included; None when no sequence is longer.
     """
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]
     apply = _TwoCalls.apply if window is None else _Windowed.apply
     return apply(*rows, _plan(layout, window, query.device), scale, ops)[None]
 
 
-# -- where things lie in the row ---------------------------------------------------------------------------------------
+# -- positions in the row ----------------------------------------------------------------------------------------------
 
 _Place = slice | Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """The calls of a layout. rollouts, prompts: tokens of the row, those of "far"; a slice where there is one group.
+    """The calls for one layout.
 
-    far is None where no rollout has a prompt. copies: with a window, the row's tokens in the order of "near"'s keys.
+    near, far          segments of the two calls; far is None if no rollout has a prompt
+    rollouts, prompts  indices in the row of far's queries and keys; a slice if there is one group
+    copies             with a window: indices in the row of near's keys, in their order
     """
 
     near: Segments
@@ -181,7 +183,7 @@ class _Plan:
 
 @lru_cache(maxsize=16)
 def _plan(layout: PromptLayout, window: int | None, device: torch.device) -> _Plan:
-    """All layers of a forward and of its backward ask for the same one, which takes a copy to the GPU to make."""
+    """Cached: all layers of a forward and backward pass need the same plan, and making it copies data to the GPU."""
     near: list[int] = []
     near_keys: list[int] = []
     copies: list[int] = []
@@ -189,7 +191,7 @@ def _plan(layout: PromptLayout, window: int | None, device: torch.device) -> _Pl
     for group in layout.groups:
         before = 0 if window is None else min(group.prompt, window - 1)
         start = group.end_of_prompt
-        # Empty segments are left out: nothing is promised of kernels that get keys without queries.
+        # Empty segments are left out: kernels make no promise for keys without queries.
         responses = [length for length in group.responses if length]
         near += [group.prompt, *responses] if group.prompt else responses
         near_keys += [group.prompt] if group.prompt else []
@@ -218,7 +220,7 @@ def _place(spans: list[tuple[int, int]], device: torch.device) -> _Place:
 
 
 class _TwoCalls(torch.autograd.Function):
-    """Tensors are [L, H, D] here, as the kernels have them."""
+    """Tensors are [L, H, D] here, as in the kernels."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: _Plan, scale: float, ops: VarlenOps) -> Tensor:
@@ -228,7 +230,7 @@ class _TwoCalls(torch.autograd.Function):
             far, far_lse = ops.forward(q[at], k[to], v[to], plan.far, causal=False, scale=scale, window=None)
             near, near_lse = out[at], lse[:, at]
             share = (far_lse - near_lse).sigmoid().T[..., None]
-            # The share is in fp32, and so is the sum: it is rounded once. One group's part is a view, merged in place.
+            # Share and sum are in fp32, so there is one rounding. With one group, `near` is a view of the output.
             torch.addcmul(near, share, far - near, out=near)
             if not isinstance(at, slice):
                 out[at] = near
@@ -250,14 +252,14 @@ class _TwoCalls(torch.autograd.Function):
                 scale=scale,
                 window=None,
             )
-            # No token stands twice in a place.
+            # No index occurs twice, so plain indexed addition is right.
             for total, place, part in zip((dq, dk, dv), (at, to, to), far):
                 total[place] += part
         return dq, dk, dv, None, None, None
 
 
 class _Windowed(torch.autograd.Function):
-    """For windows that bite: one call, in which every rollout has its own copy of the prompt's end."""
+    """For windows shorter than a sequence: one call, in which every rollout has its own copy of the prompt's end."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: _Plan, scale: float, ops: VarlenOps) -> Tensor:
@@ -284,5 +286,5 @@ class _Windowed(torch.autograd.Function):
 
 
 def _dense(grad: Tensor) -> Tensor:
-    """The kernels want neighbours in the last dimension."""
+    """The kernels need tensors that are contiguous in the last dimension."""
     return grad if grad.stride(-1) == 1 else grad.contiguous()

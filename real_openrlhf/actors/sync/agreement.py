@@ -1,4 +1,4 @@
-"""The proof that a sync reached the engines: their log-probs of the same text against the policy's."""
+"""Checks that a sync reached the engines: their log-probs of the same text must equal the policy's."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def sync_ranks(widths: Sequence[int]) -> tuple[list[int], int]:
 def check_agreement(
     policy: Sequence[Tensor], engines: Sequence[Sequence[Tensor]], version: int, max_mean_difference: float
 ) -> tuple[float, float, int]:
-    """How far engines and policy lie apart: (mean, largest, tokens).
+    """How much the log-probs of engines and policy differ: (mean, largest, tokens).
 
-    mean is the worst engine's mean absolute log-prob difference, largest that of any token of any
-    engine, tokens their number over all engines. policy: one [L - 1] tensor per probe; engines: the
-    same per engine. Parameter checksums would prove nothing: an engine may keep a packed copy of a
-    weight. Raises StaleWeights when an engine's mean exceeds max_mean_difference or is not a number.
+    mean: the mean absolute difference of the worst engine. largest: that of any token of any engine. tokens: their
+    number over all engines. Arguments: policy has one [L - 1] tensor per probe, engines the same for each engine.
+    Checksums of parameters would prove nothing, since an engine may compute with a packed copy of a weight.
+    Raises StaleWeights when an engine's mean exceeds max_mean_difference or is not a number.
     """
     means, largest, n_tokens = [], 0.0, 0
     mine = torch.cat([p.double() for p in policy])
@@ -62,10 +62,10 @@ def check_agreement(
         # not (a <= b): a NaN must fail too.
         if not mean <= max_mean_difference:
             raise StaleWeights(
-                f"after weight sync {version}, engine {index} differs from the policy by {mean:.2e} per token in the "
-                f"mean and {float(difference.max()):.2e} at most, over {mine.numel()} tokens; allowed is a mean of "
-                f"{max_mean_difference:.2e} (--sync.max_mean_difference). It does not compute with the weights that "
-                "were sent, or with another precision or attention."
+                f"after weight sync {version}, log-probs of engine {index} differ from the policy's by {mean:.2e} per "
+                f"token on average and {float(difference.max()):.2e} at most, over {mine.numel()} tokens; allowed is a "
+                f"mean of {max_mean_difference:.2e} (--sync.max_mean_difference). The engine does not compute with the "
+                "weights that were sent, or it computes with another precision or attention."
             )
         means.append(mean)
         largest = max(largest, float(difference.max()))

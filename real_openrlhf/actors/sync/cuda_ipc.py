@@ -1,9 +1,9 @@
-"""Buckets of weights through GPU memory that a policy rank and the engine worker on the same GPU have both mapped.
+"""Sends buckets of weights through GPU memory that a policy rank and the engine worker on its GPU have both mapped.
 
-Every policy rank holds the whole (gathered) parameters of a bucket, so that no weight leaves its GPU: the rank copies
-them into a flat buffer, and the engine worker on the same GPU, which has opened the buffer by its CUDA IPC handle when
-the group was formed, loads them from there. Partners find each other by the GPU's UUID, as the two processes may number
-their GPUs differently. A buffer has two slots: one is filled while the other is loaded. Torch only.
+Every policy rank has the complete (gathered) parameters of a bucket, so no weight leaves its GPU. The rank copies them
+into a flat buffer. The engine worker on the same GPU opened this buffer by its CUDA IPC handle when the group was
+formed, and loads them from there. Partners find each other by the GPU's UUID, since the two processes may number their
+GPUs differently. A buffer has two slots: one is filled while the other is loaded. Torch only.
 
 The buffers stay until the group is destroyed: two slots of the largest bucket, 512 MB per GPU by default.
 """
@@ -28,7 +28,7 @@ _POLL_S = 1e-4
 
 
 class Unpaired(ValueError):
-    """Policy ranks and engine workers do not lie on the same GPUs one by one."""
+    """Policy ranks and engine workers are not on the same GPUs in pairs."""
 
 
 def place(device: torch.device) -> str:
@@ -47,23 +47,23 @@ def gpu_of(found: str) -> str:
 
 
 def gpu_uuid(device: torch.device) -> str:
-    """Of the physical GPU, whatever number it has in this process."""
+    """UUID of the physical GPU, whatever number it has in this process."""
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def pair(senders: Sequence[str], receivers: Sequence[str]) -> list[int]:
-    """The sender (its index) on the GPU of each receiver. Both: GPUs' UUIDs.
+    """For each receiver, the index of the sender on the same GPU. Both arguments: UUIDs of their GPUs.
 
-    Raises Unpaired for receivers on a GPU of no sender, and for a GPU of several senders.
+    Raises Unpaired for a receiver whose GPU has no sender, and for a GPU with several senders.
     """
     if len(set(senders)) < len(senders) or "" in senders:
-        raise Unpaired(f"each policy rank needs a GPU of its own; theirs are {list(senders)}")
+        raise Unpaired(f"each policy rank needs its own GPU; theirs are {list(senders)}")
     lonely = sorted({gpu for gpu in receivers if gpu not in senders})
     if lonely:
         raise Unpaired(
-            f"engine workers on GPUs {lonely} have no policy rank beside them; the policy's GPUs are {list(senders)}. "
-            "Weights by CUDA IPC stay on their GPU (--train.colocate_all without an engine elsewhere, as "
-            "--eval.engine own is); use --sync.backend gloo"
+            f"engine workers on GPUs {lonely} have no policy rank on the same GPU; the policy's GPUs are "
+            f"{list(senders)}. CUDA IPC needs --train.colocate_all and no other engine, such as that of --eval.engine "
+            "own; use --sync.backend gloo"
         )
     return [senders.index(gpu) for gpu in receivers]
 
@@ -86,21 +86,21 @@ class Memory(Protocol):
     def allocate(self, size: int) -> Tensor: ...
 
     def export(self, tensor: Tensor) -> str:
-        """What `open` needs in another process. tensor: one of `allocate`."""
+        """A handle that another process can `open`. tensor: from `allocate`."""
 
     def open(self, handle: str, size: int) -> Tensor:
-        """The exporter's memory; given back with the last tensor that looks into it."""
+        """The exporter's memory; unmapped when no tensor uses it any more."""
 
     def finish(self, timeout_s: float) -> None:
-        """Wait until what this process asked of the device is done; TimeoutError."""
+        """Wait until the device has done all work of this process; TimeoutError after timeout_s seconds."""
 
 
 class CudaIpc:
     """The transport of a `SyncGroup` whose ranks 0 .. senders - 1 are the policy's, the others engine workers.
 
     A sender without an engine worker on its GPU is `idle`: it has no buffer and sends nothing. Keys of the store:
-    "gpu/<rank>"; "senders"; "seen/<rank>", the rank has read all of them; "handle/<sender>"; "opened/<rank>"; and a
-    `SlotStore` per sender.
+    "gpu/<rank>"; "senders"; "seen/<rank>", set when the rank has read all of these; "handle/<sender>"; "opened/<rank>";
+    and a `SlotStore` per sender.
     """
 
     ahead = 0
@@ -116,11 +116,11 @@ class CudaIpc:
         senders: int,
         memory: Memory,
     ) -> None:
-        """buffer_bytes, senders: rank 0's senders and the senders' buffer_bytes count, the receivers are told them."""
+        """senders: rank 0's value counts. buffer_bytes: the senders' values count. Receivers read both in the store."""
         self._memory = memory
         self._timeout_s = timeout_s
         self._timeout = timedelta(seconds=timeout_s)
-        # Kept: rank 0's store is the server for everyone.
+        # Kept alive: rank 0's store is the server for all ranks.
         self._store = TCPStore(address, port, world_size, is_master=rank == 0, timeout=self._timeout)
         if rank == 0:
             self._store.set("senders", str(senders))
@@ -148,13 +148,13 @@ class CudaIpc:
         return self._buffer[start : start + size].view(dtype)
 
     def broadcast(self, tensor: Tensor, src: int) -> Wait:
-        """A sender: the bucket is filled. A receiver: wait until it is, now. tensor: what `buffer` gave."""
+        """A sender says that the bucket is filled; a receiver waits here until it is. tensor: from `buffer`."""
         if src:
             raise ValueError("by CUDA IPC, every receiver has its own sender")
         if tensor.data_ptr() != self._buffer.data_ptr() + self._slots.slot * self._slot_bytes:
             raise ValueError("CUDA IPC carries the tensors of buffer() only")
         if self._sends:
-            # The receiver's kernels know nothing of this process's stream.
+            # The receiver cannot wait for this process's CUDA stream.
             self._memory.finish(self._timeout_s)
         self._slots.pass_on()
         return nothing_left
@@ -169,7 +169,7 @@ class CudaIpc:
         self._store.wait(["senders"], self._timeout)
         self._store.set(f"seen/{rank}", "")
         if rank == 0:
-            # If partners are missing, everybody shall say so, and not that the server is gone.
+            # The server stays until all have read: if a partner is missing, every rank can say so.
             self._store.wait([f"seen/{other}" for other in range(world_size)], self._timeout)
         return gpus
 
@@ -191,16 +191,16 @@ class CudaIpc:
 
 
 class _Handle(ctypes.Structure):
-    """CUipcMemHandle: 64 bytes, handed over by value."""
+    """CUipcMemHandle: 64 bytes, passed by value."""
 
     _fields_ = [("reserved", ctypes.c_char * 64)]
 
 
 class _Region:
-    """Device memory in the form that torch.as_tensor takes without a copy; given back with its last tensor."""
+    """Device memory in a form that torch.as_tensor uses without a copy; freed with its last tensor."""
 
     def __init__(self, address: int, size: int, give_back: Callable[[int], Any]) -> None:
-        # Numba's interface, version 2: torch keeps this object for as long as the tensor lives.
+        # Numba's interface, version 2. Torch keeps this object as long as the tensor exists.
         self.__cuda_array_interface__ = {
             "shape": (size,),
             "typestr": "|u1",
@@ -211,17 +211,16 @@ class _Region:
         self._address, self._give_back = address, give_back
 
     def __del__(self) -> None:
-        # A process on its way out may have no context any more: then the driver gives the memory back.
+        # At the end of the process the CUDA context may be gone already; then the driver has freed the memory.
         self._give_back(self._address)
 
 
 class CudaMemory:
-    """A GPU's memory by the CUDA driver's own calls.
+    """A GPU's memory by the CUDA driver's own calls, which have not changed since CUDA 11; torch.cuda has none of them.
 
-    Not torch's allocator: a block of it has an IPC handle only as a part of its segment, with expandable segments by
-    another way that needs the right to trace the other process, and torch counts references in /dev/shm, which
-    containers do not share. vLLM's sleep mode replaces the allocator in the engine; opened memory does not go through
-    it. The driver's calls have not changed since CUDA 11; torch.cuda has none of them.
+    Torch's allocator cannot be used. A block of it has an IPC handle only as a part of its segment; expandable segments
+    need the right to trace the other process instead; and torch counts references in /dev/shm, which containers do not
+    share. In the engine, vLLM's sleep mode replaces the allocator, but memory that is opened here does not use it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -247,7 +246,7 @@ class CudaMemory:
         return gpu_uuid(self.device)
 
     def allocate(self, size: int) -> Tensor:
-        # What torch keeps for itself is no free memory to the driver.
+        # To the driver, memory in torch's cache is not free.
         torch.cuda.empty_cache()
         address = ctypes.c_uint64()
         self._call("cuMemAlloc_v2", ctypes.byref(address), size, what=f"{size} bytes of GPU memory for the weight sync")
@@ -272,7 +271,7 @@ class CudaMemory:
         wait_for(done.query, timeout_s, f"work on {self.device}")
 
     def _call(self, name: str, *args: Any, what: str) -> None:
-        # The driver works in the thread's current context; this makes it the one that torch uses on the device.
+        # The driver uses the thread's current context; this makes it the one that torch uses on the device.
         with torch.cuda.device(self.device):
             torch.cuda.current_stream(self.device).synchronize()
             code = getattr(self._driver, name)(*args)

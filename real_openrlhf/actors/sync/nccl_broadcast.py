@@ -1,4 +1,4 @@
-"""Buckets of weights by NCCL, two at a time: one is on its way while the other is filled or loaded. Torch only."""
+"""Sends buckets of weights by NCCL, two at a time: one travels while the other is filled or loaded. Torch only."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 
 class DoubleBuffered:
-    """The transport of a group with `ahead`: broadcast n is under way while bucket n + 1 is filled, or n - 1 loaded.
+    """The transport of a group with `ahead`: bucket n travels while bucket n + 1 is filled, or bucket n - 1 loaded.
 
-    Bucket n lies in slot n % 2 of two, which are there during a sync only. Before a bucket's `buffer` is asked for, the
-    broadcast of the slot's last bucket must be through; `SyncGroup.buffer` waits for it.
+    Bucket n is in slot n % 2; the two slots exist during a sync only. Before a bucket's `buffer` is called, the
+    broadcast of the earlier bucket in its slot must be complete; `SyncGroup.buffer` waits for it.
     """
 
     ahead = 1
@@ -31,7 +31,7 @@ class DoubleBuffered:
         timeout_s: float,
         close: Callable[[], None] = nothing_left,
     ) -> None:
-        """begin: starts a broadcast behind all that this process has asked of the device so far, and returns a
+        """begin: starts a broadcast after all work that this process has given to the device so far, and returns a
         function that says whether it is done.
         """
         self._begin, self._close = begin, close
@@ -42,7 +42,7 @@ class DoubleBuffered:
     def buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
         size, slot = numel * dtype.itemsize, self._n % 2
         if slot not in self._slots or self._slots[slot].numel() < size:
-            self._slots.pop(slot, None)  # first, for its memory
+            self._slots.pop(slot, None)  # before the new one is made, to free its memory
             self._slots[slot] = torch.empty(size, dtype=torch.uint8, device=self._device)
         return self._slots[slot][:size].view(dtype)
 
@@ -61,8 +61,8 @@ class DoubleBuffered:
 
 def nccl(address: str, port: int, rank: int, world_size: int, timeout_s: float, device: torch.device) -> DoubleBuffered:
     """Meet the other ranks, as in `SyncGroup.create`."""
-    # vLLM's own wrapper, in the engines' processes anyway: torch's NCCL groups need torch.distributed's default group,
-    # which both sides use for themselves.
+    # vLLM's wrapper, which the engines import anyway. Torch's NCCL groups need torch.distributed's default group, which
+    # policy and engines both use for themselves.
     from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
     from vllm.distributed.utils import StatelessProcessGroup
 
@@ -75,7 +75,7 @@ def nccl(address: str, port: int, rank: int, world_size: int, timeout_s: float, 
     side = torch.cuda.Stream(device)
 
     def begin(tensor: Tensor, src: int) -> Callable[[], bool]:
-        # The sender's copies into the buffer, and a receiver's loading of what was in it before.
+        # Wait for the sender's copies into the buffer, and for a receiver's loading of the bucket before.
         side.wait_stream(torch.cuda.current_stream(device))
         comm.broadcast(tensor, src=src, stream=side)
         done = torch.cuda.Event()
@@ -86,7 +86,7 @@ def nccl(address: str, port: int, rank: int, world_size: int, timeout_s: float, 
 
 
 def _within(timeout_s: float, what: str, call: Callable[[], T]) -> T:
-    """The call's result, or TimeoutError; the thread is left behind, as nothing can interrupt it."""
+    """The call's result, or TimeoutError; then the thread keeps running, since nothing can interrupt it."""
     result: list[T] = []
     errors: list[BaseException] = []
     device = torch.cuda.current_device()

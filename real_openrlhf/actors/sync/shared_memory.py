@@ -1,9 +1,9 @@
-"""Buckets of weights through memory that both sides of a sync have mapped: policy and engines on one host.
+"""Sends buckets of weights through memory that policy and engines have both mapped, on one host.
 
-Rank 0 makes an anonymous file (memfd), which the others open by /proc/<pid>/fd and map. It has no
-name in any file system, so that nothing can stay behind, whoever dies and when, and the size of
-/dev/shm does not matter. It holds two slots: rank 0 fills one while the engines load the other.
-Who may touch which slot is said through a TCPStore, whose every wait has a deadline. Torch only.
+Rank 0 makes an anonymous file (memfd), which the others open by /proc/<pid>/fd and map. It has no name in any file
+system, so nothing is left over, whichever process dies, and the size of /dev/shm does not matter. It holds two slots:
+rank 0 fills one while the engines load the other. Through a TCPStore, the ranks tell each other which slot is filled
+or free; every wait has a deadline. Torch only.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch.distributed import Store, TCPStore
 
 _SLOTS = 2
 _PAGE = 4096
-# Stands at the start of the file: proves that a mapping is rank 0's.
+# Size of a random token at the start of the file, by which the others check that they mapped rank 0's file.
 _TOKEN_BYTES = 16
-# What a transport returns that has begun a broadcast: waits until it is through, or raises.
+# A transport that starts a broadcast returns this: calling it waits until the broadcast is complete, or raises.
 Wait = Callable[[], None]
 
 
 def nothing_left() -> None:
-    """A broadcast that was through when it returned."""
+    """The `Wait` of a broadcast that is already complete."""
 
 
 def slot_bytes(buffer_bytes: int) -> int:
@@ -37,16 +37,17 @@ def slot_bytes(buffer_bytes: int) -> int:
 
 
 def host_id() -> str:
-    """Equal for two processes that can map each other's memory: one running kernel, process numbering and user."""
+    """Equal for two processes that can map each other's memory: the same running kernel, process numbering and user."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')} uid:{os.geteuid()}"
 
 
 class SlotStore:
-    """Who may touch which of two slots: one writer, some readers, and a store whose waits have a deadline.
+    """Decides who may use which of two slots: one writer, some readers, and a store whose waits have a deadline.
 
-    Buckets are numbered through all syncs, bucket n lies in slot n % 2. Keys of the store: "filled/<n>", bucket n is
-    written; "loaded/<n>/<reader>", the reader needs it no longer.
+    Buckets are numbered consecutively over all syncs; bucket n is in slot n % 2. Both sides call `claim`, then
+    `pass_on`, for one bucket after the other. Keys of the store: "filled/<n>", bucket n is written;
+    "loaded/<n>/<reader>", the reader does not need bucket n any more.
     """
 
     def __init__(self, store: Store, timeout: timedelta, *, readers: Iterable[int], reader: int | None = None) -> None:
@@ -54,17 +55,17 @@ class SlotStore:
         self._store, self._timeout = store, timeout
         self._readers = tuple(readers)
         self._reader = reader
-        self._n = 0  # the bucket at hand
-        self._free = _SLOTS  # the writer: buckets below this one have a free slot
-        self._given_back = 0  # a reader: buckets below this one are given back
+        self._n = 0  # the current bucket
+        self._free = _SLOTS  # the writer: buckets below this number have a free slot
+        self._given_back = 0  # a reader: buckets below this number have been given back
 
     @property
     def slot(self) -> int:
-        """Of the bucket at hand."""
+        """The current bucket's slot."""
         return self._n % _SLOTS
 
     def claim(self) -> int:
-        """The slot of the bucket at hand. The writer waits until it is free, a reader gives the last bucket back."""
+        """The current bucket's slot. The writer waits until it is free; a reader gives the bucket before back."""
         if self._reader is not None:
             for n in range(self._given_back, self._n):
                 self._store.set(f"loaded/{n}/{self._reader}", "")
@@ -74,7 +75,7 @@ class SlotStore:
         return self.slot
 
     def pass_on(self) -> None:
-        """The writer: the bucket at hand is filled. A reader: wait until it is. The next one is at hand then."""
+        """The writer says that the current bucket is filled; a reader waits until it is. Then the next is current."""
         if self._reader is not None:
             self._store.wait([f"filled/{self._n}"], self._timeout)
         else:
@@ -92,7 +93,7 @@ class SlotStore:
 class SharedMemory:
     """The transport of a `SyncGroup`; the slots are a `SlotStore`'s.
 
-    Keys of the store beside it: "map", where the file is; "mapped/<rank>".
+    Its own keys in the store: "map", where the file is; "mapped/<rank>".
     """
 
     ahead = 0
@@ -100,20 +101,20 @@ class SharedMemory:
     def __init__(
         self, address: str, port: int, rank: int, world_size: int, timeout_s: float, buffer_bytes: int
     ) -> None:
-        """buffer_bytes: of the largest bucket. All ranks return once all have mapped the memory."""
+        """buffer_bytes: size of the largest bucket. Returns once all ranks have mapped the memory."""
         self._rank = rank
         self._others = range(1, world_size)
         self._timeout = timedelta(seconds=timeout_s)
         self._slot_bytes = slot_bytes(buffer_bytes)
-        # Kept: rank 0's store is the server for everyone.
+        # Kept alive: rank 0's store is the server for all ranks.
         self._store = TCPStore(address, port, world_size, is_master=rank == 0, timeout=self._timeout)
         self._memory = self._make() if rank == 0 else self._open()
         self._slots = SlotStore(self._store, self._timeout, readers=self._others, reader=rank or None)
 
     def buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """The next bucket's memory: rank 0 fills it, the others find it filled after `broadcast`.
+        """The next bucket's memory: rank 0 fills it; for the others it is filled after `broadcast`.
 
-        The tensor of the bucket before it is given back; rank 0 waits until its slot is free.
+        The tensor of the bucket before must not be used any more. Rank 0 waits until the slot is free.
         """
         size = numel * dtype.itemsize
         if size > self._slot_bytes:
@@ -122,7 +123,7 @@ class SharedMemory:
         return self._memory[start : start + size].view(dtype)
 
     def broadcast(self, tensor: Tensor, src: int) -> Wait:
-        """Rank 0: the bucket is filled. The others: wait until it is, now. tensor: what `buffer` gave."""
+        """Rank 0 says that the bucket is filled; the others wait here until it is. tensor: from `buffer`."""
         if src:
             raise ValueError(f"shared memory is filled by rank 0, not by rank {src}")
         start = self._memory.data_ptr() + _PAGE + self._slots.slot * self._slot_bytes
@@ -138,13 +139,13 @@ class SharedMemory:
         fd = os.memfd_create("real_openrlhf_sync")
         try:
             size = _PAGE + _SLOTS * self._slot_bytes
-            # Takes the memory now: a host without it says so here, not by a signal in the middle of a sync.
+            # Reserves the memory now: if there is too little, the error comes here, not as a signal during a sync.
             os.posix_fallocate(fd, 0, size)
             memory = _map(fd, size)
             token = secrets.token_bytes(_TOKEN_BYTES)
             memory[:_TOKEN_BYTES] = torch.tensor(list(token), dtype=torch.uint8)
             self._store.set("map", f"{os.getpid()} {fd} {size} {token.hex()}")
-            # The mappings keep the memory alive, not the descriptor.
+            # The descriptor can be closed afterwards, since the mappings keep the memory alive.
             self._store.wait([f"mapped/{rank}" for rank in self._others], self._timeout)
         finally:
             os.close(fd)
@@ -165,6 +166,6 @@ class SharedMemory:
 
 
 def _map(fd: int, size: int) -> Tensor:
-    """[size] uint8; unmapped with the last tensor that looks into it."""
-    # Populated: else the first sync would pay for half a million page faults of a few GB.
+    """[size] uint8; unmapped when no tensor uses it any more."""
+    # MAP_POPULATE: else the first sync would pay for half a million page faults for a few GB.
     return torch.frombuffer(mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE), dtype=torch.uint8)

@@ -1,9 +1,9 @@
-"""Weights on their way from the policy to the engines: the plan, and the group that carries them.
+"""Transfer of weights from the policy to the engines: the plan, and the group of processes that carries it out.
 
-Both ends use this module, so that they cannot drift apart. Rank 0 is the policy's rank 0, the
-engines' workers are ranks 1, 2, ...; every bucket of the plan is one flat broadcast, or one slot
-of memory that all have mapped. By CUDA IPC all ranks of the policy send, each to the engine worker
-on its GPU. Torch only: it is imported in vLLM workers, before the model is loaded.
+Both ends use this module, so that they cannot diverge. Rank 0 is the policy's rank 0, the engines' workers are ranks
+1, 2, ... A bucket is one or more parameters as one flat tensor. Every bucket of the plan is one broadcast, or one slot
+of memory that all ranks have mapped. By CUDA IPC all ranks of the policy send, each to the engine worker on its GPU.
+Torch only: this is imported in vLLM workers, before the model is loaded.
 
     policy rank 0                                     each engine worker
     plan = make_plan(...)
@@ -39,11 +39,11 @@ BACKENDS = ("gloo", "shared_memory", "ipc", "nccl")
 
 
 class SyncError(RuntimeError):
-    """A weight sync did not complete. The group is of no use afterwards."""
+    """A weight sync did not complete. The group cannot be used afterwards."""
 
 
 class _Named(SyncError):
-    """One that says already whose weights did not arrive."""
+    """A SyncError whose message already names the weights that did not arrive."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def make_plan(named_shapes: Iterable[tuple[str, Sequence[int], str]], bucket_byt
     """Cut (name, shape, dtype) triples into buckets of at most bucket_bytes, order kept.
 
     dtype: a key of DTYPES, as the engine holds the weights (the sender casts). A parameter larger
-    than bucket_bytes is a bucket of its own; a change of dtype starts a new one.
+    than bucket_bytes is alone in its bucket; a change of dtype starts a new bucket.
 
     Raises ValueError for unknown dtypes, a name given twice, and bucket_bytes < 1.
     """
@@ -111,7 +111,7 @@ def make_plan(named_shapes: Iterable[tuple[str, Sequence[int], str]], bucket_byt
 
 
 def to_wire(plan: Sequence[Bucket]) -> list[list[list[Any]]]:
-    """Lists of [name, shape, dtype name]: what passes through collective_rpc unharmed."""
+    """The plan as lists of [name, shape, dtype name], which collective_rpc can transmit."""
     return [[[p.name, list(p.shape), p.dtype] for p in bucket.parameters] for bucket in plan]
 
 
@@ -129,29 +129,30 @@ def free_port(address: str = "") -> int:
 
 
 class Transport(Protocol):
-    """What carries the buckets of a `SyncGroup`. Its errors are RuntimeError and TimeoutError."""
+    """Carries the buckets of a `SyncGroup`. Its errors are RuntimeError and TimeoutError."""
 
-    # How many broadcasts may be under way while the bucket before them is loaded, or the one after them is filled.
+    # How many broadcasts may run while the bucket before them is loaded, or the one after them is filled.
     ahead: int
 
     def buffer(self, numel: int, dtype: torch.dtype) -> Tensor: ...
 
     def broadcast(self, tensor: Tensor, src: int) -> Wait:
-        """Begin; what is returned waits for the end. With ahead 0 it may be through at once."""
+        """Start a broadcast; the returned function waits for its end. With ahead 0 it may be complete already."""
 
     def destroy(self) -> None: ...
 
 
 class SyncGroup:
-    """A broadcast group beside the trainers' and the engines' own process groups.
+    """A group of processes that broadcasts weights; separate from the trainers' and the engines' own process groups.
 
-    gloo: every call raises after the deadline. shared_memory: the same, for ranks on one host; a
-    bucket is written once and read where it lies. ipc: the same in a GPU's memory, for an engine worker
-    and a policy rank that share the GPU (`cuda_ipc`). nccl: PyNccl, as OpenRLHF uses it, with two
-    buffers: one is on its way while the other is filled or loaded. NCCL itself has no deadline; here
-    the host waits for the group's creation in a thread and for each broadcast by polling an event, and
-    raises when time is up. The stuck kernel stays on the GPU, so the process must then end (which a
-    failed sync makes it do in any case).
+    gloo           every call raises after the deadline
+    shared_memory  the same, for ranks on one host: a bucket is written once, and all read it in place
+    ipc            the same in a GPU's memory, for an engine worker and a policy rank on the same GPU (`cuda_ipc`)
+    nccl           PyNccl, as OpenRLHF uses it, with two buffers: one travels while the other is filled or loaded
+
+    NCCL itself has no deadline. Here the host waits for the group's creation in a thread, and for each broadcast by
+    polling an event, and raises when time is up. The stuck kernel stays on the GPU, so the process must then end; a
+    failed sync ends the run anyway.
     """
 
     def __init__(self, transport: Transport, rank: int, world_size: int, device: torch.device) -> None:
@@ -174,12 +175,12 @@ class SyncGroup:
         buffer_bytes: int = 0,
         senders: int = 1,
     ) -> SyncGroup:
-        """Meet the other ranks; all must call within timeout_s seconds. Rank 0 listens on the port.
+        """Form the group: all ranks must call this within timeout_s seconds. Rank 0 listens on the port.
 
-        device: where broadcast tensors live; default the current GPU for nccl and ipc, else always the CPU.
-        buffer_bytes: of the largest bucket; whoever sends must say it for shared_memory and ipc.
-        senders: with ipc, ranks 0 .. senders - 1 are the policy's; rank 0 must say it.
-        Raises SyncError with the address and who was asked for.
+        device: where broadcast tensors are; for nccl and ipc the default is the current GPU, else it is always the CPU.
+        buffer_bytes: size of the largest bucket; senders must give it for shared_memory and ipc.
+        senders: with ipc, ranks 0 .. senders - 1 are the policy's; rank 0 must give it.
+        Raises SyncError, which names address and ranks.
         """
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of a group of {world_size}")
@@ -207,12 +208,12 @@ class SyncGroup:
 
     @property
     def ahead(self) -> bool:
-        """Whether a broadcast goes on while the next bucket is filled, or the one before it is loaded."""
+        """Whether a broadcast runs while the next bucket is filled, or the one before it is loaded."""
         return self._transport.ahead > 0
 
     @property
     def idle(self) -> bool:
-        """Whether nobody receives from this rank."""
+        """Whether no engine worker receives from this rank."""
         return bool(getattr(self._transport, "idle", False))
 
     def buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
@@ -226,23 +227,23 @@ class SyncGroup:
             return self._transport.buffer(numel, dtype)
 
     def begin(self, tensor: Tensor, src: int = 0, names: str = "") -> Wait:
-        """Begin a `broadcast`, and return what waits for its end: at once for a group without `ahead`.
+        """Start a `broadcast` and return a function that waits for its end. Without `ahead` it is complete already.
 
-        names: whose weights they are, for errors that come later.
+        names: of the weights, for errors that come later.
         """
         what = f"broadcast of {tensor.numel()} {tensor.dtype} from rank {src} failed"
         with _failing(what):
-            broadcast = _UnderWay(self._transport.broadcast(tensor, src), what, names, self._under_way)
+            broadcast = _Started(self._transport.broadcast(tensor, src), what, names, self._under_way)
         if not self._transport.ahead:
             broadcast()
         return broadcast
 
     def broadcast(self, tensor: Tensor, src: int = 0) -> None:
-        """Fill the contiguous tensor, on the group's device, with rank src's. SyncError after the deadline."""
+        """Fill the contiguous tensor, on the group's device, with rank src's values. SyncError after the deadline."""
         self.begin(tensor, src)()
 
     def flush(self) -> None:
-        """Wait for everything that was begun. SyncError after the deadline. The buffers of a sync are given back."""
+        """Wait for all started broadcasts, then free the buffers of the sync. SyncError after the deadline."""
         while self._under_way:
             self._under_way[0]()
         flush = getattr(self._transport, "flush", None)
@@ -253,8 +254,8 @@ class SyncGroup:
         self._transport.destroy()
 
 
-class _UnderWay:
-    """A broadcast that was begun: called, it waits for the end; a second call finds that done."""
+class _Started:
+    """A broadcast that was started. Calling this waits for its end; further calls return at once."""
 
     def __init__(self, wait: Wait, what: str, names: str, all_of_them: list[Wait]) -> None:
         self._wait, self._what, self._names, self._all = wait, what, names, all_of_them
@@ -285,9 +286,9 @@ class _Gloo:
         from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
         self._timeout = timedelta(seconds=timeout_s)
-        # Kept: rank 0's store is the server for everyone.
+        # Kept alive: rank 0's store is the server for all ranks.
         self._store = TCPStore(address, port, world_size, is_master=rank == 0, timeout=self._timeout)
-        # Any: torch's stubs leave out the collectives.
+        # Typed as Any: torch's stubs leave out the collectives.
         self._group: Any = ProcessGroupGloo(PrefixStore("real_sync", self._store), rank, world_size, self._timeout)
 
     def buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
@@ -304,9 +305,9 @@ class _Gloo:
 
 
 def send_bucket(group: SyncGroup, bucket: Bucket, tensors: Sequence[Tensor]) -> None:
-    """A policy rank: broadcast one bucket. tensors: whole (gathered) parameters in the bucket's order.
+    """On a policy rank: broadcast one bucket. tensors: complete (gathered) parameters in the bucket's order.
 
-    It may still be under way on return (`SyncGroup.flush`), the tensors' memory is no longer needed.
+    The broadcast may still run on return (see `SyncGroup.flush`), but the tensors are not needed any more.
     """
     if group.idle:
         return
@@ -323,15 +324,15 @@ def send_bucket(group: SyncGroup, bucket: Bucket, tensors: Sequence[Tensor]) -> 
 
 
 def receive_bucket(group: SyncGroup, bucket: Bucket) -> list[tuple[str, Tensor]]:
-    """An engine worker: receive one bucket as (name, view) pairs, valid until the next one is asked for."""
+    """In an engine worker: receive one bucket as (name, view) pairs, valid until the next one is asked for."""
     flat, wait = _expect(group, bucket)
     return _received(bucket, flat, wait)
 
 
 def receive_buckets(group: SyncGroup, plan: Sequence[Bucket]) -> Iterator[tuple[Bucket, list[tuple[str, Tensor]]]]:
-    """An engine worker: all buckets in turn, each valid until the next one is asked for.
+    """In an engine worker: all buckets in turn, each valid until the next one is asked for.
 
-    With a group that has `ahead`, the next one arrives meanwhile.
+    With `ahead`, the next bucket arrives while the caller loads the current one.
     """
     if not group.ahead:
         for bucket in plan:
@@ -360,7 +361,7 @@ def _naming(bucket: Bucket) -> Iterator[None]:
     try:
         yield
     except _Named:
-        raise  # of a bucket before this one
+        raise  # the error is about an earlier bucket, which it names already
     except SyncError as error:
         raise _Named(f"{_names(bucket)}: {error}") from error
 

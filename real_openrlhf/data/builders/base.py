@@ -1,4 +1,4 @@
-"""What a builder is: a function from one row of a source to one judged item, and the defaults of its data set."""
+"""What a builder is: a function that turns one row of a source into one judged item, and its data set's defaults."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class FieldError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a judge's prompt is made of; see `real_openrlhf.data.judge_prompt`."""
+    """The parts of a judge's prompt; see `real_openrlhf.data.judge_prompt`."""
 
     instruction: str
     response: str
@@ -39,14 +39,14 @@ class Parts:
 class Item:
     """One judged response.
 
-    id         where the data set tells its rows apart by; None: the row's number in its file stands in
+    id         the data set's own id of the row; None: the row's number in its file is used
     label      the score, on the scale
-    group      rows of one group share a split: the question, or the pair
+    group      rows of one group (a question, a pair) are in the same split
     whole      the prompt as the source has it (text or chat messages), if it has one
-    parts      what a template is filled with, if the source has them, or if `whole` could be taken apart
+    parts      values for a template, if the source has them, or if they were found in `whole`
     split      the source's own split, if it names one
-    critique   text of the judgement behind the label, its verdict and all; None: none, or none that fits the label
-    n          judgements averaged into the label; feedback is trained on only where it is 1
+    critique   text of the judgement that gave the label, with its verdict; None: there is none that fits the label
+    n          number of judgements averaged into the label; feedback is used only if it is 1
     meta       the rest of the source's ids and categories
     aspect     what was rated, where the data set has several ratings of one response
     ratings    rater -> score, where the label is the mean of several people's scores
@@ -116,7 +116,7 @@ class Builder:
 
 
 def get(values: Mapping[str, Any], column: str) -> Any:
-    """The value of a column that has to be there; a dotted name reaches into objects."""
+    """The value of a column that must exist; a dotted name reaches into objects."""
     try:
         return lookup(values, column)
     except KeyError as error:
@@ -124,7 +124,7 @@ def get(values: Mapping[str, Any], column: str) -> Any:
 
 
 def text(values: Mapping[str, Any], column: str, *, blank: bool = False) -> str:
-    """The text of a column, as it is. blank: may be empty."""
+    """The text of a column, unchanged. blank: it may be empty."""
     value = get(values, column)
     if not isinstance(value, str) or not (blank or value.strip()):
         raise FieldError(column, f"expected text, got {shorten(value)}")
@@ -132,7 +132,7 @@ def text(values: Mapping[str, Any], column: str, *, blank: bool = False) -> str:
 
 
 def optional_text(values: Mapping[str, Any], column: str) -> str | None:
-    """None when the column is not there, null or blank."""
+    """The text of a column; None when the column is missing, null or blank."""
     value = values.get(column)
     if value is not None and not isinstance(value, str):
         raise FieldError(column, f"expected text or nothing, got {shorten(value)}")
@@ -150,7 +150,7 @@ def label(values: Mapping[str, Any], column: str, scale: ScoreScale) -> float:
 
 
 def mean_label(values: Mapping[str, Any], column: str, scale: ScoreScale) -> tuple[float, int]:
-    """The mean of a list of scores, or a single score, and how many there were. Each has to be on the scale."""
+    """The mean of a list of scores, or a single score, and their number. Each must be on the scale."""
     value = get(values, column)
     scores = value if isinstance(value, (list, tuple)) else [value]
     if not scores:
@@ -194,7 +194,7 @@ def mean(found: Mapping[str, float]) -> float:
 
 
 def group_of(*texts: str) -> str:
-    """A name for what the texts say, whatever their case and spacing.
+    """A group name that is the same for the same texts, whatever their case and spacing.
 
     >>> group_of("Say  hello.") == group_of("say hello.")
     True
@@ -204,7 +204,7 @@ def group_of(*texts: str) -> str:
 
 
 # How the turns of a conversation are marked where it is one text: "User:", "### User:", "**User:**", "[User]:",
-# "<|user|>", and chat templates: Qwen, Gemma and Llama 3 ("<|im_start|>user" and its like), Llama 2 ("[INST]").
+# "<|user|>", and chat templates: Qwen, Gemma and Llama 3 (such as "<|im_start|>user"), Llama 2 ("[INST]").
 _BEFORE = r"[ \t#*\[<|]*(?:(?:im_start|start_header_id)\|>|start_of_turn>)?[ \t]*"
 _AFTER = r"(?:<\|end_header_id\|>|[ \t]*[:>\]|*]+|[ \t]*$)"
 _USER = re.compile(rf"\s*(?:<\|begin_of_text\|>|<bos>)?{_BEFORE}(?:user|human){_AFTER}", re.IGNORECASE | re.MULTILINE)
@@ -216,7 +216,7 @@ _TURN_END = re.compile(r"<\|?(?:im_end|eot_id|end_of_turn|end)\|?>\s*\Z")
 
 
 def question_of(instruction: str) -> str:
-    """What was asked first: of a conversation, whose later turns hold the judged model's own answers, the first turn.
+    """What was asked. Of a conversation only the first turn, since later turns contain the judged model's answers.
 
     >>> question_of("User: Write about rain.\\n\\nAssistant: It pours.\\n\\nUser: Shorter.\\n\\nAssistant: ")
     'Write about rain.'
@@ -230,7 +230,7 @@ def question_of(instruction: str) -> str:
 
 
 def rubric_of(values: Mapping[str, Any], criteria: str, descriptions: Mapping[str, str]) -> Rubric:
-    """From columns: the criteria's, and score to the column of its description."""
+    """A rubric from columns. criteria: its column. descriptions: score -> the column of its description."""
     return Rubric(
         criteria=text(values, criteria),
         descriptions={score: text(values, name) for score, name in descriptions.items()},

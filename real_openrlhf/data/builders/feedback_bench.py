@@ -13,16 +13,16 @@ _read_prometheus = prometheus.reader("feedback")
 
 
 def read(values: Mapping[str, Any], options: Options) -> Item:
-    """Either form: Feedback Collection's columns, as on the hub, or Prometheus's `instruction` and `gpt4_score`."""
+    """Read both forms: Feedback Collection's columns, as on the hub, or Prometheus's `instruction` and `gpt4_score`."""
     if "orig_score" in values:
-        # A test set teaches nobody: its feedback stays out.
+        # This is a test set, so its feedback is not used for training.
         return replace(feedback_collection.read(values, options), critique=None)
     return _read_prometheus(values, options)
 
 
 BUILDER = Builder(
     name="feedback_bench",
-    about="Feedback Bench: 1,000 responses to 200 instructions, with rubrics of their own",
+    about="Feedback Bench: 1,000 responses to 200 instructions, each with its own rubric",
     read=read,
     scale="1-5",
     template="source",

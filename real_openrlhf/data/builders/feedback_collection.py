@@ -34,7 +34,7 @@ def read(values: Mapping[str, Any], options: Options) -> Item:
         group=f"feedback:{group_of(question_of(parts.instruction))}",
         whole=text(values, "instruction"),
         parts=parts,
-        # `output` is the same text with "[RESULT] N" behind it.
+        # `output` is the same text followed by "[RESULT] N".
         critique=optional_text(values, "orig_feedback") or optional_text(values, "output"),
     )
 

@@ -1,4 +1,4 @@
-"""Any JSONL, CSV or parquet file, by a map from what is needed to the columns that hold it."""
+"""Any JSONL, CSV or parquet file, with a map from the needed fields to the file's columns."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _parts(values: Mapping[str, Any], columns: Mapping[str, str]) -> Parts:
 
 
 def _blank_is_none(values: Mapping[str, Any], columns: Mapping[str, str], name: str) -> str | None:
-    """A mapped column has to be there, but may be empty in a row."""
+    """A mapped column must exist, but may be empty in a row."""
     if name not in columns:
         return None
     value = get(values, columns[name])

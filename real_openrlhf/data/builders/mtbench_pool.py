@@ -1,6 +1,7 @@
 """GPT-4's judgements of MT-Bench answers, 1 to 10, each with its critique, pooled from several runs of the benchmark.
 
-A question's two turns are one group. A row may average several judgements (`n`), whose critique is then that of one.
+A question's two turns are one group. A row may average several judgements (`n`); its critique is then that of one of
+them.
 """
 
 from __future__ import annotations

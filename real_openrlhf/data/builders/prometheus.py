@@ -1,7 +1,7 @@
 """The benchmarks in Prometheus's form: `instruction` is the whole prompt, `gpt4_score` one or several scores.
 
 FLASK, Vicuna Bench, MT Bench and (in the paper's evaluation) Feedback Bench share it. The label is the mean of the
-scores. With several judgements behind a label none of their texts fits it, so no feedback is taken from here.
+scores. If a label is a mean of several judgements, none of their texts fits it, so no feedback is used.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _ASKED = (
 )
 _REFERENCE = r"###\s*Reference Answer(?: \(Score 5\))?:\n(?P<reference>.*)\n\n"
 _RUBRIC = r"###\s*Score Rubrics?:\n\[(?P<criteria>.*?)\]\n(?P<scores>Score \d+:.*)\n\n###\s*Feedback:\s*$"
-# Greedy: the last headings are the prompt's own, earlier ones may stand in the response. The form with a reference goes
-# first, or the response would swallow it.
+# Greedy: the last headings are the prompt's own, earlier ones may be part of the response. The form with a reference is
+# tried first, else the reference would count as part of the response.
 _FORMS = tuple(re.compile(form, re.DOTALL) for form in (_ASKED + _REFERENCE + _RUBRIC, _ASKED + _RUBRIC))
 _SCORE = re.compile(r"^Score (\d+): ?(.*?)(?=\nScore \d+:|\Z)", re.DOTALL | re.MULTILINE)
 
 
 def parts_of(prompt: str) -> Parts | None:
-    """A Prometheus prompt taken apart again; None when it has another form."""
+    """The parts of a Prometheus prompt; None when it has another form."""
     match = next(filter(None, (form.search(prompt) for form in _FORMS)), None)
     if match is None or not match["criteria"].strip():
         return None
@@ -40,8 +40,8 @@ def parts_of(prompt: str) -> Parts | None:
 
 
 def asked(prompt: object) -> str:
-    """The question behind a whole prompt, a text or chat messages: by Prometheus's headings, else what the first user's
-    turn asks, else all of it."""
+    """The question in a whole prompt (text or chat messages): found by Prometheus's headings, else the user's first
+    turn, else the whole prompt."""
     if isinstance(prompt, list) and prompt and all(isinstance(message, Mapping) for message in prompt):
         said = [str(message.get("content")) for message in prompt if message.get("role") == "user"]
         prompt = next((text for text in said if parts_of(text)), said[0] if said else prompt)
@@ -62,7 +62,7 @@ def reader(name: str) -> Callable[[Mapping[str, Any], Options], Item]:
             if key not in ("instruction", "gpt4_feedback") and isinstance(value, (str, int, float, list))
         }
         number = values.get("idx")
-        # The question itself rather than its number: two files may count alike, and one question may have two numbers.
+        # The question's text, not its number: two files may use the same numbers, and a question may have two numbers.
         group = (
             group_of(question_of(parts.instruction)) if parts else group_of(prompt) if number is None else str(number)
         )

@@ -1,7 +1,7 @@
 """STS-B: two sentences and the mean of several people's scores for their similarity, 0 to 5, mostly fractional.
 
-Feedback for a warm-up is written by a program that never sees the label. GLUE's copy will not do: its test labels are
-hidden.
+Feedback for a warm-up is written by rules that do not see the label (`overlap_feedback`). GLUE's copy cannot be used:
+its test labels are hidden.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ HUB_ID = "PhilipMay/stsb-multi-mt:en"
 
 
 def read(values: Mapping[str, Any], options: Options) -> Item:
-    """Columns `instruction`, `response`, `criteria` and `score`, or the hub's `sentence1`, `sentence2` and
+    """Reads the columns `instruction`, `response`, `criteria` and `score`, or the hub's `sentence1`, `sentence2` and
     `similarity_score`."""
     hub = "sentence1" in values
     first, second = (
@@ -30,7 +30,7 @@ def read(values: Mapping[str, Any], options: Options) -> Item:
     rng = random.Random(f"{options.seed}|{first}|{second}")
     return Item(
         label=score,
-        # The same for both orders of a pair.
+        # The same group for both orders of a pair.
         group=f"stsb:{group_of(*sorted((first.lower(), second.lower())))}",
         parts=Parts(instruction=first, response=second, rubric=criteria),
         critique=write_feedback(first, second, rng),
@@ -40,7 +40,7 @@ def read(values: Mapping[str, Any], options: Options) -> Item:
 
 BUILDER = Builder(
     name="stsb",
-    about="STS-B: human similarity of sentence pairs, 0 to 5, with feedback by a program for a warm-up",
+    about="STS-B: human similarity of sentence pairs, 0 to 5, with rule-made feedback for a warm-up",
     read=read,
     scale="0-5",
     template="stsb",

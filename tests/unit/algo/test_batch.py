@@ -81,7 +81,7 @@ def test_rollouts_of_a_group_that_are_not_neighbours_pay_for_the_prompt_again() 
 
 
 def test_several_score_rows_per_rollout_also_behind_its_last_token() -> None:
-    """A label that the response breaks off in is continued one token behind it."""
+    """A label in which the response ends is continued by one token."""
     rollout = make_rollout([4, 2], position=1, label=1)
     rows = replace(
         rollout.score_rows,
@@ -151,7 +151,7 @@ def labels_rollout(token_ids: list[int], position: int) -> Rollout:
 
 
 def test_branches_follow_the_rollouts() -> None:
-    """A rollout that did not write "1" has its chain of thought once more, with "1", "0" behind it."""
+    """A rollout that did not write "1" has its chain of thought once more, followed by "1", "0"."""
     first = make_group([5, 6, 7], [labels_rollout([4, 2, 9], 1), labels_rollout([4, 4, 1, 0], 2)])
     second = make_group([6], [make_rollout([4]), labels_rollout([8, 1], 1)])
     rows = rows_of([make_train_group(first, SCALE), make_train_group(second, SCALE)])
@@ -159,7 +159,7 @@ def test_branches_follow_the_rollouts() -> None:
     prompts = [[5, 6, 7], [6]]
     assert batch.token_ids.tolist() == [
         *[*prompts[0], *[4, 2, 9], *[4, 4, 1, 0], *[4, 1, 0]],  # the last of them for the first rollout
-        *[*prompts[1], *[4], *[8, 1], *[8, 1, 0]],  # for the last, which was cut behind its "1"
+        *[*prompts[1], *[4], *[8, 1], *[8, 1, 0]],  # for the last, which ended after its "1"
     ]
     assert [g.responses for g in batch.layout.groups] == [(3, 4, 3), (1, 2, 3)]
     assert n_tokens(rows) == batch.layout.n_tokens == 20
@@ -180,7 +180,7 @@ def test_tokens_and_score_rows_are_predicted_by_the_token_before_them_also_in_br
     by_token = batch.logit_index[batch.logit_row]
     tokens = [by_token[i, batch.response_mask[i]].tolist() for i in range(4)]
     assert tokens == [[2, 3, 4], [2, 6, 7, 8], [13], [13, 15]]
-    # Node 0 stands in the responses; node 1, behind "1", for rollouts 0 and 3 in their branches.
+    # Node 0 is read in the responses; node 1, after "1", is read in branches for rollouts 0 and 3.
     assert batch.logit_index[batch.score_row].tolist() == [3, 11, 7, 8, 15, 18]
 
 

@@ -66,7 +66,7 @@ class TabularPolicy:
         self.logits.requires_grad_()
 
     def masked_logits(self) -> Tensor:
-        """[prefixes, V]; no anchor behind an anchor."""
+        """[prefixes, V]; no anchor follows an anchor."""
         after = torch.tensor([ANCHOR in p for p in self.row])
         forbidden = after[:, None] & (torch.arange(self.size) == ANCHOR)
         return self.logits.masked_fill(forbidden, -math.inf)
@@ -141,7 +141,7 @@ def enumerate_all(scale: ScoreScale, label: float, max_length: int) -> Enumerati
 
 
 def labels_by_enumeration(world: Enumeration, response: tuple[int, ...]) -> Tensor:
-    """[S] probabilities behind the chain of thought: the next tokens written out, the longest label counts."""
+    """[S] probabilities after the chain of thought: the next tokens written out, the longest label counts."""
     policy, labels = world.policy, world.scale.labels
     probs = policy.masked_logits().softmax(-1)
     cot = response[: response.index(ANCHOR) + 1]
@@ -286,7 +286,7 @@ def test_the_world_holds_every_kind_of_rollout(case: Case) -> None:
 
 
 def test_label_probabilities_are_those_of_the_policy(case: Case) -> None:
-    """Of the scale with "10", also where "2" or nothing on the scale was written."""
+    """The scale has "10"; also where "2" or nothing on the scale was written."""
     for rollout, labels in zip(case.world.rollouts, case.world.label_logprobs):
         if rollout.reading.readable:
             expected = labels_by_enumeration(case.world, tuple(rollout.token_ids.tolist()))

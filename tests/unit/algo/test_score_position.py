@@ -95,7 +95,7 @@ def test_invalid(make: type, text: str, reason: str, anchor: int | None) -> None
 
 
 def test_cut_right_before_the_score() -> None:
-    # With the space as a token of its own the anchor is whole and only the score is missing.
+    # With the space as a separate token the anchor is complete and only the score is missing.
     assert read(spaced(), "a. " + ANCHOR).reason == TRUNCATED
     # Where " 4" is the score, a lone space is what stands at the score position: it is not a label.
     reading = read(merged_tokenizer(), "a. " + ANCHOR)
@@ -154,7 +154,7 @@ def test_ordered_anchors() -> None:
     assert read(tokenizer, "I sa", anchors=anchors).reason == TRUNCATED
 
 
-# written behind the anchor, label on the scale, and whether the response ends there by itself
+# scale, text after the anchor (with EOS where the response ends itself), label that is read
 SEVERAL = [
     ("1-10", "10" + EOS, "10"),
     ("1-10", "1" + EOS, "1"),
@@ -223,7 +223,7 @@ def test_characters_split_over_tokens() -> None:
     for head in ("😀é", "é😀é😀" * 9, "a😀. "):
         reading = read(tokenizer, head + ANCHOR + "4😀")
         assert (reading.position, reading.label_index) == (position_after(tokenizer, head + ANCHOR), 3)
-    # Broken bytes in front and behind.
+    # Broken bytes before and after it.
     ids = tokenizer.encode("😀", add_special_tokens=False)[:2] + tokenizer.encode(
         ANCHOR + "4", add_special_tokens=False
     )

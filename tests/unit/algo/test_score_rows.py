@@ -80,7 +80,7 @@ def toy_logits(prefix: str) -> torch.Tensor:
 
 
 def rows_for(labels: list[str], response: str = "x", position: int = 0) -> tuple[ScoreRows, torch.Tensor]:
-    """The score rows of a response, and the toy model's logits for what stands behind its chain of thought."""
+    """The score rows of a response, and the toy model's logits after its chain of thought."""
     trie = TokenTrie(tuple(tuple(TOKENS.index(c) for c in label) for label in labels))
     tokens = [TOKENS.index(c) for c in response]
     rows = ScoreRows.of(trie, tokens, position)
@@ -143,7 +143,7 @@ def test_whatever_was_written_the_labels_are_the_same(labels: list[str]) -> None
 
 
 def test_rows_by_hand() -> None:
-    """The example of the docstring: node 1 is read behind a "1" that the response did not write."""
+    """The example of the docstring: node 1 is read after a "1" that the response did not write."""
     trie = TokenTrie(((1,), (2,), (1, 0)))
     rows = ScoreRows.of(trie, [7, 9, 2], 2)
     assert (rows.node.tolist(), rows.sequence.tolist(), rows.position.tolist()) == ([0, 1], [0, 1], [2, 3])
@@ -154,7 +154,7 @@ def test_rows_by_hand() -> None:
     assert rows.branches[0].sequence(torch.tensor([7, 9, 2])).tolist() == [7, 9, 1, 0]
     table = torch.tensor([[0.5, 0.3], [0.4, 0.0]], dtype=torch.float64).log()
     assert rows.label_logprobs(table).exp()[0].tolist() == pytest.approx([0.5 * 0.6, 0.3, 0.5 * 0.4])
-    # A response that wrote "1" and went on passes both nodes; one that was cut right behind it does not.
+    # A response that wrote "1" and continued passes both nodes; one that ended right after it does not.
     assert ScoreRows.of(trie, [7, 9, 1, 5], 2).branches == ()
     assert ScoreRows.of(trie, [7, 9, 1], 2).sequence.tolist() == [0, 1]
 

@@ -147,7 +147,7 @@ def test_bind_labels_of_several_tokens() -> None:
     nine, one, zero = (tokenizer.id(c) for c in "910")
     assert anchor.labels == ((nine,), (one, zero))
     assert anchor.trie.labels == anchor.labels
-    with pytest.raises(ScaleError, match="labels of one token only"):
+    with pytest.raises(ScaleError, match="here every label must be one token"):
         anchor.token_ids  # noqa: B018
     bound = bind_scale(ScoreScale.parse("1-10"), tokenizer)
     assert bound.read_token_ids == sorted(tokenizer.id(d) for d in "0123456789")

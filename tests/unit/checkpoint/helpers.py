@@ -60,7 +60,7 @@ def names(root: Path) -> set[str]:
 
 
 def in_child(body: Callable[[], object]) -> int:
-    """Run it in a forked process; its exit code, 0 if body came to its end. Nothing of it is cleaned up."""
+    """Run it in a forked process; returns its exit code, 0 if body finished. Nothing is cleaned up at its end."""
     pid = os.fork()
     if pid == 0:
         code = 1

@@ -1,6 +1,6 @@
-"""A process that dies at any moment leaves a complete checkpoint behind once there was one.
+"""Once there is a complete checkpoint, a process that dies at any moment leaves a complete one.
 
-Every scenario runs in processes of its own that really end, without any clean-up, before their first, second,
+Every scenario runs in separate processes that really end, without any clean-up, before their first, second,
 third ... change of the disk.
 """
 

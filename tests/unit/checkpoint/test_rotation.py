@@ -139,7 +139,7 @@ def test_a_deletion_that_fails_does_not_fail_the_save(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", rmtree)
         save(store, 2)
-    assert "could not be removed and takes up space" in caplog.text
+    assert "could not be removed and still takes up space" in caplog.text
     assert store.find("latest").step == 2
     assert {name.split("-")[0] for name in names(tmp_path)} == {"step_2", ".del"}
 

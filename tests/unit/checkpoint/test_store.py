@@ -60,7 +60,7 @@ def test_the_manifest_lists_every_file_and_says_what_is_hashed(tmp_path: Path) -
         {"path": "large", "size": len(large), "kind": "sha256_first_and_last_mib", "hash": edges},
         {"path": "small", "size": 3, "kind": "sha256", "hash": hashlib.sha256(b"abc").hexdigest()},
     ]
-    # Of a large file the edges are checked, the middle is not, as the manifest says.
+    # Only the edges of a large file are checked, not the middle, as the manifest says.
     path = tmp_path / "step_1" / "large"
     path.write_bytes(large[: 2 * durable.MIB] + b"x" + large[2 * durable.MIB + 1 :])
     store.find("latest")
@@ -352,7 +352,7 @@ def test_asking_for_a_path(store: CheckpointStore, tmp_path: Path, monkeypatch: 
     assert content_of(store.find("copy")) == "step 1"
     with pytest.raises(CheckpointError, match=r"there is no checkpoint step_3; in .* there is step_1, step_2"):
         store.find("step_3")
-    with pytest.raises(CheckpointError, match="holds checkpoints but is none; give one of them: step_1, step_2"):
+    with pytest.raises(CheckpointError, match="holds checkpoints but is not one; give one of them: step_1, step_2"):
         store.find(store.root)
     with pytest.raises(CheckpointError, match=r"manifest\.json is a file"):
         store.find(made.path / MANIFEST_FILE)

@@ -32,7 +32,7 @@ time.sleep(600)
 
 
 def start(folder: Path) -> tuple[subprocess.Popen[str], int]:
-    """Another process that holds the folder, and the id of a child of its own."""
+    """Another process that holds the folder, and the id of its child."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder)],
         stdout=subprocess.PIPE,
@@ -72,7 +72,7 @@ def test_a_forked_child_does_not_hold_it(tmp_path: Path) -> None:
         os._exit(0)
     try:
         os.read(reader, 1)
-        with pytest.raises(FolderInUseError, match="this very process"):
+        with pytest.raises(FolderInUseError, match="this process itself"):
             FolderLock(tmp_path, "--output_dir")
         # As at the end of this process, which unlocks nothing but closes its descriptor.
         lock._close()
@@ -149,10 +149,10 @@ def test_every_command_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture[st
     with FolderLock(out, "other"):
         for main, words in calls:
             assert main(words) == 2
-            assert f"error: --output_dir {out} is in use: this very process" in capsys.readouterr().err
+            assert f"error: --output_dir {out} is in use: this process itself" in capsys.readouterr().err
         warmup = ["--actor.model_name_or_path", model, "--data.prompt_dataset", rows, "--ckpt.output_dir", out]
         assert train_warmup.main(warmup) == 2
-        assert f"error: --ckpt.output_dir {out} is in use: this very process" in capsys.readouterr().err
+        assert f"error: --ckpt.output_dir {out} is in use: this process itself" in capsys.readouterr().err
         assert [path.name for path in Path(out).iterdir()] == [LOCK_FILE]
     target = tmp_path / "scores.jsonl"
     with open_output(str(target), overwrite=False, resume=False, identity={}) as first:

@@ -150,12 +150,12 @@ def test_every_command_names_its_flag(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_errors_of_libraries_are_one_line(tmp_path: Path) -> None:
     assert one_line(ValueError("a\n  b\n\nc")) == "a b c" and one_line(KeyError()) == "KeyError"
-    with pytest.raises(ValueError, match=r"--model .* has no tokenizer that loads: .") as error:
+    with pytest.raises(ValueError, match=r"--model .*: the tokenizer does not load: .") as error:
         load_tokenizer(folder(tmp_path / "m", "config.json"), name="--model")
     assert "\n" not in str(error.value)
     (tmp_path / "m" / "tokenizer.json").write_text("{}")
     (tmp_path / "m" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    with pytest.raises(ValueError, match=r"--model .* has no tokenizer that loads: ."):
+    with pytest.raises(ValueError, match=r"--model .*: the tokenizer does not load: ."):
         load_tokenizer(str(tmp_path / "m"), name="--model")
 
 

@@ -59,7 +59,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"actor.lr_warmup_ratio": 0.1}, None, "use constant_with_warmup"),
     ({"actor.gradient_checkpointing_reentrant": True}, None, "needs --actor.gradient_checkpointing_enable"),
     ({"ds.adam_offload": True, "ds.zero_stage": 0}, None, "--ds.adam_offload needs"),
-    ({"logger.term_grad_norm_at": "parameters", "ds.zero_stage": 3}, None, "needs whole parameters on every rank"),
+    ({"logger.term_grad_norm_at": "parameters", "ds.zero_stage": 3}, None, "needs complete parameters on every rank"),
     (
         {
             "logger.term_grad_norm_at": "parameters",
@@ -81,7 +81,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"ds.use_liger_kernel": True}, "cpu", "--ds.use_liger_kernel needs GPUs"),
     ({"ds.attn_implementation": "flash_attention_2"}, "cpu", "needs GPUs; use sdpa"),
     ({"ds.lora.alpha": 32}, None, "--ds.lora.* needs --ds.lora.rank above 0"),
-    ({"ds.lora.rank": 8, "ds.lora.target_modules": ("all-linear", "q_proj")}, None, "all-linear stands for all"),
+    ({"ds.lora.rank": 8, "ds.lora.target_modules": ("all-linear", "q_proj")}, None, "all-linear means all"),
     ({"algo.kl.init_coef": 0.1, "ref.num_gpus_per_node": 3}, None, "--rollout.batch_size 256 .* 3 reference ranks"),
     ({"algo.kl.init_coef": 0.1, "ref.offload": True}, None, "--ref.offload needs --ds.zero_stage 3, got 2"),
     ({"train.async_enable": True, "real.ratio": "none"}, None, "--real.ratio none leaves that uncorrected"),
@@ -153,11 +153,11 @@ def test_neighbours_of_contradictions_are_valid(changes: dict[str, Any]) -> None
         ({"ds.param_dtype": "bf16"}, "cpu", "about 10 times slower"),
         ({"ds.param_dtype": "fp32"}, "cuda", "fp32 on GPUs"),
         # 0.05 per token: 0.05 * sqrt(1024) = 1.6, and 0.5 at 100 tokens.
-        ({"algo.advantage.is_correction_level": "token"}, "cuda", "by about 1.6, so that it is mostly noise"),
+        ({"algo.advantage.is_correction_level": "token"}, "cuda", "by about 1.6, so it is mostly noise"),
         (
             {"algo.advantage.is_correction_level": "token", "rollout.max_new_tokens": 100},
             "cuda",
-            "over up to 100 tokens, of which rounding alone moves the logarithm by about 0.5",
+            "over up to 100 tokens. Rounding alone changes its logarithm by about 0.5",
         ),
         ({"ds.adam_offload": True}, "cpu", "compiles its CPU Adam"),
         ({"ds.lora.rank": 8, "ds.lora.dropout": 0.1}, None, "not quite on-policy"),

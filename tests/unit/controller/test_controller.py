@@ -80,7 +80,7 @@ class World:
     samples: list[tuple[int, list[Mapping[str, Any]]]] = field(default_factory=list)
     shown: list[tuple[Any, ...]] = field(default_factory=list)
     warnings: list[tuple[int, str, str]] = field(default_factory=list)
-    # Of each step's update, and of each evaluation by version.
+    # The metrics of each step's update, and of each evaluation by version.
     trained_metrics: dict[str, float] = field(default_factory=dict)
     evaluation: Callable[[int], tuple[dict[str, float | None], dict[str, Change]]] = lambda version: (
         {"expected/pearson": 0.1 * version, "decoded/pearson": None},
@@ -667,7 +667,7 @@ def test_one_step_ahead_allows_exactly_one_version(late: int) -> None:
 
 
 class Ahead(World):
-    """Engines with GPUs of their own: they never sleep."""
+    """Engines that do not share GPUs never sleep."""
 
     def sleep(self) -> None: ...
 

@@ -69,7 +69,7 @@ def test_the_mass_threshold_is_on_the_mean(mass: float, stops: bool) -> None:
     with pytest.raises(ScoresNotThere, match=r"--real.min_mass asks for 0.05") as caught:
         look(groups)
     message = str(caught.value)
-    assert "mean mass on the scale 0.050" in message and "(1,2,3)" in message
+    assert "mean mass on the scale 0.050" in message and "1,2,3:" in message
     assert all(advice in message for advice in ("--real.scale", "--real.anchor", "train_warmup"))
 
 
@@ -104,5 +104,5 @@ def test_thresholds_of_0_let_everything_pass() -> None:
 def test_top_p_below_1_is_noted() -> None:
     assert "top_p" not in look([group([0.1, 0.2, 0.7])])
     assert look([group([0.1, 0.2, 0.7])], top_p=0.9).splitlines()[-1] == (
-        "  top_p 0.9: log-probs speak of the full vocabulary, the rollouts were drawn from its nucleus"
+        "  top_p 0.9: log-probs are over the full vocabulary, the rollouts were drawn from its nucleus"
     )

@@ -54,7 +54,10 @@ FAULTS: dict[str, tuple[dict[str, float], str]] = {
     "mass": ({"score__mass": 0.5}, r"mass on the scale fell from 0.990 to 0.\d+.*--real.beta 1.*--guard.mass_drop"),
     "reward": ({"reward__sampled_mean": -4.0}, r"mean reward fell from -1.9\d+ to -\d.*--guard.reward_errors"),
     "scores": ({"score__expected_std": 0.01}, r"collapsed to one value: .*0.8000.*--guard.min_spread"),
-    "length": ({"length__truncated_share": 0.9}, r"cut off at their bound \(the start: 2%\).*--rollout.max_new_tokens"),
+    "length": (
+        {"length__truncated_share": 0.9},
+        r"truncated at the token limit \(the start: 2%\).*--rollout.max_new_tokens",
+    ),
     "entropy": ({"rollouts__entropy": 0.001}, r"fell from 0.3000 to 0.0\d+ nats.*--actor.entropy_coef"),
     "terms": ({"logit_grad_norm__cot": 10.0}, r"Term 1 is 167 times that of Term 2 at the logits.*--real.beta"),
 }
@@ -128,7 +131,7 @@ def test_norms_that_are_measured_now_and_then_stand_for_the_steps_between() -> N
 
 def test_feedback_without_a_token() -> None:
     alarms = run(guards(), then(10, length__cot=0.0))
-    assert alarms and "scores without reasoning" in alarms[0][1].message
+    assert alarms and "without feedback Term 1 has nothing to train" in alarms[0][1].message
 
 
 def test_undefined_metrics_are_no_fault_and_do_not_count() -> None:

@@ -173,7 +173,7 @@ def test_append_goes_on_and_drops_what_comes_again(tmp_path, caplog):
         log.log(3, "train", {"a": 30})
     assert [(line["step"], line["a"]) for line in lines(tmp_path / "metrics.jsonl")] == [(1, 1), (2, 2), (3, 30)]
     assert [line["text"] for line in lines(tmp_path / "samples.jsonl")] == ["1", "2"]
-    assert "the last line was cut off" in caplog.text
+    assert "the last line is incomplete" in caplog.text
     # Both configurations are kept: each made a part of the run.
     assert json.loads((tmp_path / "run_config.1.json").read_text()) == {"seed": 1}
     assert json.loads((tmp_path / "run_config.json").read_text()) == {"seed": 2}

@@ -69,7 +69,7 @@ def test_rows_that_share_no_group_are_pointed_out_where_they_are_split(
     rows = [{"p": f"Judge answer {i} to one question.", "y": 3, "q": i // 4} for i in range(40)]
     source = write(tmp_path / "a.jsonl", rows)
     flags = ["generic", "--source", str(source), "--scale", "1-5", "--map", "prompt=p", "label=y"]
-    told = "every row is a group of its own"
+    told = "every row is its own group"
     for name, more, expected in (
         ("split", ["--split", "train=0.5,test=0.5"], True),
         ("whole", [], False),
@@ -126,7 +126,7 @@ def test_feedback_without_a_label_of_its_own_is_left_out(tmp_path: Path, rows: l
     )
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["feedback_left_out"] == {
-        "nothing stands beside its verdict": 1,
+        "it holds nothing but its verdict": 1,
         "its own verdict is not the label": 1,
         "several judgements were averaged": 1,
     }

@@ -111,8 +111,8 @@ def test_a_state_of_another_run_is_refused(other, message):
     [
         ({"position": 10}, "prompt 10 of 10"),
         ({"epoch": -1}, "epoch -1"),
-        ({"order_sha256": "0"}, "this numpy shuffles otherwise"),
-        ({"epoch": 1}, "this numpy shuffles otherwise"),
+        ({"order_sha256": "0"}, "this numpy shuffles differently"),
+        ({"epoch": 1}, "this numpy shuffles differently"),
     ],
 )
 def test_a_damaged_state_is_refused(change, message):

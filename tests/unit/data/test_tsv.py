@@ -67,6 +67,14 @@ def test_files_that_are_none(tmp_path: Path, content: bytes, message: str) -> No
         list(read_tsv(path))
 
 
+def test_a_broken_archive_is_named(tmp_path: Path) -> None:
+    whole = gzip.compress(b"x\ty\n" + b"1\t2\n" * 2000)
+    for content in (whole[:30], whole[:20] + b"\x00" * 20 + whole[40:], b"no gzip"):
+        (tmp_path / "a.tsv.gz").write_bytes(content)
+        with pytest.raises(DataError, match="cannot be read"):
+            list(read_tsv(tmp_path / "a.tsv.gz"))
+
+
 def test_other_files_are_read_as_ever(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"x": 1}\n')
     (row,) = read_tsv_or_rows(str(path))

@@ -114,7 +114,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
         read_scores(sequences, attention, attention, READER)
     with pytest.raises(DropInError, match="rollout 1 has no response"):
         read_scores(sequences, attention, action * torch.tensor([[1.0], [0.0], [1.0]]), READER)
-    with pytest.raises(ScaleError, match="one token only"):
+    with pytest.raises(ScaleError, match="must be one token"):
         read_scores(sequences, attention, action, RealSettings(scale="1-10").reader(TOKENIZER, {0}))
 
 

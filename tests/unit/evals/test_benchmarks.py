@@ -73,7 +73,7 @@ def test_every_source_of_a_list_may_begin_at_home(monkeypatch: pytest.MonkeyPatc
         (["vicuna"], r"there is no file 'vicuna' \(did you mean 'vicuna_bench'\?\)"),
         ([""], "is not a benchmark"),
         (["a="], "is not a benchmark"),
-        (["/x/!.jsonl"], r"no name can be made of '/x/!.jsonl'; write NAME=PATH"),
+        (["/x/!.jsonl"], r"no name can be made from '/x/!.jsonl'; write NAME=PATH"),
         (["a b.jsonl", "a_b.jsonl"], "two benchmarks are named 'a_b'"),
     ],
 )

@@ -119,7 +119,7 @@ def test_metrics_are_those_of_the_rows(tmp_path: Path) -> None:
     }
     assert sorted(report.metrics) == sorted(metric_names(["flask"]))
     assert report.metrics["mass"] == pytest.approx(2.5 / 3)
-    # Of the generations, not of the rows.
+    # A share of the generations, not of the rows.
     assert report.metrics["invalid_rate"] == 3 / 8 and report.metrics["forced_rate"] == 0
     assert report.metrics["expected/n"] == 3
     assert report.metrics["expected/mae"] == pytest.approx((0.25 + 0.5 + 0.5) / 3)

@@ -34,6 +34,7 @@ def no_matrix_products(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_config(folder: Path, name: str = "tiny") -> Path:
     spec = SPECS[name]
     config = {
+        "model_type": "qwen3",
         "vocab_size": spec.vocabulary,
         "hidden_size": spec.hidden,
         "intermediate_size": spec.intermediate,

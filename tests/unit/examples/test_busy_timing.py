@@ -1,4 +1,4 @@
-"""The timing beside busy processes: ratios of the same round, and processes that end."""
+"""The timing next to busy processes: ratios of the same round, and processes that end."""
 
 from __future__ import annotations
 

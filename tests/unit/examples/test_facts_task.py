@@ -97,7 +97,7 @@ def test_labels_are_those_of_the_prompts_own_words(tmp_path):
 
 
 def test_noise_is_added_before_rounding():
-    """Of the middle label 2.5 + 0.5 + N(0, 0.5) = 3 + noise, the share between 2.5 and 3.5 is erf(1 / sqrt 2)."""
+    """For the middle label 2.5 + 0.5 + N(0, 0.5) = 3 + noise, the share between 2.5 and 3.5 is erf(1 / sqrt 2)."""
     item = replace(ITEM, parts=(("city", "paris"), ("fruit", "fig"), ("river", "nile"), ("shape", "cube")))
     rng = random.Random(0)
     share = np.mean([task.label_of(item, rng, task.TaskConfig(noise=0.5)) == 3 for _ in range(4000)])

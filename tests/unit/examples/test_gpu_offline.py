@@ -83,7 +83,7 @@ def test_a_broken_piece_is_refused(packed: Path) -> None:
     piece = next(p for p in part.iterdir() if ".tar.xz." in p.name)
     piece.write_bytes(piece.read_bytes()[:-1])
     done = unpack(packed, part)
-    assert done.returncode == 1 and "did not arrive whole" in done.stderr
+    assert done.returncode == 1 and "are incomplete" in done.stderr
 
 
 def test_parts_replace_parts_and_nothing_else(packed: Path) -> None:

@@ -1,4 +1,4 @@
-"""The quickstart's README says what its committed JSON says, and the claim beside it holds in every run."""
+"""The quickstart's README says what its committed JSON says, and the claim made with it holds in every run."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def test_every_cell_of_the_json_is_one_of_the_script_and_its_flags_parse() -> No
         for cell, flags in results["cells"].items():
             assert list(repeat.CELLS[cell]) == flags
     for flags in repeat.CELLS.values():
-        parse_args([*repeat.REAL, *repeat.MEASURED, *flags])
+        for task in repeat.TASKS.values():
+            parse_args(["--config", str(task.config), *repeat.MEASURED, *flags])
 
 
 def test_what_is_claimed_of_all_runs_holds_in_all() -> None:
@@ -110,9 +111,20 @@ def test_the_committed_report_is_the_run_of_the_table() -> None:
 def test_the_quickstart_runs_with_the_flags_that_were_measured() -> None:
     script = re.sub(r"\\\n\s*", " ", (FOLDER / "run.sh").read_text(encoding="utf-8"))
     words = " ".join(script.replace('"', "").split())
-    for settings in (repeat.WARMUP, repeat.REAL):
-        flags = " ".join(settings).split(" --")
-        assert [flag for flag in flags if flag.removeprefix("--").strip() not in words] == []
+    flags = " ".join(repeat.WARMUP).split(" --")
+    assert [flag for flag in flags if flag.removeprefix("--").strip() not in words] == []
+    assert "train_real --config examples/quickstart/config.yaml" in words
+    assert repeat.TASKS["rubric"].config == FOLDER / "config.yaml"
+    # What the results of config.yaml's commit and of the flags before it have in common: every flag of the file.
+    config = parse_args(["--config", str(FOLDER / "config.yaml")])
+    assert (config.rollout.batch_size, config.rollout.n_samples_per_prompt, config.rollout.max_new_tokens) == (
+        16,
+        8,
+        32,
+    )
+    assert (config.actor.adam.lr, config.train.micro_batch_size, config.real.keep_groups) == (2e-4, 32, "all")
+    assert (config.real.anchor, config.data.max_len, config.eval.steps) == (("score ",), 128, 25)
+    assert config.train.full_determinism_enable and config.ckpt.best_metric_key == "valid/expected/pearson"
 
 
 def test_gains_and_their_spread_on_numbers() -> None:

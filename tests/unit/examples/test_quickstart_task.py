@@ -121,7 +121,7 @@ def test_files_are_reproducible_and_share_no_prompt(tmp_path):
     [
         ("a\nb c\n", "line 2: 'b c' is not one word"),
         ("a\n\nb\n", "line 2: '' is not one word"),
-        ("a\nb\na\n", "line 3: 'a' stands in line 1 already"),
+        ("a\nb\na\n", "line 3: 'a' is in line 1 already"),
         ("</s>\n", "line 1: </s> is the tokenizer's own"),
         ("", "the file is empty"),
         (None, "there is no such file"),

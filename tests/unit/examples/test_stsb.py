@@ -208,7 +208,7 @@ def test_a_finished_model_folder_is_reused(tmp_path: Path, monkeypatch: pytest.M
     arguments = ["--output_dir", str(folder), "--cache_dir", str(tmp_path)]
     monkeypatch.setattr(get_model, "load", lambda *_: pytest.fail("loaded again"))
     (folder / "config.json").write_text("{}")
-    with pytest.raises(get_model.ModelError, match="no whole model"):
+    with pytest.raises(get_model.ModelError, match="no complete model"):
         get_model.main(arguments)
     for name in get_model.NEEDED:
         (folder / name).write_text("{}")

@@ -27,7 +27,7 @@ TEMPLATE = PromptTemplate(input_template="Judge: {}")
 
 
 def make_tokenizer():
-    """Byte-level BPE: " 3" is a token of its own, and every text survives a round trip."""
+    """Byte-level BPE: " 3" is a single token, and every text survives a round trip."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -268,7 +268,7 @@ def test_check_export_of_a_whole_folder(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
     report = check_export(folder)
     assert report.n_shards == len(list(folder.glob("*.safetensors"))) > 1
-    # The tied head may or may not be stored beside the embeddings.
+    # The tied head may or may not be stored in addition to the embeddings.
     stored = report.n_parameters - model.num_parameters()
     assert stored in (0, model.lm_head.weight.numel())
     assert sum(report.dtypes.values()) == report.n_tensors
@@ -335,7 +335,7 @@ def test_check_export_finds_missing_cut_and_stray_shards(folder):
     shards = sorted(folder.glob("*.safetensors"))
     content = shards[-1].read_bytes()
     shards[-1].write_bytes(content[: len(content) // 2])
-    with pytest.raises(ExportError, match=f"{shards[-1].name} cannot be read, perhaps it was copied half"):
+    with pytest.raises(ExportError, match=f"{shards[-1].name} cannot be read, perhaps it was copied only in part"):
         check_export(folder)
     shards[-1].unlink()
     with pytest.raises(ExportError, match=f"lacks 1 of {len(shards)} weight files: {shards[-1].name}"):

@@ -82,7 +82,7 @@ def test_a_calibration_of_another_judge_is_refused(tmp_path) -> None:
         Calibration.load(tmp_path, scale=SCALE, renormalise=False)
     path = Calibration.fit(X, Y, scale=SCALE).save(tmp_path)
     for scale, renormalise in ((ScoreScale.parse("0-9"), False), (SCALE, True)):
-        with pytest.raises(CalibrationError, match="fit it anew"):
+        with pytest.raises(CalibrationError, match="fit it again"):
             Calibration.load(tmp_path, scale=scale, renormalise=renormalise)
     content = json.loads(path.read_text())
     for change in ({"y": content["y"][::-1]}, {"x": [1, "a"], "y": [1, 2]}, {"extra": 1}, {"version": 2}):

@@ -117,7 +117,7 @@ def test_bad_rows_are_named_or_skipped(run, capsys, caplog, bad, match: str) -> 
     [
         (["--weights", "x"], "--weights is not JSON"),
         (["--rubric", "none.json"], "--rubric none.json"),
-        (["--scale", "1-5"], "has settings of its own in real_openrlhf.json; drop --scale"),
+        (["--scale", "1-5"], "has its own settings in real_openrlhf.json; drop --scale"),
         (["--api_key_env", "NOT_SET_ANYWHERE"], "NOT_SET_ANYWHERE, which is not set"),
         (["--server_model", "other"], "does not serve 'other'"),
         (["--template", "papr"], "paper"),
@@ -198,7 +198,7 @@ def test_a_job_that_ended_early_goes_on(run, folder, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(Judge, "score_prepared", fails)
     assert main(words) == 1 and not out.exists() and len(partial.read_text().splitlines()) == 2
-    assert main(words) == 2 and "pass --resume to go on" in capsys.readouterr().err
+    assert main(words) == 2 and "pass --resume to continue" in capsys.readouterr().err
     assert main([*words, "--resume", "--seed", "3"]) == 2 and "had another sampling" in capsys.readouterr().err
     (folder / "model.safetensors").write_bytes(b"trained on")
     assert main([*words, "--resume"]) == 2 and "had another weights" in capsys.readouterr().err

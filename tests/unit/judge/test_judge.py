@@ -101,7 +101,7 @@ def test_n_samples_are_drawn_at_the_temperature_of_the_settings(folder: Path) ->
     got = judge.score("a", "good")
     assert (fake.calls[0][1].temperature, len(got.samples)) == (1.0, 4)
     assert got.score == pytest.approx(EXPECTED["3"], abs=1e-6)
-    with pytest.raises(JudgeError, match=r"read at temperature 1, which sampling at 0.7"):
+    with pytest.raises(JudgeError, match=r"read at temperature 1, so it cannot sample at 0.7"):
         make(folder, temperature=0.7)
     warm = replace(JudgeSettings.load(folder), temperature=0.7)
     assert make(folder, settings=warm)[0].sampling.temperature == 0.7
@@ -175,7 +175,7 @@ def test_a_plain_model_needs_settings(folder: Path) -> None:
         (
             {"instruction": "a", "response": "b " * 90},
             JudgeError,
-            r"item 1: the prompt has 9\d tokens, but .* are left",
+            r"item 1: the prompt has 9\d tokens, but only .* fit",
         ),
     ],
 )

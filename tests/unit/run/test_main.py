@@ -216,7 +216,9 @@ def test_a_model_without_a_tokenizer(flags: Flags, tmp_path: Path, capsys: pytes
     (tmp_path / "empty" / "config.json").write_text('{"model_type": "llama"}')
     flags["actor.model_name_or_path"] = str(tmp_path / "empty")
     assert main(argv(flags)) == 2
-    assert "error: --actor.model_name_or_path" in (err := capsys.readouterr().err) and "no tokenizer that loads" in err
+    assert (
+        "error: --actor.model_name_or_path" in (err := capsys.readouterr().err) and "the tokenizer does not load" in err
+    )
 
 
 def test_an_impossible_sampling(flags: Flags, capsys: pytest.CaptureFixture[str]) -> None:
@@ -371,7 +373,7 @@ def test_a_scale_of_more_tokens_than_an_engine_returns(
     assert main(argv(flags, "--dry_run", "--real.scale", "0-127")) == 0
     capsys.readouterr()
     line = refused(capsys, argv(flags, "--dry_run", "--real.scale", "0-128"))
-    assert "--real.scale 0-128, --real.anchor: the scale's labels are 129 different tokens" in line
+    assert "--real.scale 0-128, --real.anchor: the scale's labels have 129 different tokens" in line
     assert "at most 128" in line
 
 

@@ -93,7 +93,7 @@ def test_engines_of_several_gpus_need_them_on_one_node() -> None:
     assert "Nodes: [{'CPU': 8, 'GPU': 3}, {'CPU': 8, 'GPU': 3}]" in str(e.value)
     # Three GPUs on each of two nodes: 6 in all, but a pair on each node only.
     pairs = Request(name="rollout", bundles=(GPU,) * 6, width=2)
-    with pytest.raises(PlacementError, match=r"3 engines asked for that lie on one node each, .* room for 2"):
+    with pytest.raises(PlacementError, match=r"3 engines asked for, each on one node; .* room for 2"):
         check_fits([pairs], [node(8, 3), node(8, 3)])
     # Enough GPUs, not enough CPUs.
     with pytest.raises(PlacementError, match="room for 2"):

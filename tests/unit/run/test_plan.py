@@ -49,7 +49,7 @@ def test_the_plan_says_what_a_run_would_do(flags: list[str]) -> None:
 @pytest.mark.parametrize(
     ("lora", "pieces"),
     [
-        ((), ["KL: weight 0.1, estimator k3; reference: 2 rank(s) of its own", "reference: 2 x (1 CPU), PACK"]),
+        ((), ["KL: weight 0.1, estimator k3; reference: 2 separate rank(s)", "reference: 2 x (1 CPU), PACK"]),
         (
             ("--ds.lora.rank", "8"),
             [
@@ -127,7 +127,7 @@ def test_gpus_that_are_not_here(flags: list[str], monkeypatch: pytest.MonkeyPatc
     assert "bf16 on cuda" in text and "on GPUs that are not here: 1 node(s) x 8 GPU(s) of 80 GB" in text
     with pytest.raises(ConfigError, match=r"--assume_gpus: 1 node\(s\) x 7 GPU\(s\).*8 GPU asked for.*has 7"):
         make_plan(inputs_of(flags, *more, *wide, "--assume_gpus", "7x80GB"))
-    # Two engines of two GPUs on nodes of three: each node has room for one beside two ranks.
+    # Two engines of two GPUs on nodes of three: each node has room for one and two ranks.
     make_plan(inputs_of(flags, *more, *wide, "--assume_gpus", "4x3x80GB"))
     with pytest.raises(ConfigError, match="no node can hold the 2 bundles of an engine"):
         make_plan(inputs_of(flags, *more, *wide, "--assume_gpus", "8x1x80GB"))

@@ -47,6 +47,7 @@ def rendered(
         placement=placement,
         device=Device(name=device, dtype_name=dtype),
         reward_tolerance=reward_tolerance,
+        forecast=None,
         warnings=warnings,
     )
     return render(plan)

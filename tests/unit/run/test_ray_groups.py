@@ -295,7 +295,7 @@ def test_colocated_engines_and_policy_take_turns(cluster: Cluster) -> None:
     rollouts.sleep()
     policy = policy_group(2, sleeps=True, share=0.2)
     assert cluster.options == [(name, i, 0.2) for name in ("RolloutEngine", "RealPolicyActor") for i in (0, 1)]
-    own = rollout_group()(1)  # the evaluator's, on a GPU of its own
+    own = rollout_group()(1)  # the evaluator's, on a separate GPU
     sync = weight_sync(policy, [rollouts, own])
 
     class Evaluates(World):

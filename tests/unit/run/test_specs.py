@@ -19,7 +19,7 @@ from real_openrlhf.config.batch_plan import batch_plan
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.config.schema import Config, LoraConfig
-from real_openrlhf.run.inputs import check_samplings
+from real_openrlhf.run.early import check_samplings
 from real_openrlhf.run.placement import Request
 from real_openrlhf.run.specs import (
     controller_settings,
@@ -181,7 +181,7 @@ def test_samplings_that_the_engines_can_answer(flags: str) -> None:
         ),
         (
             "--rollout.temperature 0.7 --eval.dataset e --eval.top_p 0.9",
-            "--eval.top_p 0.9 does not go together with --rollout.temperature 0.7: .*use top_p 1",
+            "--eval.top_p 0.9 cannot be combined with --rollout.temperature 0.7: .*use top_p 1",
         ),
     ],
 )

@@ -79,5 +79,5 @@ def test_tokens_that_the_model_does_not_have(tmp_path: Path) -> None:
 
 
 def test_a_model_without_a_configuration(tmp_path: Path) -> None:
-    with pytest.raises(EngineSpecError, match="has no configuration that loads"):
+    with pytest.raises(EngineSpecError, match=r"the configuration of .* does not load"):
         ModelLimits.of(str(tmp_path))

@@ -104,7 +104,7 @@ def test_nothing_to_load(tmp_path: Path) -> None:
 
 
 def test_shards_that_cannot_be_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two ranks, now on one: the converter's reason is passed on, and nothing is left."""
+    """Shards of two ranks, now on one: the converter's reason is passed on, and no files are left."""
     import real_openrlhf.actors.policy.shards as module
 
     (tmp_path / "policy").mkdir()

@@ -43,7 +43,7 @@ def test_a_single_stale_engine_stops_the_run() -> None:
     with pytest.raises(StaleWeights) as caught:
         check_agreement(POLICY, [POLICY, moved(0.1, 0.1, 0.1, 0.5)], 7, 0.05)
     message = str(caught.value)
-    assert "after weight sync 7, engine 1 " in message and "over 4 tokens" in message
+    assert "after weight sync 7, log-probs of engine 1 " in message and "over 4 tokens" in message
     assert "2.00e-01" in message and "5.00e-01" in message and "5.00e-02 (--sync.max_mean_difference)" in message
 
 
