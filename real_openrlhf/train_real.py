@@ -22,11 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse_args(list(sys.argv[1:] if argv is None else argv))
         use_writable_caches()
+        quiet_imports()
         check_early(config)
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    quiet_imports()
     # Here: help and mistakes in flags answer before torch, transformers and Ray are imported.
     from real_openrlhf.run.main import run
 
