@@ -99,14 +99,18 @@ class _Divided(io.TextIOBase):
     def __init__(self, terminal: TextIO, file: TextIO) -> None:
         self._terminal, self._file = terminal, file
         self._lock = threading.RLock()
-        self._begun = ""
+        # By thread: print() writes a line and its end apart, and another thread may come between.
+        self._begun: dict[int, str] = {}
         self._open = True
 
     def write(self, text: str) -> int:
         with self._lock:
             if not self._open:
                 return self._terminal.write(text)
-            *lines, self._begun = (self._begun + text).replace("\r", "\n").split("\n")
+            thread = threading.get_ident()
+            *lines, begun = (self._begun.pop(thread, "") + text).replace("\r", "\n").split("\n")
+            if begun:
+                self._begun[thread] = begun
             for line in lines:
                 self._line(line + "\n")
         return len(text)
@@ -123,9 +127,10 @@ class _Divided(io.TextIOBase):
     def pass_on(self) -> None:
         """From now on everything goes to the terminal: who has kept this stream may still write."""
         with self._lock:
-            if self._begun:
-                self._line(self._begun + "\n")
-            self._open, self._begun = False, ""
+            for begun in self._begun.values():
+                self._line(begun + "\n")
+            self._open = False
+            self._begun.clear()
 
     def flush(self) -> None:
         self._terminal.flush()

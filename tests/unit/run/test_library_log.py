@@ -119,9 +119,13 @@ def test_a_full_disk_loses_nothing(begin: Begin, tmp_path: Path) -> None:
 def test_threads_write_whole_lines(begin: Begin, tmp_path: Path) -> None:
     terminal = begin()
 
+    turn = threading.Barrier(2)
+
     def write(name: str) -> None:
         for i in range(200):
-            print(f"{name} {i}" if i % 2 else f"{MARK} {name} {i}", file=sys.stderr)
+            sys.stderr.write(f"{name} {i}" if i % 2 else f"{MARK} {name} {i}")
+            turn.wait()  # both lines are begun, neither is ended
+            sys.stderr.write("\n")
 
     with library_log(tmp_path / "l", append=False):
         threads = [threading.Thread(target=write, args=(name,)) for name in "ab"]
@@ -132,6 +136,16 @@ def test_threads_write_whole_lines(begin: Begin, tmp_path: Path) -> None:
     shown, kept = terminal.getvalue().splitlines(), (tmp_path / "l").read_text().splitlines()
     assert sorted(shown) == sorted(f"{MARK} {name} {i}" for name in "ab" for i in range(0, 200, 2))
     assert sorted(kept) == sorted(f"{name} {i}" for name in "ab" for i in range(1, 200, 2))
+
+
+def test_what_no_thread_ended_is_kept(begin: Begin, tmp_path: Path) -> None:
+    begin()
+    with library_log(tmp_path / "l", append=False):
+        thread = threading.Thread(target=sys.stderr.write, args=("of a thread",))
+        thread.start()
+        thread.join()
+        sys.stderr.write("of this one")
+    assert (tmp_path / "l").read_text() == "of a thread\nof this one\n"
 
 
 class Actor:
