@@ -25,6 +25,7 @@ from real_openrlhf.data.stream import PromptStream
 from real_openrlhf.run import specs
 from real_openrlhf.run.actors import Actors
 from real_openrlhf.run.export import complete_export, exported_step
+from real_openrlhf.run.kept_engines import KeptEngines
 from real_openrlhf.run.library_log import library_log
 from real_openrlhf.run.plan import RunPlan, make_plan
 from real_openrlhf.run.plan_text import render
@@ -34,10 +35,10 @@ from real_openrlhf.run.signals import StopRequest
 logger = logging.getLogger(__name__)
 
 
-def launch(plan: RunPlan, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
+def launch(plan: RunPlan, checkpoint: Checkpoint | None = None, kept: KeptEngines | None = None) -> dict[str, Any]:
     """Start, train, export, shut down. Returns the metrics of the last evaluation; raises Stopped after a signal.
 
-    checkpoint: resume from there. The caller holds the locks of the run's folders.
+    checkpoint: resume from there. kept: see `Actors`. The caller holds the locks of the run's folders.
     """
     config = plan.config
     store = make_store(config.ckpt.folder, keep=config.ckpt.max_num, metric=config.ckpt.best_metric)
@@ -65,7 +66,7 @@ def launch(plan: RunPlan, checkpoint: Checkpoint | None = None) -> dict[str, Any
         logger.info("%s", render(plan, for_log=True))
         timer = PhaseTimer()
         with timer.phase("start"):
-            actors = Actors(plan)
+            actors = Actors(plan, kept)
             # Checked even without --ckpt.save_steps, since a signal saves a checkpoint too.
             store.check_shared(actors.policy.sees)
         if checkpoint is None:
