@@ -46,7 +46,7 @@ SIZES = {
         seeds=(0,), base_steps=2, warmup_steps=2, warmup_rows=128, steps=2, curve_every=1, rows=8, rates=(1e-4,)
     ),
     "small": Size(
-        seeds=(0, 1, 2), base_steps=800, warmup_steps=200, warmup_rows=6400, steps=60, curve_every=15, rows=400
+        seeds=(0, 1, 2), base_steps=800, warmup_steps=200, warmup_rows=6400, steps=60, curve_every=20, rows=250
     ),
     "full": Size(
         seeds=(0, 1, 2, 3, 4), base_steps=800, warmup_steps=200, warmup_rows=6400, steps=300, curve_every=50, rows=2000

@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: Config, *, feedback_model: str | None = None, kept: KeptEngines | None = None) -> int:
-    """Exit codes: 0 done, 2 the input is wrong, 1 the run failed, 85 stopped by a signal: run me again to resume.
+    """Exit codes: 0 done, 2 the input is wrong, 1 the run failed, 85 stopped by a signal: --ckpt.load latest resumes.
 
-    feedback_model: writes the feedback that a warm-up asks for; None: the start.
+    feedback_model: the model that writes missing feedback for a warm-up; None: the one that the warm-up begins with.
     kept: rollout engines of this process's runs, inside a Ray session of the caller; None: engines of the run's own.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
@@ -50,7 +50,7 @@ def run(config: Config, *, feedback_model: str | None = None, kept: KeptEngines 
 
 
 def _run(config: Config, held: ExitStack, feedback_model: str | None, kept: KeptEngines | None) -> int:
-    """held: of locks, which another is added to."""
+    """held: the locks of this run; that of the checkpoint folder is added here."""
     libraries = Path(config.ckpt.output_dir) / LIBRARIES_FILE
     try:
         return _plan_and_launch(config, held, feedback_model, kept)

@@ -54,7 +54,7 @@ def launch(plan: RunPlan, checkpoint: Checkpoint | None = None, kept: KeptEngine
             resume_step=None if checkpoint is None else checkpoint.step,
             locked=True,
         ) as log,
-        # A warm-up's feedback may have been written before, on engines whose lines are there.
+        # Engines that wrote a warm-up's feedback have written to this file too: their lines are kept.
         library_log(
             Path(config.ckpt.output_dir) / LIBRARIES_FILE, append=checkpoint is not None or config.supervised
         ) as terminal,
