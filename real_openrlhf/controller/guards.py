@@ -43,10 +43,12 @@ class Guards:
     """All watches of a run; their state is part of checkpoints.
 
     scale_range: the highest value of the score scale minus the lowest.
+    held_out_reward: watch the held-out reward; not where training maximises another one.
     """
 
-    def __init__(self, flags: GuardConfig, *, scale_range: float) -> None:
+    def __init__(self, flags: GuardConfig, *, scale_range: float, held_out_reward: bool = True) -> None:
         self.flags = flags
+        self.held_out_reward = held_out_reward
         self.scale_range = scale_range
         self._series: dict[str, _Series] = {}
         # Faults in a row, by watch.
@@ -203,7 +205,7 @@ class Guards:
         worse = [
             f"{_TITLES[name]} fell by {-c.difference:.3f} (95% paired interval {-c.high:.3f} to {-c.low:.3f})"
             for name, c in changes.items()
-            if c.high < 0
+            if c.high < 0 and (name != _REWARD or self.held_out_reward)
         ]
         if not worse:
             return None
@@ -262,7 +264,8 @@ class _Series:
         return statistics.fmean(self.last)
 
 
-_TITLES = {"reward": "the mean reward", "expected/pearson": "Pearson of E[score]"}
+_REWARD = "reward"
+_TITLES = {_REWARD: "the mean reward", "expected/pearson": "Pearson of E[score]"}
 
 
 def measured_norms(metrics: Metrics) -> tuple[str, float, float] | None:

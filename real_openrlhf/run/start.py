@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from real_openrlhf.algo.objectives import REAL_REWARD
 from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.algo.types import TrainGroup, group_scores
 from real_openrlhf.checkpoint.manifest import Checkpoint
@@ -122,7 +123,11 @@ def make_controller(plan: RunPlan, actors: Actors, log: RunLog, progress: Progre
         weight_sync=actors.weight_sync,
         evaluator=actors.evaluator,
         reference=actors.reference,
-        guards=Guards(config.guard, scale_range=max(values) - min(values)),
+        guards=Guards(
+            config.guard,
+            scale_range=max(values) - min(values),
+            held_out_reward=config.real.objective in REAL_REWARD,
+        ),
         export=judge_export(plan, actors),
         log=log,
         progress=progress,

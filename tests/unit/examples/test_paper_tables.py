@@ -16,6 +16,7 @@ from examples.paper_tables import cells as plan
 from examples.paper_tables import judged, run, tables
 from examples.paper_tables.cells import SIZES, Cell
 from real_openrlhf.config.cli import parse_args
+from real_openrlhf.config.validate import validate
 
 RESULTS = Path(run.HERE) / "results"
 RATES = {"real": 1e-4, "standard_rl": 2e-4, "jepo": 4e-4}
@@ -41,6 +42,7 @@ def test_every_cell_is_a_configuration(cell: Cell, size: str, tmp_path: Path) ->
     runner = run.Runner(place, SIZES[size], cluster=None)  # type: ignore[arg-type]
     flags = runner._flags(cell, 0, tmp_path / "model", tmp_path / "out")
     config = parse_args(flags, warmup=cell.warmup)
+    validate(config)
     wanted = SIZES[size]
     if cell.name.endswith(("-n4", "-n10")):
         assert config.train.max_steps == 0
