@@ -148,7 +148,7 @@ def _coerce_one(item: Flag, value: Any, start: str) -> Any:
         if item.kind is float:
             return number
         return int(value) if isinstance(value, str) else _whole(number)
-    except ValueError:
+    except (ValueError, OverflowError):  # a whole number of hundreds of digits overflows
         raise wrong from None
 
 
