@@ -31,7 +31,7 @@ def identity_of(
     settings, sampling = judge.settings, judge.sampling
     return {
         "model": name_of(model),
-        "model_sha256": model_config_sha256(AutoConfig.from_pretrained(model).to_dict()),
+        "model_sha256": model_config_sha256(AutoConfig.from_pretrained(model, trust_remote_code=False).to_dict()),
         "weights_sha256": weights_sha256(model),
         "tokenizer_sha256": tokenizer_sha256(judge.tokenizer),
         "backend": "server" if server else "in process",
