@@ -12,6 +12,7 @@ from real_openrlhf.algo.score_scale import DEFAULT_ANCHOR
 from real_openrlhf.common.arguments import take_negative_values
 from real_openrlhf.common.paths import text_argument
 from real_openrlhf.export.settings import SETTINGS_FILE
+from real_openrlhf.judge.backends import AUTO, BACKENDS
 from real_openrlhf.judge.output import STANDARD
 from real_openrlhf.judge.rubrics import read_rubric
 from real_openrlhf.judge.types import CALIBRATION_METHODS, MAX_PROMPT_TOKENS, RESULT, JudgeError
@@ -58,6 +59,8 @@ def check(args: argparse.Namespace) -> None:
         read_key(args.api_key_env)
         _check_no_key(args.extra)
     if args.command == SCORE:
+        if args.server is not None and args.backend != AUTO:
+            raise JudgeError(f"--backend {args.backend} runs the model in this process, --server elsewhere; give one")
         args.rubric = None if args.rubric is None else read_rubric(args.rubric, "--rubric")
         args.weights = read_weights(args.weights)
         read_key(args.api_key_env)
@@ -74,6 +77,7 @@ def _check_no_key(extra: Sequence[str]) -> None:
 def score_args(words: Sequence[str]) -> argparse.Namespace:
     parser = make_parser("", "Scores responses: a row of the input comes out with a 'judgement' beside its columns.")
     add_model(parser)
+    add_backend(parser, AUTO)
     add = parser.add_argument
     add(
         "--input",
@@ -145,6 +149,16 @@ def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     return take_negative_values(parser)
+
+
+def add_backend(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default=default,
+        help="what runs the model in this process: transformers starts at once, vllm is faster on many rows and large "
+        "models; auto: transformers for small models on a CPU",
+    )
 
 
 def add_model(parser: argparse.ArgumentParser, *, engine: bool = True, required: bool = True) -> None:
