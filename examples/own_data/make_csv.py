@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data_dir", type=Path, help="folder with stsb_train.jsonl and stsb_dev.jsonl; else the hub")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--max_words", type=int, default=10, help="longest sentence, so that a tiny model can read it")
-    parser.add_argument("--n_new", type=int, default=32, help="rows of new.csv")
+    parser.add_argument("--n_new", type=int, default=16, help="rows of new.csv")
     args = parser.parse_args(argv)
     labelled = pairs(_source(args.data_dir, "train"), args.max_words)
     known = {question for question, _, _ in labelled}

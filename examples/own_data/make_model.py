@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--n_pairs", type=int, default=16000, help="pairs of sentences to learn from")
-    parser.add_argument("--max_steps", type=int, default=250)
+    parser.add_argument("--max_steps", type=int, default=220)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
     rng = random.Random(args.seed)

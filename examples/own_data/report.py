@@ -1,4 +1,4 @@
-"""What a run of this example came to: results.json, and the same as a table.
+"""What a run of this example came to: results.json, and a part of it as a table.
 
 python -m examples.own_data.report --run runs/own_data/seed_0
 """
@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 JUDGES = ("warmup", "real")
+READINGS = {"expected": "E[score]", "decoded": "as written"}
 METRICS = ("pearson", "spearman", "rmse")
+# Digits kept: more than any interval here is worth.
+DIGITS = 4
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,17 +31,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def collect(run: Path) -> dict[str, Any]:
     manifest = _json(run / "data/manifest.json")
-    seconds: dict[str, int] = {}
-    for line in (run / "wall.tsv").read_text(encoding="utf-8").splitlines():
-        what, taken = line.split("\t")
-        seconds[what] = int(taken)
+    evaluations = {judge: _json(run / f"eval/{judge}/results.json")["benchmarks"]["test"] for judge in JUDGES}
+    (compared,) = _json(run / "eval/comparison.json")["comparisons"]
     return {
         "rows": {split: counts["rows"] for split, counts in manifest["splits"].items()},
-        "feedback ended by": feedback_ends(run / "warmup/feedback.jsonl"),
-        "test": {judge: of_test(_json(run / f"eval/{judge}/results.json")) for judge in JUDGES},
-        "real less warmup": difference(_json(run / "eval/comparison.json")),
+        "feedback of the warm-up, by how it ended": feedback_ends(run / "warmup/feedback.jsonl"),
+        "test": {
+            judge: _rounded({k: found[k] for k in ("n", "scores", "rates")}) for judge, found in evaluations.items()
+        },
+        "real less warmup": _rounded(compared["benchmarks"]["test"]),
         "largest difference between server and engine": largest_difference(run / "scores.jsonl", run / "served.jsonl"),
-        "seconds": seconds,
     }
 
 
@@ -47,18 +49,8 @@ def feedback_ends(path: Path) -> dict[str, int]:
     return dict(Counter(row["ended"] for row in _lines(path) if "ended" in row))
 
 
-def of_test(results: dict[str, Any]) -> dict[str, Any]:
-    found = results["benchmarks"]["test"]
-    return {key: value for key, value in found.items() if key in ("n", "n_groups", "metrics", "rates")} or found
-
-
-def difference(comparison: dict[str, Any]) -> dict[str, Any]:
-    (pair,) = comparison["comparisons"]
-    return dict(pair["benchmarks"]["test"])
-
-
 def largest_difference(first: Path, second: Path) -> float | None:
-    """Of E[score] on the same rows. ValueError where the files hold others."""
+    """Of E[score] on the same rows; None without a row that both have scored. ValueError for files of other rows."""
     a, b = _lines(first), _lines(second)
     if [(row["question"], row["answer"]) for row in a] != [(row["question"], row["answer"]) for row in b]:
         raise ValueError(f"{first} and {second} hold other rows")
@@ -67,7 +59,33 @@ def largest_difference(first: Path, second: Path) -> float | None:
 
 
 def table(results: dict[str, Any]) -> str:
-    return json.dumps(results["real less warmup"], indent=2)
+    """Markdown: metrics of both judges on the test split, and their difference with its interval."""
+    lines = [
+        f"{results['test']['real']['n']} test rows; intervals: 95%, bootstrap over questions",
+        "",
+        "| score | metric | warm-up | REAL | difference |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for reading, name in READINGS.items():
+        for metric in METRICS:
+            cells = [_cell(results["test"][judge]["scores"][reading][metric], "estimate") for judge in JUDGES]
+            cells.append(_cell(results["real less warmup"][f"{reading}/{metric}"], "difference"))
+            lines.append(f"| {name} | {metric} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(found: dict[str, Any], name: str) -> str:
+    if found[name] is None:
+        return "undefined"
+    sign = "+" if name == "difference" else ""
+    bounds = "" if found["low"] is None else f" [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
+    return f"{found[name]:{sign}.3f}{bounds}"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(inner) for name, inner in value.items()}
+    return round(value, DIGITS) if isinstance(value, float) else value
 
 
 def _json(path: Path) -> Any:

@@ -50,19 +50,19 @@ part "$out/data/manifest.json" "data" "$python" -m real_openrlhf.data generic --
 
 part "$out/warmup/model" "feedback and warm-up" "$python" -m real_openrlhf.train_warmup "${common[@]}" \
   --actor.model_name_or_path "$model" --data.prompt_dataset "$out/data/sft.parquet" --warmup.feedback missing \
-  --actor.adam.lr "${WARMUP_LR:-1e-3}" --train.num_episodes "${EPOCHS:-6}" --eval.steps 80 --ckpt.load auto \
+  --actor.adam.lr "${WARMUP_LR:-1e-3}" --train.num_episodes "${EPOCHS:-4}" --eval.steps 60 --ckpt.load auto \
   --ckpt.output_dir "$out/warmup"
 
 part "$out/real/model" "REAL" "$python" -m real_openrlhf.train_real "${common[@]}" \
   --actor.model_name_or_path "$out/warmup/model" --data.prompt_dataset "$out/data/train.parquet" \
   --rollout.batch_size 16 --rollout.n_samples_per_prompt 8 --train.micro_batch_size 32 \
-  --actor.adam.lr "${LR:-2e-4}" --train.max_steps "${STEPS:-80}" --eval.steps 20 --ckpt.load auto \
+  --actor.adam.lr "${LR:-2e-4}" --train.max_steps "${STEPS:-40}" --eval.steps 20 --ckpt.load auto \
   --ckpt.output_dir "$out/real"
 
 for judge in warmup real; do
   part "$out/eval/$judge/results.json" "evaluation of $judge" "$python" -m real_openrlhf.evaluate \
     --model "$out/$judge/model" --method "$judge" --benchmark "test=$out/data/test.parquet" \
-    --device "$device" --output_dir "$out/eval/$judge"
+    --device "$device" --backend auto --output_dir "$out/eval/$judge"
 done
 part "$out/eval/comparison.json" "comparison" "$python" -m real_openrlhf.evaluate \
   --compare "$out/eval/warmup" "$out/eval/real" --output_dir "$out/eval"

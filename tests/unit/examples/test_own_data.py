@@ -83,3 +83,16 @@ def test_server_and_engine_are_compared_on_the_same_rows(tmp_path: Path) -> None
     assert report.largest_difference(one, write("two", ("x", 1.25), ("y", 2.0), ("z", 1.0))) == 0.5
     with pytest.raises(ValueError, match="hold other rows"):
         report.largest_difference(one, write("three", ("y", 1.0)))
+
+
+def test_the_table_shows_both_judges_and_what_is_undefined() -> None:
+    numbers = {"estimate": 0.5, "low": 0.4, "high": 0.6}
+    undefined = {"estimate": None, "low": None, "high": None}
+    scores = {"expected": dict.fromkeys(report.METRICS, numbers), "decoded": dict.fromkeys(report.METRICS, undefined)}
+    change = {"difference": 0.1, "low": -0.05, "high": 0.25}
+    differences = {f"{r}/{m}": change for r in report.READINGS for m in report.METRICS}
+    judges = {judge: {"n": 7, "scores": scores} for judge in report.JUDGES}
+    shown = report.table({"test": judges, "real less warmup": differences}).splitlines()
+    assert "7 test rows" in shown[0]
+    assert shown[4] == "| E[score] | pearson | 0.500 [0.400, 0.600] | 0.500 [0.400, 0.600] | +0.100 [-0.050, +0.250] |"
+    assert shown[7] == "| as written | pearson | undefined | undefined | +0.100 [-0.050, +0.250] |"
