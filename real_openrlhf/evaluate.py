@@ -23,7 +23,8 @@ from real_openrlhf.common.model_name import check_model
 from real_openrlhf.common.paths import path_argument
 from real_openrlhf.common.quiet_imports import quiet_imports
 from real_openrlhf.evals.predictions import EvaluationError
-from real_openrlhf.judge.cli_args import add_model, read_key
+from real_openrlhf.judge.backends import VLLM
+from real_openrlhf.judge.cli_args import add_backend, add_model, read_key
 from real_openrlhf.judge.pairs import MODES, SCORES, check_tie_margin
 from real_openrlhf.judge.rubrics import read_rubric
 
@@ -37,6 +38,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     take_negative_values(parser)
     add_model(parser, required=False)
+    add_backend(parser, VLLM)
     add = parser.add_argument
     add("--benchmark", nargs="+", action="extend", metavar="NAME=PATH", help="files of judged prompts")
     add("--pairs", nargs="+", action="extend", metavar="NAME=PATH", help="files of pairs of responses, one preferred")

@@ -114,11 +114,13 @@ def make_weights_from_config(device: Any) -> None:
 
     def load(path: str, **options: Any) -> Any:
         dtype = options.get("dtype") or options.get("torch_dtype")
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         torch.manual_seed(SEED)
         attention = options.get("attn_implementation")
         with torch.device(device):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
 
     # Liger's class calls it through super().
     AutoModelForCausalLM.from_pretrained = staticmethod(load)

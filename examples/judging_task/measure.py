@@ -54,8 +54,8 @@ class Measurer:
     """A model with its tokenizer."""
 
     def __init__(self, model: str, *, batch_size: int) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", trust_remote_code=False)
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False).eval()
         scale = bind_scale(ScoreScale.parse(f"{LABELS[0]}-{LABELS[-1]}"), self.tokenizer, [ANCHOR])
         self.score_ids = torch.tensor(scale.anchors[0].token_ids)
         self.end = self.tokenizer.eos_token_id

@@ -346,7 +346,9 @@ def _run(args: argparse.Namespace) -> list[dict[str, float]]:
     config.total_steps(len(examples))
     torch.manual_seed(config.seed)
     try:
-        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model_name_or_path, dtype=torch.float32, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise WarmupError(f"--model_name_or_path {args.model_name_or_path}: no model that loads: {error}") from error
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -84,8 +84,8 @@ def load_hub() -> tuple[Any, Any]:
         HfApi().model_info(HUB_ID, timeout=10)
     except Exception as error:  # the HTTP library's own kinds, which differ between versions
         raise OSError(f"{type(error).__name__}: {error}") from error
-    model = AutoModelForCausalLM.from_pretrained(HUB_ID, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(HUB_ID)
+    model = AutoModelForCausalLM.from_pretrained(HUB_ID, dtype=torch.float32, trust_remote_code=False)
+    return model, AutoTokenizer.from_pretrained(HUB_ID, trust_remote_code=False)
 
 
 def download(cache_dir: Path) -> Path:
@@ -131,7 +131,7 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
 
     fields = GGUFReader(path).fields
     tokens = fields["tokenizer.ggml.tokens"].contents()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
         setattr(tokenizer, f"{name}_token", tokens[fields[f"tokenizer.ggml.{key}_token_id"].contents()])
     tokenizer.clean_up_tokenization_spaces = False
@@ -144,7 +144,9 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
     )
     backend.decoder = decoders.ByteLevel()
 
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+    )
     for config in (model.config, model.generation_config):
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DEFAULT_ANCHOR = "So the overall score is "
+# Engines read far fewer (`check_read_tokens`); a range with a zero too many must not fill the memory.
+MAX_VALUES = 1000
 
 
 class ScaleError(ValueError):
@@ -57,18 +59,23 @@ class ScoreScale:
         text = text.strip()
         ends = re.fullmatch(r"(-?\d+)\s*-\s*(-?\d+)", text)
         if ends:
+            if max(len(ends[1]), len(ends[2])) > 18 or int(ends[2]) - int(ends[1]) >= MAX_VALUES:
+                raise ScaleError(f"the scale {_short(text)} has more than {MAX_VALUES} values")
             low, high = int(ends[1]), int(ends[2])
             if high <= low:
                 raise ScaleError(f"the scale {text!r} does not ascend")
             return cls(tuple(float(v) for v in range(low, high + 1)), tuple(str(v) for v in range(low, high + 1)))
         values, labels = [], []
+        if text.count(",") >= MAX_VALUES:
+            raise ScaleError(f"the scale {_short(text)} has more than {MAX_VALUES} values")
         for item in text.split(","):
             value, equals, label = (part.strip() for part in item.partition("="))
             try:
                 values.append(float(value))
             except ValueError:
                 raise ScaleError(
-                    f"cannot read {item!r} in the scale {text!r}; write it as '1-5', '0,1,2' or '1=Bad,2=Good'"
+                    f"cannot read {_short(item)} in the scale {_short(text)}; write it as '1-5', '0,1,2' or "
+                    "'1=Bad,2=Good'"
                 ) from None
             labels.append(label if equals else value)
         return cls(tuple(values), tuple(labels))
@@ -111,6 +118,11 @@ class ScoreScale:
     def is_correct(self, label_index: int | None, target: Target) -> bool:
         """Whether a decoded score is the label nearest to y; at a tie either neighbour is correct."""
         return label_index in target.nearest
+
+
+def _short(text: str) -> str:
+    """A text that a user gave, for messages."""
+    return repr(text) if len(text) <= 60 else repr(text[:57] + "...")
 
 
 def __getattr__(name: str) -> Any:

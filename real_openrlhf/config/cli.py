@@ -35,6 +35,9 @@ _EPILOG = (
     "Booleans take --x, --no-x or --x true|false; 'none' unsets a flag that can be unset."
 )
 
+# What word processors make of --.
+_LONG_DASHES = ("\u2013", "\u2014")
+
 
 class _BoolAction(argparse.BooleanOptionalAction):
     """--x, --no-x, and --x true|false, as some scripts write it."""
@@ -205,6 +208,9 @@ def _explain(rest: Sequence[str], argv: Sequence[str]) -> str:
     """A message about the arguments that the parser did not recognise."""
     unknown = [text.partition("=")[0] for text in rest if text.startswith("-") and not text[1:2].isdigit()]
     if not unknown:
+        if rest[0].startswith(_LONG_DASHES):
+            meant = rest[0].lstrip("".join(_LONG_DASHES))
+            return f"unexpected {shlex.join(rest)}: it begins with a long dash; write --{meant}"
         before = argv[: list(argv).index(rest[0])]
         last = next((text.partition("=")[0] for text in reversed(before) if text.startswith("--")), None)
         where = f" after {last}, which takes one value; quote text with spaces" if last else ""

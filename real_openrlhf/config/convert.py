@@ -15,7 +15,8 @@ from real_openrlhf.config.other_names import other_name
 from real_openrlhf.config.schema import Config
 from real_openrlhf.config.unsupported import why_unsupported
 
-REDACTED = "<redacted>"
+# Keys of configurations that earlier versions wrote, with the values that say nothing.
+_FORMER = {"logger.wandb.key": (None, "<redacted>")}
 
 
 @cache
@@ -47,12 +48,10 @@ def _build(cls: type, prefix: str, values: Mapping[str, Any], more: Mapping[str,
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
-    """Nested, JSON-able; tuples are lists and secrets are redacted."""
+    """Nested, JSON-able; tuples are lists."""
     nested: dict[str, Any] = {}
-    for name, item in flags_by_name().items():
+    for name in flags_by_name():
         value = get_value(config, name)
-        if item.secret and value is not None:
-            value = REDACTED
         *path, last = name.split(".")
         node = nested
         for part in path:
@@ -63,7 +62,7 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 
 def config_from_dict(nested: Mapping[str, Any]) -> Config:
-    """The inverse of `config_to_dict`, but for secrets, which are lost. No preset is applied.
+    """The inverse of `config_to_dict`. No preset is applied.
 
     Raises ConfigError for unknown keys and wrong values, all of them.
     """
@@ -92,6 +91,8 @@ def values_of_mapping(nested: Mapping[str, Any], *, source: str) -> dict[str, An
                     values[name] = coerce(known[name], value, source=source)
                 except ConfigError as error:
                     wrong.append(str(error))
+            elif name in _FORMER and value in _FORMER[name]:
+                continue
             elif name in sections and isinstance(value, Mapping):
                 walk(value, name + ".")
             elif name in sections:
@@ -111,8 +112,6 @@ def values_of_mapping(nested: Mapping[str, Any], *, source: str) -> dict[str, An
 def coerce(item: Flag, value: Any, *, source: str = "") -> Any:
     """A value as JSON, YAML or a command line gives it, in the flag's type. Raises ConfigError."""
     start = f"{source}: " if source else ""
-    if item.secret and value == REDACTED:
-        return None
     if value is None or (item.optional and value == "none"):
         result = None
     elif item.many:
@@ -148,7 +147,7 @@ def _coerce_one(item: Flag, value: Any, start: str) -> Any:
         if item.kind is float:
             return number
         return int(value) if isinstance(value, str) else _whole(number)
-    except ValueError:
+    except (ValueError, OverflowError):  # a whole number of hundreds of digits overflows
         raise wrong from None
 
 

@@ -35,11 +35,10 @@ def flag(
     choices: tuple[str, ...] = (),
     metavar: str | None = None,
     required: bool = False,
-    secret: bool = False,
     path: bool = False,
 ) -> Any:
     """A dataclass field that is a flag. Bounds hold for every number in a tuple; None is always allowed
-    where the type allows it. required: "" means missing. secret: never shown. path: ~ is the home folder."""
+    where the type allows it. required: "" means missing. path: ~ is the home folder."""
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata = {
         "help": help,
@@ -47,10 +46,9 @@ def flag(
         "choices": choices,
         "metavar": metavar,
         "required": required,
-        "secret": secret,
         "path": path,
     }
-    return field(default=default, metadata=metadata, repr=not secret)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +69,6 @@ class Flag:
     bounds: dict[str, float]
     metavar: str | None
     required: bool
-    secret: bool
     path: bool
 
 
@@ -125,7 +122,7 @@ def _flag_of(f: dataclasses.Field[Any], name: str, hint: Any) -> Flag:
         hint = items[0]
     if typing.get_origin(hint) is Literal:
         choices, hint = typing.get_args(hint), str
-    shown = {key: f.metadata[key] for key in ("help", "bounds", "metavar", "required", "secret", "path")}
+    shown = {key: f.metadata[key] for key in ("help", "bounds", "metavar", "required", "path")}
     return Flag(
         name=name,
         kind=hint,

@@ -95,6 +95,7 @@ _OPENRLHF_DEFAULTS: dict[str, Any] = {
     "data.max_images_per_prompt": 0,
     "eval.split": "train",
     "use_ms": False,
+    "logger.wandb.key": None,
     "local_rank": -1,
 }
 # Sections of `Config` that OpenRLHF does not have.
@@ -105,13 +106,13 @@ def to_openrlhf_args(config: Config, *, device_dtype: str, attn: str, sync_backe
     """The namespace of openrlhf.cli.train_ppo_ray, with "auto" and None replaced by their values.
 
     device_dtype: "fp32" or "bf16"; attn: transformers' name of the attention; sync_backend: "nccl" or
-    "gloo". No secret is passed on. `adam` and `muon` are separate namespaces, since OpenRLHF
+    "gloo". `adam` and `muon` are separate namespaces, since OpenRLHF
     passes `vars()` of them to the optimizer.
     """
     flat = copy.deepcopy(_OPENRLHF_DEFAULTS)
-    for name, item in flags_by_name().items():
+    for name in flags_by_name():
         if not name.startswith(_OURS):
-            flat[name] = None if item.secret else get_value(config, name)
+            flat[name] = get_value(config, name)
     targets = config.ds.lora.target_modules
     flat.update(
         {

@@ -334,7 +334,6 @@ class WandbConfig(Section):
     group: str | None = flag(None, "W&B group")
     org: str | None = flag(None, "W&B team or user")
     mode: Literal["disabled", "online", "offline"] = flag("disabled", "whether and how to log to W&B")
-    key: str | None = flag(None, "W&B API key; better set WANDB_API_KEY, flags are visible to others", secret=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

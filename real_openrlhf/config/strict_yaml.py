@@ -17,6 +17,7 @@ _ODD_NUMBER = re.compile(
     r"|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?|[0-9_]*_[0-9_.]*([eE][-+]?[0-9]+)?|\.(inf|Inf|INF))|\.(nan|NaN|NAN)"
 )
 _DATE = re.compile(r"[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}([Tt ].*)?")
+_DEEPEST = 50
 _WORD = re.compile(r"yes|no|on|off|y|n", re.IGNORECASE)
 
 
@@ -28,8 +29,12 @@ def load_yaml(text: str, where: str) -> Any:
     """
     import yaml
 
+    depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         line = event.start_mark.line + 1
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:  # at once: the time that PyYAML needs grows with the square of the depth
+            raise ConfigError(f"{where}, line {line}: is nested more than {_DEEPEST} deep; flags have sections of 3")
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise ConfigError(f"{where}, line {line}: has the anchor or alias {event.anchor!r}; write the value out")
         if getattr(event, "tag", None):

@@ -66,6 +66,8 @@ UNSUPPORTED: dict[str, str] = {
     "ds.value_head_prefix": "REAL has no critic",
     "vllm.sync_backend": _DEVICE,
     "vllm.sync_with_ray": _DEVICE,
+    "logger.wandb.key": "others see what a command line holds (ps, lists of jobs); set WANDB_API_KEY, or "
+    "run `wandb login`",
     "use_ms": "models come from the Hugging Face hub or from a folder",
     "local_rank": "ranks are set by Ray",
 }

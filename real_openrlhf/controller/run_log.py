@@ -16,6 +16,7 @@ import logging
 import math
 import numbers
 import os
+import re
 import sys
 import tempfile
 import time
@@ -52,7 +53,10 @@ REDACTED = "<redacted>"
 
 _RESERVED = ("step", "phase", "time", "not_finite")
 _SECRET_NAMES = {"key", "apikey", "api_key", "password", "secret", "token", "hf_token", "access_token", "auth_token"}
-_SECRET_VARIABLES = ("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+# Environment variables whose values are never recorded, such as WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY.
+_SECRET_VARIABLE = re.compile(r"(^|_)(API_?KEY|ACCESS_KEY|TOKEN|SECRET|PASSWORD|PASSWD)(_|$)", re.IGNORECASE)
+# A shorter value is no key, and would be found in any text.
+_SHORTEST_SECRET = 8
 
 
 class RunLogError(ValueError):
@@ -81,6 +85,12 @@ def redact(config: Any, secrets: Iterable[str] = ()) -> Any:
         return value
 
     return clean("", config)
+
+
+def secrets_of_environment() -> list[str]:
+    return [
+        value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name) and len(value) >= _SHORTEST_SECRET
+    ]
 
 
 def check_output_dir(output_dir: str | Path, *, append: bool = False, overwrite: bool = False) -> Path:
@@ -158,7 +168,7 @@ class RunLog:
             if not locked:
                 held.enter_context(_lock(output_dir))
             self.output_dir = check_output_dir(output_dir, append=append, overwrite=overwrite)
-            secrets = [wandb.key or "", *(os.environ.get(name, "") for name in _SECRET_VARIABLES)]
+            secrets = secrets_of_environment()
             config = redact(config, secrets)
             _write_config(self.output_dir / CONFIG_FILE, config, keep_old=append)
             self._metrics = _records(self.output_dir / METRICS_FILE, append=append, last_step=resume_step)
@@ -355,11 +365,10 @@ class _Wandb:
         id_file = output_dir / WANDB_ID_FILE
         run_id = id_file.read_text(encoding="utf-8").strip() if append and id_file.exists() else None
         try:
-            if settings.mode == "online" and not settings.key and not wandb.api.api_key:
-                raise RunLogError("no key was found; give --logger.wandb.key, set WANDB_API_KEY, or run `wandb login`")
-            # wandb.login would put the key into ~/.netrc, and W&B's metadata hold the command line.
+            if settings.mode == "online" and not wandb.api.api_key:
+                raise RunLogError("no key was found; set WANDB_API_KEY, or run `wandb login`")
+            # W&B's metadata hold the command line.
             options = wandb.Settings(
-                api_key=settings.key,
                 console="off",
                 silent=True,
                 x_disable_meta=any(s and s in word for s in secrets for word in sys.argv),

@@ -162,8 +162,9 @@ def _flags(manifest: Mapping[str, Any], folder: Path) -> list[str]:
     words = ["train_real:"]
     words += [f"--data.prompt_dataset {shlex.quote(str(folder / 'train.parquet'))}" for _ in train]
     words += ["--data.input_key prompt --data.label_key label", *chat]
-    held_out = next((split for split in ("test", "dev", "val", "validation", "valid", "eval") if split in splits), None)
-    words += [f"--eval.dataset {shlex.quote(str(folder / held_out))}.parquet"] if held_out else []
+    # The exported judge is chosen by this one: where there are two, the other is kept for a figure that nobody chose.
+    held_out = [split for split in ("dev", "val", "validation", "valid", "eval", "test") if split in splits]
+    words += [f"--eval.dataset {shlex.quote(str(folder / held_out[0]))}.parquet"] if held_out else []
     anchors = " ".join(shlex.quote(anchor) for anchor in manifest["template"]["anchors"])
     scale = [f"--real.scale {shlex.quote(manifest['scale'])}", f"--real.anchor {anchors}"]
     lines = [" ".join([*words, *scale])]
@@ -172,6 +173,8 @@ def _flags(manifest: Mapping[str, Any], folder: Path) -> list[str]:
         lacks = ["--warmup.feedback missing"] if counts["with_feedback"] < counts["rows"] else []
         warmup = f"train_warmup: --data.prompt_dataset {shlex.quote(str(folder / 'sft.parquet'))}"
         lines.append(" ".join([warmup, *chat, *lacks, *scale]))
+    if len(held_out) > 1 and "test" in held_out:
+        lines.append(f"evaluate: --benchmark test={shlex.quote(str(folder / 'test.parquet'))}")
     if not chat:
         lines.append(
             "For a chat model add --data.apply_chat_template (Qwen3: and --data.enable_thinking true or false)."

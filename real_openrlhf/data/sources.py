@@ -6,7 +6,6 @@ import csv
 import difflib
 import gzip
 import io
-import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ from typing import IO, Any
 
 from real_openrlhf.common.paths import expand
 from real_openrlhf.common.plain import HALF_CHARACTER, has_half_character
+from real_openrlhf.data.json_text import Doubled, read_json
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 SPLIT_WORDS = ("train", "validation", "valid", "val", "dev", "test", "eval")
@@ -184,6 +184,8 @@ def _open(path: Path) -> IO[bytes]:
 
 def _row(place: Place, value: object, *, suspect: str | None = None) -> Row | BadRow:
     """suspect: the reason for a BadRow if the row has a text that no encoding can write; None: no need to look."""
+    if isinstance(value, Doubled):
+        return BadRow(place=place, column=None, reason=f"the key {shorten(value.key)} occurs twice in an object")
     if not isinstance(value, dict):
         return BadRow(place=place, column=None, reason=f"a row must be an object, not {shorten(value)}")
     try:
@@ -222,7 +224,7 @@ def read_json_lines(file: Iterable[bytes], name: str) -> Iterator[Row | BadRow]:
         if not text.strip():
             continue
         try:
-            value = json.loads(text)
+            value = read_json(text)
             half = HALF_CHARACTER if "\\ud" in text or "\\uD" in text else None
             yield _row(place, value, suspect=half if broken is None else f"{_NOT_UTF8} at byte {broken} of the line")
         except (ValueError, RecursionError) as error:  # an integer of thousands of digits is a ValueError too
@@ -243,12 +245,13 @@ def _read_json(path: Path) -> Iterator[Row | BadRow]:
         data = file.read()
     text, broken = _decode(data, "utf-8-sig")
     try:
-        rows = json.loads(text)
+        rows = read_json(text)
     except (ValueError, RecursionError) as error:
         if broken is not None:
             raise DataError(f"{path}: not UTF-8 at byte {broken}, and broken JSON: {error}") from error
         raise DataError(f"{path}: broken JSON: {error}; a file of one object per line is called .jsonl") from error
     if not isinstance(rows, list):
+        rows = {} if isinstance(rows, Doubled) else rows
         raise DataError(f"{path}: a .json file must hold a list of objects, not {shorten(rows)}")
     suspect = HALF_CHARACTER if broken is None else _NOT_UTF8
     for index, value in enumerate(rows):

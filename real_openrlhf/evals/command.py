@@ -43,7 +43,7 @@ def make_judge(args: argparse.Namespace, backend: JudgeBackend | None = None) ->
         args.model,
         server=args.server,
         server_options=options,
-        backend=backend,
+        backend=backend or (None if args.server else args.backend),
         settings=chosen_settings(args),
         template=args.template,
         other_template=args.other_template,

@@ -19,6 +19,7 @@ from real_openrlhf.evals.predict import predict, predict_given
 from real_openrlhf.evals.predictions import EvaluationError, Prediction, PredictionStore
 from real_openrlhf.evals.report import PREDICTIONS, load_run
 from real_openrlhf.export.fingerprint import weights_sha256
+from real_openrlhf.judge.backends import TRANSFORMERS
 from real_openrlhf.judge.judge import Judge
 
 logger = logging.getLogger(__name__)
@@ -31,10 +32,10 @@ def identity_of(
     settings, sampling = judge.settings, judge.sampling
     return {
         "model": name_of(model),
-        "model_sha256": model_config_sha256(AutoConfig.from_pretrained(model).to_dict()),
+        "model_sha256": model_config_sha256(AutoConfig.from_pretrained(model, trust_remote_code=False).to_dict()),
         "weights_sha256": weights_sha256(model),
         "tokenizer_sha256": tokenizer_sha256(judge.tokenizer),
-        "backend": "server" if server else "in process",
+        "backend": "server" if server else "transformers" if judge.backend_name == TRANSFORMERS else "in process",
         "scale": str(settings.scale),
         "anchors": list(settings.anchors),
         "template_sha256": settings.template.sha256,

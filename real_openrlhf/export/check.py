@@ -105,13 +105,14 @@ def _check_loadable(folder: Path) -> None:
 
     with _quiet_transformers():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:
             raise ExportError(f"{folder}: the tokenizer does not load: {error}") from error
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 local_files_only=True,
+                trust_remote_code=False,
                 device_map="meta",
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported below, with their names

@@ -2,7 +2,7 @@
 
 types.py     what a judgement is, and the Protocol that engines and servers fit
 scoring.py   the core: generate once, read the distribution, force the anchor where no score came
-backends: VLLMBackend in this process (engine.py), ServerBackend over HTTP (server.py)
+backends.py  which backend: TransformersBackend or VLLMBackend in this process, ServerBackend over HTTP (*_backend.py)
 judge.py     the `Judge` class; cli.py is `python -m real_openrlhf.judge`, cli_args.py its flags
 """
 

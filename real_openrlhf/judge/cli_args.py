@@ -12,11 +12,17 @@ from real_openrlhf.algo.score_scale import DEFAULT_ANCHOR
 from real_openrlhf.common.arguments import take_negative_values
 from real_openrlhf.common.paths import text_argument
 from real_openrlhf.export.settings import SETTINGS_FILE
+from real_openrlhf.judge.backends import AUTO, BACKENDS
 from real_openrlhf.judge.output import STANDARD
 from real_openrlhf.judge.rubrics import read_rubric
 from real_openrlhf.judge.types import CALIBRATION_METHODS, MAX_PROMPT_TOKENS, RESULT, JudgeError
 
 SCORE, SERVE, FIT = "score", "serve", "calibration fit"
+# Flags of vLLM whose values are secrets, and what to do instead.
+_SECRET_FLAGS = {
+    "--api-key": "put the key into an environment variable, and name it by --api_key_env",
+    "--hf-token": "set HF_TOKEN, or run `hf auth login`",
+}
 # What people call a subcommand that there is not.
 _MEANT = {
     "compare": "two responses are compared by Judge.compare in Python, a file of pairs by python -m "
@@ -49,15 +55,29 @@ def check(args: argparse.Namespace) -> None:
             raise JudgeError(f"--{name} must be at least 1, got {value}")
     if args.command == FIT and not Path(args.model).is_dir():
         raise JudgeError(f"--model {args.model} is not a folder that a calibration can be stored in")
+    if args.command == SERVE:
+        read_key(args.api_key_env)
+        _check_no_key(args.extra)
     if args.command == SCORE:
+        if args.server is not None and args.backend != AUTO:
+            raise JudgeError(f"--backend {args.backend} runs the model in this process, --server elsewhere; give one")
         args.rubric = None if args.rubric is None else read_rubric(args.rubric, "--rubric")
         args.weights = read_weights(args.weights)
         read_key(args.api_key_env)
 
 
+def _check_no_key(extra: Sequence[str]) -> None:
+    """JudgeError for a secret among vLLM's flags: others see the command lines of running programs."""
+    for word in extra:
+        name = word.partition("=")[0].replace("_", "-")
+        if name in _SECRET_FLAGS:
+            raise JudgeError(f"{name}: others see what a command line holds; {_SECRET_FLAGS[name]}")
+
+
 def score_args(words: Sequence[str]) -> argparse.Namespace:
     parser = make_parser("", "Scores responses: a row of the input comes out with a 'judgement' beside its columns.")
     add_model(parser)
+    add_backend(parser, AUTO)
     add = parser.add_argument
     add(
         "--input",
@@ -101,6 +121,7 @@ def serve_args(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--tensor_parallel_size", type=int, default=1)
+    parser.add_argument("--api_key_env", help="environment variable with the key that requests must bring")
     parser.add_argument("extra", nargs="*", metavar="-- VLLM_FLAGS")
     parser.set_defaults(command=SERVE)
     return parser.parse_args(words)
@@ -128,6 +149,16 @@ def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     return take_negative_values(parser)
+
+
+def add_backend(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default=default,
+        help="what runs the model in this process: transformers starts at once, vllm is faster on many rows and large "
+        "models; auto: transformers for small models on a CPU",
+    )
 
 
 def add_model(parser: argparse.ArgumentParser, *, engine: bool = True, required: bool = True) -> None:

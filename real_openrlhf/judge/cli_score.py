@@ -36,6 +36,7 @@ def score(args: argparse.Namespace) -> None:
         args.model,
         server=args.server,
         server_options=options,
+        backend=None if args.server else args.backend,
         settings=chosen_settings(args),
         template=args.template,
         template_suffix=args.template_suffix,

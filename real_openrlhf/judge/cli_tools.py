@@ -12,6 +12,7 @@ from real_openrlhf.data.dataset import read_label
 from real_openrlhf.data.sources import BadRow, DataError, lookup, read_rows
 from real_openrlhf.data.tokenizer import load_tokenizer
 from real_openrlhf.judge.calibration import Calibration
+from real_openrlhf.judge.cli_args import read_key
 from real_openrlhf.judge.cli_model import chosen_settings
 from real_openrlhf.judge.judge import engine_length
 from real_openrlhf.judge.resolve_settings import find_settings, make_reader
@@ -35,7 +36,7 @@ def serve_model(args: argparse.Namespace) -> None:
         tensor_parallel_size=args.tensor_parallel_size,
         extra=args.extra,
     )
-    serve(command, env)
+    serve(command, env, api_key=read_key(args.api_key_env))
 
 
 def fit(args: argparse.Namespace) -> None:

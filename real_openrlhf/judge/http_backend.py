@@ -70,7 +70,14 @@ class ServerBackend:
         retries: int = 5,
     ) -> None:
         if not url.startswith(("http://", "https://")):
-            raise JudgeError(f"the server's address must begin with http:// or https://, got {url!r}")
+            raise JudgeError(
+                f"the server's address must begin with http:// or https://, got {url.rpartition('@')[2]!r}"
+            )
+        if "@" in url.partition("://")[2].partition("/")[0]:
+            raise JudgeError(
+                "the server's address holds a user or a password, which messages and lists of processes would show; "
+                "leave them out, and give a key by --api_key_env"
+            )
         if concurrency < 1 or retries < 0 or not timeout_s > 0:
             raise JudgeError(
                 f"concurrency ({concurrency}) must be at least 1, retries ({retries}) at least 0 and the time-out "

@@ -20,6 +20,7 @@ from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.data.template import PromptError
 from real_openrlhf.data.tokenizer import load_tokenizer
 from real_openrlhf.export.settings import JudgeSettings
+from real_openrlhf.judge.backends import AUTO, VLLM, check_backend, chosen_backend, start_backend
 from real_openrlhf.judge.calibration import Calibration
 from real_openrlhf.judge.pairs import ONE_PROMPT, SCORES, check_mode, check_tie_margin, one_prompt, verdict
 from real_openrlhf.judge.resolve_settings import find_settings, make_reader
@@ -55,7 +56,8 @@ class Judge:
 
     model         an export of train_real, or any Hugging Face folder or hub id together with `settings`
     server        address of an OpenAI-compatible server of this model ("http://host:8000"); weights are then not loaded
-    backend       a `JudgeBackend` to use instead
+    backend       "transformers" or "vllm", in this process; None or "auto": by the model's size and the device, see
+                  `judge.backends`; or a `JudgeBackend` to use instead
     settings      see `judge.resolve_settings.plain_settings`; None reads the export's
     template      how instruction and response become a prompt: a name or path for `JudgeTemplate.load`, or a
                   `JudgeTemplate`; None: the export's, else "paper"
@@ -78,7 +80,7 @@ class Judge:
         model: str | Path,
         *,
         server: str | None = None,
-        backend: JudgeBackend | None = None,
+        backend: JudgeBackend | str | None = None,
         settings: JudgeSettings | None = None,
         template: str | Path | JudgeTemplate | None = None,
         template_suffix: str | Path | None = None,
@@ -98,6 +100,7 @@ class Judge:
     ) -> None:
         if server is not None and backend is not None:
             raise JudgeError("give a server or a backend, not both")
+        kind = check_backend(backend) if isinstance(backend, str) else AUTO
         if server_options and server is None:
             raise JudgeError("server_options are given, but no server")
         model = expand(str(model))
@@ -111,8 +114,11 @@ class Judge:
         )
         self.scale = self.settings.scale
         self.reader = make_reader(self.settings, self.tokenizer)
-        if server is None and backend is None:
-            check_read_tokens(self.reader.bound)
+        self._kind: str | None = None
+        if server is None and (backend is None or isinstance(backend, str)):
+            self._kind = chosen_backend(kind, self.model, device)
+            if self._kind == VLLM:
+                check_read_tokens(self.reader.bound)
         self.settings.template.check(self.tokenizer)
         self.template = self._chosen_template(template, template_suffix, other_template)
         self.sampling = self._sampling(n, temperature, top_p, seed)
@@ -125,7 +131,8 @@ class Judge:
         )
         self._server, self._server_options = server, dict(server_options or {})
         self._device, self._trust, self._max_model_len = device, trust_remote_code, max_model_len
-        self._backend, self._owns_backend = backend, backend is None
+        self._backend: JudgeBackend | None = None if isinstance(backend, str) else backend
+        self._owns_backend = self._backend is None
 
     def _chosen_template(
         self, given: str | Path | JudgeTemplate | None, suffix: str | Path | None, other: bool
@@ -258,6 +265,11 @@ class Judge:
     # -- the backend ---------------------------------------------------------------------------------
 
     @property
+    def backend_name(self) -> str:
+        """ "transformers" or "vllm" in this process, "server", or "given"."""
+        return self._kind or ("given" if self._server is None else "server")
+
+    @property
     def backend(self) -> JudgeBackend:
         """The backend, started when it is first needed."""
         if self._backend is None:
@@ -297,12 +309,11 @@ class Judge:
 
             options = {"logprobs_mode": mode, **self._server_options}
             return ServerBackend(self._server, reader=self.reader, **options)
-        from real_openrlhf.judge.vllm_backend import VLLMBackend
-
-        assert self._limit is not None
-        return VLLMBackend(
+        assert self._kind is not None and self._limit is not None
+        return start_backend(
+            self._kind,
             self.model,
-            self.reader.bound,
+            self.reader,
             max_model_len=self._limit,
             device=self._device,
             logprobs_mode=mode,

@@ -44,8 +44,12 @@ def serve_command(
     return [*command, *extra], device.engine_env(tensor_parallel_size)
 
 
-def serve(command: Sequence[str], env: dict[str, str]) -> None:
-    """Replace this process by the server, under the same process id. Does not return."""
+def serve(command: Sequence[str], env: dict[str, str], *, api_key: str | None = None) -> None:
+    """Replace this process by the server, under the same process id. Does not return.
+
+    api_key: what requests must bring; it is handed on by the environment, and not shown.
+    """
     sys.stderr.write(f"{' '.join(f'{k}={shlex.quote(v)}' for k, v in env.items())} {shlex.join(command)}\n")
     sys.stderr.flush()
-    os.execvpe(command[0], list(command), {**os.environ, **env})
+    secret = {} if api_key is None else {"VLLM_API_KEY": api_key}
+    os.execvpe(command[0], list(command), {**os.environ, **env, **secret})

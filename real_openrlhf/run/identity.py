@@ -15,7 +15,9 @@ def run_identity(inputs: Inputs) -> RunIdentity:
     flags = config_to_dict(config)
     scale = config.real.score_scale
     return RunIdentity(
-        model_sha256=model_config_sha256(AutoConfig.from_pretrained(config.actor.model_name_or_path).to_dict()),
+        model_sha256=model_config_sha256(
+            AutoConfig.from_pretrained(config.actor.model_name_or_path, trust_remote_code=False).to_dict()
+        ),
         tokenizer_sha256=tokenizer_sha256(inputs.tokenizer),
         data_sha256=inputs.train_set.sha256,
         template_sha256=inputs.template.sha256,

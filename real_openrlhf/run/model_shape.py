@@ -36,7 +36,7 @@ class DecoderShape:
     @classmethod
     def of(cls, path: str | Path) -> DecoderShape:
         """From a Hugging Face folder's config.json. AttributeError for a model of another kind."""
-        config = AutoConfig.from_pretrained(str(path)).get_text_config()
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False).get_text_config()
         heads = config.num_attention_heads
         return cls(
             vocabulary=config.vocab_size,
@@ -133,9 +133,9 @@ class ModelShape:
 @lru_cache(maxsize=8)
 def _shape(path: str, lora: LoraConfig) -> ModelShape | None:
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(config)
+            network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
         return None  # what is wrong with it, the policy's own loading says
     parameters = _count(network.parameters())

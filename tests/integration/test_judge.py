@@ -1,4 +1,4 @@
-"""The judge's two backends on one model: vLLM in this process, and `vllm serve` over HTTP."""
+"""The judge's backends on one model: vLLM and transformers in this process, and `vllm serve` over HTTP."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NEW_TOKENS = 8
 
 @pytest.fixture(scope="module")
 def stack(judges: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """local and remote: judges of one model. Whatever they started is ended by its id."""
+    """local, remote and plain: judges of one model, the last on transformers. What they started is ended by its id."""
     environment, folder = dict(os.environ), judges / "tied"
     port, log = free_port(), tmp_path_factory.mktemp("serve") / "log"
     command = [sys.executable, "-m", "real_openrlhf.judge", "serve", "--model", str(folder), "--scale", "1-5"]
@@ -52,13 +52,15 @@ def stack(judges: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Si
     )
     try:
         # While the server starts.
-        local = Judge(folder, settings=settings, device="cpu", max_model_len=64)
+        local = Judge(folder, settings=settings, backend="vllm", device="cpu", max_model_len=64)
         assert local.score_prompts(["fine sound clear judge"])[0].score is not None
         url = f"http://127.0.0.1:{port}"
         wait_for(url, server, log)
         family += family[0].children(recursive=True)
         with Judge(folder, settings=settings, server=url) as remote:
-            yield SimpleNamespace(local=local, remote=remote, model=load_model(folder))
+            plain = Judge(folder, settings=settings, device="cpu", max_model_len=64)  # a small model on a CPU
+            assert plain.backend_name == "transformers" and local.backend_name == "vllm"
+            yield SimpleNamespace(local=local, remote=remote, plain=plain, model=load_model(folder))
         local.close()
     finally:
         if server.poll() is None:
@@ -110,12 +112,12 @@ def greedy(new_tokens: int) -> Sampling:
 
 
 @pytest.mark.parametrize("new_tokens", [NEW_TOKENS, 2], ids=["free", "forced"])
-def test_both_backends_give_the_exact_distribution(stack: SimpleNamespace, new_tokens: int) -> None:
+def test_all_backends_give_the_exact_distribution(stack: SimpleNamespace, new_tokens: int) -> None:
     """Two tokens leave no room for a score: every one is forced."""
     prompts = make_prompts(stack.local, 24)
     sampling, reader = greedy(new_tokens), stack.local.reader
     answers = {}
-    for name in ("local", "remote"):
+    for name in ("local", "remote", "plain"):
         answers[name] = score_prompts(getattr(stack, name).backend, prompts, sampling, reader=reader)
         n_read = 0
         for prompt, (got,) in zip(prompts, answers[name]):
@@ -129,14 +131,14 @@ def test_both_backends_give_the_exact_distribution(stack: SimpleNamespace, new_t
         assert n_read >= 20
     # On the feedback of the one, the other has the same score.
     read = [(p, got) for p, (got,) in zip(prompts, answers["local"]) if got.position is not None]
-    again = score_given(
-        stack.remote.backend, [p for p, _ in read], [got.feedback_ids for _, got in read], sampling, reader=reader
-    )
-    for (_, one), two in zip(read, again):
-        assert two.feedback_ids == one.feedback_ids and two.expected == pytest.approx(one.expected, abs=1e-3)
-    # Greedy in fp32: the texts are the same too, but for a near tie.
-    same = [a[0].token_ids == b[0].token_ids for a, b in zip(answers["local"], answers["remote"])]
-    assert sum(same) >= 20
+    for name in ("remote", "plain"):
+        backend, feedback = getattr(stack, name).backend, [got.feedback_ids for _, got in read]
+        again = score_given(backend, [p for p, _ in read], feedback, sampling, reader=reader)
+        for (_, one), two in zip(read, again, strict=True):
+            assert two.feedback_ids == one.feedback_ids and two.expected == pytest.approx(one.expected, abs=1e-3)
+        # Greedy in fp32: the texts are the same too, but for a near tie.
+        same = [a[0].token_ids == b[0].token_ids for a, b in zip(answers["local"], answers[name])]
+        assert sum(same) >= 20
 
 
 def test_samples_are_seeded(stack: SimpleNamespace) -> None:

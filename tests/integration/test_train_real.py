@@ -32,6 +32,8 @@ BIN = Path(sys.executable).parent
 # a gradient is rounding noise, Adam would turn the noise into a full step.
 SAME = ["--train.full_determinism_enable", "--actor.adam.eps", "1e-4", "--ckpt.best_metric_key", "none"]
 HEAD, ROLLOUTS = "untied", 32
+# Keys in the environment of a run, which nothing that it writes may hold.
+KEYS = {name: f"{name.lower()}-0123456789abcdef" for name in ("WANDB_API_KEY", "HF_TOKEN", "OTHER_API_KEY")}
 
 
 def flags(judges: Path, head: str, out: Path, *more: str) -> list[str]:
@@ -117,9 +119,18 @@ def narrow(judges: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "real_openrlhf.train_real", *flags(judges, HEAD, out, *SAME)]
     command += ["--eval.engine", "own"]
     command[command.index("--logger.samples") + 1] = str(ROLLOUTS)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=580)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580, env={**os.environ, **KEYS})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    (out.parent / "terminal").write_text(done.stdout + done.stderr)
     return out
+
+
+def test_no_key_is_in_what_a_run_writes(narrow: Path) -> None:
+    """Records, logs, the libraries' log, the exported judge, the terminal."""
+    files = [path for path in narrow.parent.rglob("*") if path.is_file()]
+    assert {"terminal", "metrics.jsonl", "run_config.json", "model.safetensors"} <= {path.name for path in files}
+    holding = [(path.name, key) for path in files for key, value in KEYS.items() if value.encode() in path.read_bytes()]
+    assert holding == []
 
 
 def test_the_same_command_gives_the_same_run_also_beside_other_load(judges: Path, tmp_path: Path) -> None:

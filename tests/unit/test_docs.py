@@ -27,8 +27,11 @@ from real_openrlhf.config.flag_table import flag_table
 from real_openrlhf.config.presets import PRESETS
 from real_openrlhf.config.validate import validate
 from real_openrlhf.controller.rollout_stats import rollout_metrics
+from real_openrlhf.data.__main__ import main as build_data
 from real_openrlhf.evals.results import metric_names
+from real_openrlhf.evaluate import parse_args as evaluate_args
 from real_openrlhf.export.model_card import SNIPPET
+from real_openrlhf.judge.cli_args import parse_args as judge_args
 from tests.helpers.algo_factory import make_group, make_inputs, make_rollout, make_train_group
 from tests.unit.config.test_cli import openrlhf_flags
 
@@ -60,12 +63,13 @@ def rows(text: str) -> list[list[str]]:
 # -- commands ------------------------------------------------------------------------------------------
 
 
-def commands(text: str) -> Iterator[list[str]]:
-    """Arguments of each train_real command, shell variables replaced by "1", which every type takes."""
+def commands(text: str, module: str = MODULE) -> Iterator[list[str]]:
+    """Arguments of each command of a module (train_real unless another is named), shell variables replaced by "1",
+    which every type takes."""
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
-        if line.lstrip().startswith("#") or MODULE not in line:
+        if line.lstrip().startswith("#") or module not in line:
             continue
-        tail = line.partition(MODULE)[2]
+        tail = line.partition(module)[2]
         tail = re.sub(r'"\$(@|\{\w+\[@\]\})"', " ", tail)  # arrays of further arguments
         tail = re.sub(r'"?\$(\{[^}]*\}|\w+)"?', "1", tail)
         words = shlex.split(tail, comments=True)
@@ -84,6 +88,34 @@ def test_the_commands_of_readme_and_slurm_parse() -> None:
     words = shlex.split(submit.replace("\\\n", " "))
     user = words[words.index("slurm/train_real.sbatch") + 1 :]
     assert parse_args([*batch, *user]).actor.model_name_or_path.startswith("/")
+
+
+@pytest.mark.parametrize("document", ["README.md", "examples/own_data/README.md"])
+def test_the_commands_from_a_csv_to_a_judge_fit_together(
+    document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data set is built of a CSV as the page says; the flags of what follows name its files and each other's."""
+    monkeypatch.chdir(tmp_path)
+    text = "\n".join(blocks((ROOT / document).read_text(encoding="utf-8"), "bash")).replace(" /data/", " data/")
+    text = text.replace("=/data/", "=data/")
+    Path("mine.csv").write_text("question,answer,score\n" + "".join(f"Q{n}?,yes,{1 + n % 5}\n" for n in range(60)))
+    (built,) = commands(text, "-m real_openrlhf.data")
+    assert build_data(built) == 0
+    (words,) = commands(text, "-m real_openrlhf.train_warmup")
+    warmup = parse_args(words, warmup=True)
+    (real,) = map(parse_args, commands(text))
+    validate(warmup)
+    validate(real)
+    for source in (warmup.data.prompt_dataset, warmup.eval.dataset, real.data.prompt_dataset, real.eval.dataset):
+        assert Path(str(source)).is_file(), source
+    assert real.actor.model_name_or_path == f"{warmup.ckpt.output_dir}/model"
+    model = f"{real.ckpt.output_dir}/model"
+    evaluations = [evaluate_args(words) for words in commands(text, "-m real_openrlhf.evaluate")]
+    judged = [args for args in evaluations if args.model]
+    assert model in [args.model for args in judged]
+    assert all(Path(name.removeprefix("test=")).is_file() for args in judged for name in args.benchmark)
+    serves = [judge_args(words) for words in commands(text, "-m real_openrlhf.judge")]
+    assert len(serves) >= 2 and {args.model for args in serves} == {model}
 
 
 @pytest.mark.parametrize("script", sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("examples/*/run.sh")))
@@ -110,8 +142,8 @@ def test_the_commands_of_the_examples_parse(script: str, tmp_path: Path) -> None
         assert validate(parse_args(argv, warmup=True)) is not None
     for call in calls:
         if call[0] == "-m":
-            module = ROOT.joinpath(*call[1].split(".")).with_suffix(".py")
-            assert module.is_file(), call[1]
+            module = ROOT.joinpath(*call[1].split("."))
+            assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file(), call[1]
         else:
             assert (tmp_path / call[0]).is_file(), call[0]
 

@@ -72,7 +72,10 @@ class Contestant:
         self.strategy = PolicyStrategy(self.args, setup.device)
         self.strategy.setup_distributed()
         model = AutoModelForCausalLM.from_pretrained(
-            setup.model, dtype=setup.device.torch_dtype, attn_implementation=setup.device.attn_implementation
+            setup.model,
+            dtype=setup.device.torch_dtype,
+            attn_implementation=setup.device.attn_implementation,
+            trust_remote_code=False,
         )
         model.config.use_cache = False
         # Holds the engine for the strategy; its own forward is not used.

@@ -72,7 +72,9 @@ def add_adapters(network: nn.Module, lora: LoraConfig, seed: int) -> None:
 def check_adapters(path: str, lora: LoraConfig) -> None:
     """LoraError for a model that cannot take these adapters. Reads its config only, no weights."""
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+        network = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(path, trust_remote_code=False), trust_remote_code=False
+        )
     add_adapters(network, lora, seed=0)
 
 

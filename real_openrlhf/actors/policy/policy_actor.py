@@ -206,7 +206,7 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
 
             state.update({name: buffer.cpu() for name, buffer in _persistent_buffers(network).items()})
             Path(path).mkdir(parents=True, exist_ok=True)
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=False)
             network.config.use_cache = True
             end_at(network.generation_config, tokenizer.eos_token_id)
             network.save_pretrained(path, state_dict=state)

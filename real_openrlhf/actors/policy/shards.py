@@ -24,6 +24,7 @@ import torch
 import transformers
 from torch import distributed
 
+from real_openrlhf.actors.policy.safe_pickles import check_pickles
 from real_openrlhf.common import durable
 from real_openrlhf.common.device import Device
 
@@ -112,12 +113,16 @@ def load_shards(engine: Any, path: str, *, scratch: str, seed: int) -> dict[str,
     new random state from (seed, update, rank). Raises ShardError if the shards cannot be loaded.
     """
     folder, rank = Path(path), distributed.get_rank()
+    errors: list[Exception] = []
+    with _collected(errors):
+        check_pickles(sorted(folder.rglob("*.pt"))[rank :: distributed.get_world_size()])
+    _agree(errors, f"{folder} is not loaded")
     wrote = len(list(folder.glob("rank_*.pt")))
     if wrote == distributed.get_world_size():
         _load(engine, folder)
     else:
         _load_converted(engine, folder, scratch)
-    # Loading pickles is safe here: the file is ours and was just checked against its manifest. It holds RNG states.
+    # Not weights_only: the states of NumPy's random numbers are arrays. `check_pickles` has seen the file.
     mine = folder / f"rank_{rank if rank < wrote else 0}.pt"
     state: dict[str, Any] = torch.load(mine, map_location="cpu", weights_only=False)
     if rank >= wrote:
@@ -187,6 +192,7 @@ def _mend_zero3(engine: Any, folder: Path) -> None:
     `step`: all groups would share one tensor, which torch's Adam would then raise once per group.
     """
     optimizer = engine.optimizer.optimizer
+    # Not weights_only: converted here from shards that `check_pickles` has seen.
     saved = torch.load(folder / "zero" / "optimizer_state.pt", map_location="cpu", weights_only=False)
     for group, was in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         group.update({name: value for name, value in was.items() if name != "params"})

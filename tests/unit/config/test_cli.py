@@ -55,10 +55,16 @@ def test_every_flag_round_trips(item: Flag) -> None:
     config = parse_args(argv_of(item, value))
     assert get_value(config, item.name) == value
     assert value != item.default or item.name == "real.objective"
-    if not item.secret:
-        assert config_from_dict(config_to_dict(config)) == config
-        others = [name for name in flags_by_name() if name != item.name and not item.name.startswith("real.preset")]
-        assert all(get_value(config, name) == flags_by_name()[name].default for name in others)
+    assert config_from_dict(config_to_dict(config)) == config
+    others = [name for name in flags_by_name() if name != item.name and not item.name.startswith("real.preset")]
+    assert all(get_value(config, name) == flags_by_name()[name].default for name in others)
+
+
+@pytest.mark.parametrize("argv", [["--logger.wandb.key", "s3cret"], ["--logger.wandb.key=s3cret"]])
+def test_no_key_is_taken_from_a_command_line_nor_repeated(argv: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"others see what a command line holds .* set WANDB_API_KEY") as caught:
+        parse_args(argv)
+    assert "s3cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("argv", "expected"), [([], True), (["true"], True), (["false"], False), (["FALSE"], False)])

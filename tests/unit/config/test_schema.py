@@ -110,7 +110,3 @@ def test_derived_sizes() -> None:
 def test_clip_bounds() -> None:
     assert build_config({"actor.eps_clip": 0.3}).actor.clip_bounds == (0.3, 0.3)
     assert build_config({"actor.eps_clip_low_high": (0.1, 0.4)}).actor.clip_bounds == (0.1, 0.4)
-
-
-def test_the_api_key_is_not_shown() -> None:
-    assert "s3cret" not in repr(build_config({"logger.wandb.key": "s3cret"}))

@@ -109,7 +109,7 @@ def test_a_flag_by_yaml_and_by_json_is_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["9" * 5000, "[" * 20000])
 def test_files_that_no_reader_can_take(name: str, value: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(f'{{"train.seed": {value}')
-    with pytest.raises(ConfigError, match=r"is not (YAML|JSON)"):
+    with pytest.raises(ConfigError, match=r"is not JSON|nested more than 50 deep|is not YAML"):
         read_config_file(tmp_path / name)
     (tmp_path / name).write_text(f'{{"train.seed": {"9" * 5000}}}')
     with pytest.raises(ConfigError, match=r"is not (YAML|JSON)"):

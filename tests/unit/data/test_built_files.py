@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
 from real_openrlhf.algo.bound_scale import bind_scale
 from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.algo.score_scale import ScoreScale
+from real_openrlhf.config.cli import parse_args
 from real_openrlhf.data.__main__ import main
 from real_openrlhf.data.dataset import JudgeDataset
 from real_openrlhf.data.given import GivenDataset
 from real_openrlhf.data.template import PromptTemplate
+from real_openrlhf.evaluate import parse_args as evaluate_args
 from tests.helpers.tokenizers import CHAT_TEMPLATE, word_tokenizer
 
 
@@ -60,3 +64,34 @@ def test_training_and_warmup_read_what_is_written(tmp_path: Path) -> None:
     written = [row["response"] for row in pq.read_table(out / "sft.parquet").to_pylist()]
     assert written[:2] == ["Fine 0. So the overall score is 1", "Fine 1. So the overall score is 7"]
     assert written[2] in ("Fine 2. So the overall score is 8", "Fine 2. So the overall score is 9")
+
+
+def printed(tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str) -> dict[str, list[str]]:
+    """Command -> its words, as a build of labels alone prints them."""
+    source = tmp_path / "a b.csv"
+    source.write_text("question,answer,score\n" + "".join(f"Q{n}?,yes,{1 + n % 5}\n" for n in range(60)))
+    columns = ["--map", "instruction=question", "response=answer", "label=score", "--scale", "1-5"]
+    words = ["generic", "--source", str(source), "--output_dir", str(tmp_path / split), *columns, "--split", split]
+    capsys.readouterr()
+    assert main([*words, "--template", "answer", "--sft"]) == 0
+    lines = [line.partition(": ") for line in capsys.readouterr().out.splitlines()]
+    return {name: shlex.split(tail) for name, _, tail in lines if name in ("train_real", "train_warmup", "evaluate")}
+
+
+def test_the_flags_that_are_printed_are_flags_and_name_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = printed(tmp_path, capsys, "train=0.6,dev=0.2,test=0.2")
+    real = parse_args(found["train_real"])
+    # The best weights are chosen on one split, and measured on another.
+    assert [Path(str(p)).name for p in (real.data.prompt_dataset, real.eval.dataset)] == [
+        "train.parquet",
+        "dev.parquet",
+    ]
+    warmup = parse_args(found["train_warmup"], warmup=True)
+    assert Path(warmup.data.prompt_dataset).is_file() and warmup.warmup.feedback == "missing"
+    (benchmark,) = evaluate_args(found["evaluate"]).benchmark
+    assert benchmark.startswith("test=") and Path(benchmark.removeprefix("test=")).is_file()
+
+    found = printed(tmp_path, capsys, "train=0.7,test=0.3")
+    assert Path(str(parse_args(found["train_real"]).eval.dataset)).name == "test.parquet" and "evaluate" not in found

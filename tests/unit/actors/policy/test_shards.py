@@ -103,6 +103,16 @@ def test_nothing_to_load(tmp_path: Path) -> None:
         load_shards(Engine(), str(tmp_path / "policy"), scratch=str(tmp_path), seed=0)
 
 
+@pytest.mark.parametrize("name", ["rank_0.pt", "deepspeed/shard.pt"])
+def test_a_file_that_names_other_code_is_not_loaded(tmp_path: Path, name: str) -> None:
+    """DeepSpeed would call what the file names."""
+    save_shards(Engine(), str(tmp_path / "policy"), STATE)
+    torch.save({"x": Path("y")}, tmp_path / "policy" / name)
+    engine = Engine()
+    with pytest.raises(ShardError, match=rf"policy is not loaded; rank 0: UnsafePickleError: .*{name} names pathlib"):
+        load_shards(engine, str(tmp_path / "policy"), scratch=str(tmp_path), seed=0)
+
+
 def test_shards_that_cannot_be_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards of two ranks, now on one: the converter's reason is passed on, and no files are left."""
     import real_openrlhf.actors.policy.shards as module
