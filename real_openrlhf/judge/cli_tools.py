@@ -1,4 +1,4 @@
-"""The subcommands `serve` and `calibration fit`."""
+"""The subcommands `serve`, with and without --rewards, and `calibration fit`."""
 
 from __future__ import annotations
 
@@ -20,22 +20,35 @@ from real_openrlhf.judge.serve import serve, serve_command
 
 logger = logging.getLogger(__name__)
 
+WORKER_EXTENSION = "real_openrlhf.actors.engine.vllm_worker.SyncWorkerExtension"
+
 
 def serve_model(args: argparse.Namespace) -> None:
+    serve(*_serve_command(args, args.host, args.port))
+
+
+def reward_model(args: argparse.Namespace) -> None:
+    from real_openrlhf.judge.rewards.server import serve_rewards
+
+    # The worker ends vLLM's processes with this one, also if it is killed.
+    args.extra = ["--worker-extension-cls", WORKER_EXTENSION, *args.extra]
+    serve_rewards(args, lambda host, port: _serve_command(args, host, port))
+
+
+def _serve_command(args: argparse.Namespace, host: str, port: int) -> tuple[list[str], dict[str, str]]:
     tokenizer = load_tokenizer(args.model, name="--model")
     settings = find_settings(args.model, tokenizer, chosen_settings(args))
     room = (args.max_new_tokens or settings.max_new_tokens) + room_for_forcing(make_reader(settings, tokenizer))
-    command, env = serve_command(
+    return serve_command(
         args.model,
         device=Device.resolve(args.device),
-        host=args.host,
-        port=args.port,
+        host=host,
+        port=port,
         max_model_len=engine_length(args.model, room, args.max_model_len),
         logprobs_mode=logprobs_mode_for(settings.temperature, 1.0),
         tensor_parallel_size=args.tensor_parallel_size,
         extra=args.extra,
     )
-    serve(command, env)
 
 
 def fit(args: argparse.Namespace) -> None:
