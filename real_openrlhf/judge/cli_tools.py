@@ -8,6 +8,7 @@ from typing import Any
 
 from real_openrlhf.actors.engine.spec import logprobs_mode_for
 from real_openrlhf.common.device import Device
+from real_openrlhf.common.versions import ENGINE, warn_of_versions
 from real_openrlhf.data.dataset import read_label
 from real_openrlhf.data.sources import BadRow, DataError, lookup, read_rows
 from real_openrlhf.data.tokenizer import load_tokenizer
@@ -36,6 +37,7 @@ def reward_model(args: argparse.Namespace) -> None:
 
 
 def _serve_command(args: argparse.Namespace, host: str, port: int) -> tuple[list[str], dict[str, str]]:
+    warn_of_versions(*ENGINE)
     tokenizer = load_tokenizer(args.model, name="--model")
     settings = find_settings(args.model, tokenizer, chosen_settings(args))
     room = (args.max_new_tokens or settings.max_new_tokens) + room_for_forcing(make_reader(settings, tokenizer))
