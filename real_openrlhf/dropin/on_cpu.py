@@ -25,6 +25,7 @@ from real_openrlhf.actors.policy.strategy import PolicyStrategy
 from real_openrlhf.common.device import Device
 from real_openrlhf.dropin.replace import replace
 from real_openrlhf.dropin.settings import DropInError
+from real_openrlhf.dropin.terms import check_cpu_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def install_on_cpu(policy: Any, engine: Any) -> tuple[Any, Any]:
 
     def arguments(flat: Any) -> Any:
         args = before(flat)
-        _check(args)
+        check_cpu_arguments(args)
         args.ds.attn_implementation = "sdpa"
         _start_ray()
         return args
@@ -71,23 +72,6 @@ def install_on_cpu(policy: Any, engine: Any) -> tuple[Any, Any]:
     bases = (CpuPolicyActor,) if policy is None else (CpuPolicyActor, policy)
     engines = (CpuEngine,) if engine is None else (CpuEngine, engine)
     return type("CpuPolicyActor", bases, {"__init__": CpuPolicyActor.__init__}), type("CpuEngine", engines, {})
-
-
-def _check(args: Any) -> None:
-    if args.ds.packing_samples or args.train.dynamic_batch_enable:
-        raise DropInError("--real.device cpu: packed rows need flash-attn's kernels; leave out --ds.packing_samples")
-    if args.ds.adam_offload or args.ds.enable_sleep or args.vllm.enable_sleep or args.train.colocate_all:
-        raise DropInError(
-            "--real.device cpu: there is no GPU memory to save; leave out --ds.adam_offload, --ds.enable_sleep, "
-            "--vllm.enable_sleep and --train.colocate_all"
-        )
-    if args.algo.advantage.estimator == "gae" or not (args.reward.remote_url or args.train.agent_func_path):
-        raise DropInError(
-            "--real.device cpu: critics and reward models are not supported; use --reward.remote_url or "
-            "--train.agent_func_path, and another --algo.advantage.estimator than gae"
-        )
-    if args.train.enable_ema or args.vllm.tensor_parallel_size > 1:
-        raise DropInError("--real.device cpu: leave out --train.enable_ema and --vllm.tensor_parallel_size")
 
 
 def _start_ray() -> None:

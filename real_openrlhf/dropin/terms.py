@@ -101,6 +101,24 @@ def _refuse(args: Any, terms: Terms) -> None:
             raise DropInError(f"--{name} {_get(args, name)}: REAL's terms need whole sequences of text, at most {most}")
 
 
+def check_cpu_arguments(args: Any) -> None:
+    """DropInError for arguments of openrlhf.cli.train_ppo_ray that `on_cpu` has nothing for."""
+    if args.ds.packing_samples or args.train.dynamic_batch_enable:
+        raise DropInError("--real.device cpu: packed rows need flash-attn's kernels; leave out --ds.packing_samples")
+    if args.ds.adam_offload or args.ds.enable_sleep or args.vllm.enable_sleep or args.train.colocate_all:
+        raise DropInError(
+            "--real.device cpu: there is no GPU memory to save; leave out --ds.adam_offload, --ds.enable_sleep, "
+            "--vllm.enable_sleep and --train.colocate_all"
+        )
+    if args.algo.advantage.estimator == "gae" or not (args.reward.remote_url or args.train.agent_func_path):
+        raise DropInError(
+            "--real.device cpu: critics and reward models are not supported; use --reward.remote_url or "
+            "--train.agent_func_path, and another --algo.advantage.estimator than gae"
+        )
+    if args.train.enable_ema or args.vllm.tensor_parallel_size > 1:
+        raise DropInError("--real.device cpu: leave out --train.enable_ema and --vllm.tensor_parallel_size")
+
+
 def _get(args: Any, name: str) -> Any:
     for part in name.split("."):
         args = getattr(args, part)
