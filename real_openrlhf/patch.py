@@ -129,7 +129,9 @@ def install(command: Command) -> None:
 
     warn_of_versions()
     terms = _terms(command.terms) if command.terms else None
-    policy, engine, attributes = None, None, {}
+    policy: Any = None
+    engine: Any = None
+    attributes: dict[str, Any] = {}
     if terms is not None:
         from real_openrlhf.dropin.terms_actors import TermsEngine, TermsPolicyActor
 
@@ -152,7 +154,8 @@ def install(command: Command) -> None:
     if policy is not None:
         replace("openrlhf.trainer.ray.ppo_actor:PolicyModelActor", ray.remote(num_gpus=1)(policy))
     if engine is not None:
-        made = type(engine.__name__, (engine,), attributes)
+        # Ray wants a class of its own to have an __init__.
+        made = type(engine.__name__, (engine,), {"__init__": engine.__init__, **attributes})
         replace("openrlhf.trainer.ray.vllm_engine:RolloutRayActor", ray.remote(made))
 
 
