@@ -36,7 +36,7 @@ _Engine: Any = RolloutRayActor.__ray_metadata__.modified_class.__ray_actor_class
 WORKER = "real_openrlhf.dropin.on_cpu_worker.CpuWorkerWrap"
 DEVICE = Device(name="cpu", dtype_name="bf16")
 # Ray hands them out by number only, one to each actor and engine.
-_LOGICAL_GPUS = 8
+_LOGICAL_GPUS = 6
 
 OVERRIDES: dict[str, str] = {
     "ray.init": f"{_LOGICAL_GPUS} GPUs and CPUs are declared to Ray, which only counts them",
