@@ -6,6 +6,7 @@ import argparse
 import ipaddress
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 _EVERY_S = 0.5
 _SHUTDOWN_S = 30.0
 _GRACE_S = 5
+_MOST_FILES = 65536
 # (host, port) -> vLLM's command and environment
 MakeCommand = Callable[[str, int], tuple[list[str], dict[str, str]]]
 
@@ -62,6 +64,7 @@ def serve_rewards(args: argparse.Namespace, make_command: MakeCommand) -> None:
     token = read_key(args.token_env, "--token_env")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
+    _allow_connections()
     with ExitStack() as stack:
         sock = stack.enter_context(_listen(args.host, args.port))
         below = stack.enter_context(_below(args, make_command))
@@ -125,6 +128,13 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise JudgeError(f"--host {host} --port {port}: {error.strerror or error}") from error
+
+
+def _allow_connections() -> None:
+    """A rollout batch comes over as many connections, and the usual limit of open files is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
 @contextmanager
