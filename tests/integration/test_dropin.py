@@ -403,8 +403,7 @@ runpy.run_path("real_ppo.py", run_name="__main__")
 """
 # In the actor's process: OpenRLHF's own start makes the trainer, for which nothing is there here.
 WORKER = """
-import pickle
-from types import SimpleNamespace
+import inspect, pickle
 from openrlhf.trainer.ray import ppo_actor
 with open("actor.pkl", "rb") as file:
     kind = pickle.load(file)
@@ -416,8 +415,8 @@ def start(self, *args, **kwargs):
 stock.init_model_from_pretrained = start
 actor = kind.__new__(kind)
 called = []
-page = kind.init_model_from_pretrained.__globals__["RealTrainer"]
-page.add_real = called.append
+page = inspect.unwrap(kind.init_model_from_pretrained).__globals__["RealTrainer"]
+page.add_real = lambda self: called.append(self)
 actor.init_model_from_pretrained(None, "model")
 assert called == [actor.trainer]
 assert type(actor.trainer).training_step is page.training_step is not ppo_actor.ActorPPOTrainer.training_step

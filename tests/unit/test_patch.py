@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.dropin.replace import replace
 from real_openrlhf.dropin.settings import DropInError, RealSettings
 from real_openrlhf.dropin.terms import AGENT_FILE, Terms, check_arguments, check_cpu_arguments
+from tests.unit.config.test_cli import openrlhf_flags
 
 MODULE = "openrlhf.cli.train_ppo_ray"
 GOOD = {
@@ -198,3 +201,16 @@ def test_what_does_not_run_on_a_cpu(given: dict[str, Any], match: str) -> None:
     check_cpu_arguments(arguments(**GOOD))
     with pytest.raises(DropInError, match=match):
         check_cpu_arguments(arguments(**GOOD | given))
+
+
+def test_the_pages_commands_are_ones(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[2]
+    pages = [folder / "real_openrlhf/dropin/README.md", folder / "examples/judge_as_reward/run.sh"]
+    commands = re.findall(r"-m real_openrlhf\.patch ((?:.*\\\n)*.*)", "\n".join(page.read_text() for page in pages))
+    found = [
+        patch.parse(shlex.split(text.partition("2>&1")[0].replace("\\\n", " "))) for text in commands if MODULE in text
+    ]
+    assert [bool(command.terms) for command in found] == [True, False] and [c.on_cpu for c in found] == [False, True]
+    for command in found:
+        flags = {word.removeprefix("--") for word in command.theirs if word.startswith("--")}
+        assert flags <= openrlhf_flags() and len(flags) > 10
