@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-How = Literal["subclass", "unwrap", "override", "skip", "call", "attributes", "keys", "namespace"]
+How = Literal["subclass", "unwrap", "override", "skip", "call", "replace", "attributes", "keys", "namespace"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,7 @@ class Touch:
            override    our subclass has its own; names: the parent's arguments that we pass to super(), if any
            skip        must not run, and does not: ours replaces it, or nothing calls it
            call        used as it is; names: the arguments that we pass
+           replace     ours is put in its place under this name, in the processes of such a run
            attributes  names: attributes of its instances that we set or read
            keys        names: the keys of the dict that we pass
            namespace   the arguments that its flags make; names: some that we fill in differently
@@ -45,6 +46,8 @@ _BASE = "openrlhf.trainer.ray.launcher:BaseDistributedActor"
 _MODEL_BASE = "openrlhf.trainer.ray.launcher:BaseModelActor"
 _ENGINE = "openrlhf.trainer.ray.vllm_engine:RolloutRayActor"
 _EXECUTOR = "openrlhf.utils.agent:SingleTurnAgentExecutor"
+_BUFFER = "openrlhf.trainer.ppo_utils:NaiveReplayBuffer"
+_WORKER = "openrlhf.trainer.ray.vllm_worker_wrap:WorkerWrap"
 
 TOUCHES: tuple[Touch, ...] = (
     # DeepSpeed strategy
@@ -442,6 +445,182 @@ TOUCHES: tuple[Touch, ...] = (
         how="override",
         by="dropin.agent",
         why="OpenRLHF makes agents without arguments",
+    ),
+    # A stock run with REAL's terms (real_openrlhf.patch)
+    Touch(
+        where=_TRAINER,
+        how="subclass",
+        by="dropin.terms_actors",
+        why="an instance that OpenRLHF made becomes ours: its constructor stays as it is",
+    ),
+    Touch(
+        where=f"{_TRAINER}.training_step",
+        how="override",
+        by="dropin.terms_actors",
+        why="hands the loss the score position, then runs as it is",
+        names=("experience", "kl_ctl", "step", "loss_batch_info"),
+    ),
+    Touch(
+        where=_TRAINER,
+        how="attributes",
+        by="dropin.terms_actors",
+        why="the tokenizer and the actor are read, the loss is set",
+        names=("args", "actor", "tokenizer", "actor_loss_fn"),
+    ),
+    Touch(
+        where=_POLICY,
+        how="unwrap",
+        by="dropin.terms_actors",
+        why="its trainer gets REAL's terms",
+    ),
+    Touch(
+        where=f"{_BASE}.__init__",
+        how="override",
+        by="dropin.terms_actors",
+        why="Ray wants the subclass of a wrapped class to have its own __init__",
+        names=("world_size", "rank", "master_addr", "master_port"),
+    ),
+    Touch(
+        where=f"{_POLICY}.init_model_from_pretrained",
+        how="override",
+        by="dropin.terms_actors",
+        why="REAL's terms come to the trainer once it is there",
+        names=("strategy",),
+    ),
+    Touch(
+        where=_POLICY,
+        how="attributes",
+        by="dropin.terms_actors",
+        why="the trainer that it made",
+        names=("trainer",),
+    ),
+    Touch(
+        where=_ENGINE,
+        how="unwrap",
+        by="dropin.terms_actors",
+        why="its agent is told the settings",
+    ),
+    Touch(
+        where=f"{_ENGINE}.__init__",
+        how="override",
+        by="dropin.terms_actors",
+        why="loads the agent file, whose settings are set after it",
+    ),
+    Touch(
+        where=_ENGINE,
+        how="attributes",
+        by="dropin.terms_actors",
+        why="the agent",
+        names=("executor",),
+    ),
+    Touch(
+        where="openrlhf.utils.config:hierarchize",
+        how="replace",
+        by="patch",
+        why="the first to see all arguments: they are checked, and carry REAL's settings to the actors",
+    ),
+    Touch(where=_POLICY, how="replace", by="patch", why="the actor with REAL's trainer, or on a CPU"),
+    Touch(where=_ENGINE, how="replace", by="patch", why="the engine with REAL's agent, or on a CPU"),
+    # A stock run on a CPU (--real.device cpu)
+    Touch(
+        where=_STRATEGY,
+        how="subclass",
+        by="dropin.on_cpu",
+        why="by way of actors.policy.strategy, which runs on gloo",
+    ),
+    Touch(
+        where=f"{_STRATEGY}.backward",
+        how="override",
+        by="dropin.on_cpu",
+        why="OpenRLHF's own, which averages over the accumulation steps; that of actors.policy.strategy does not",
+        names=("loss", "model", "_optimizer"),
+    ),
+    Touch(
+        where=f"{_STRATEGY}.all_reduce",
+        how="override",
+        by="dropin.on_cpu",
+        why="moves data to the CUDA device, which is the CPU meanwhile",
+        names=("data", "op"),
+    ),
+    Touch(
+        where="openrlhf.utils:get_strategy",
+        how="replace",
+        by="dropin.on_cpu",
+        why="makes OpenRLHF's strategy; ours is the one of actors.policy.strategy, on gloo",
+    ),
+    Touch(
+        where="openrlhf.utils.config:hierarchize",
+        how="replace",
+        by="dropin.on_cpu",
+        why="what needs a GPU is refused, attention set to sdpa, Ray started with logical GPUs",
+    ),
+    Touch(where=_BUFFER, how="subclass", by="dropin.on_cpu", why="its constructor names a CUDA device"),
+    Touch(
+        where=f"{_BUFFER}.__init__",
+        how="override",
+        by="dropin.on_cpu",
+        why="the target device is the CPU",
+    ),
+    Touch(
+        where=_BUFFER,
+        how="attributes",
+        by="dropin.on_cpu",
+        why="set after the constructor",
+        names=("target_device",),
+    ),
+    Touch(
+        where="openrlhf.trainer.ray.ppo_actor:NaiveReplayBuffer",
+        how="replace",
+        by="dropin.on_cpu",
+        why="the trainer makes it under this name",
+    ),
+    Touch(
+        where="openrlhf.trainer.ray.ppo_actor:stateless_init_process_group",
+        how="replace",
+        by="dropin.on_cpu",
+        why="weights are sent over a TCP store; it is NCCL's communicator",
+    ),
+    Touch(where=_POLICY, how="unwrap", by="dropin.on_cpu", why="what it asks of CUDA is replaced in its process"),
+    Touch(where=_REFERENCE, how="unwrap", by="dropin.on_cpu", why="the same"),
+    Touch(
+        where="openrlhf.trainer.ray.launcher:ReferenceModelActor",
+        how="replace",
+        by="dropin.on_cpu",
+        why="the reference on a CPU",
+    ),
+    Touch(
+        where=f"{_BASE}.__init__",
+        how="override",
+        by="dropin.on_cpu",
+        why="the process becomes one without CUDA first",
+        names=("world_size", "rank", "master_addr", "master_port"),
+    ),
+    Touch(where=_ENGINE, how="unwrap", by="dropin.on_cpu", why="vLLM needs other arguments on a CPU"),
+    Touch(
+        where=f"{_ENGINE}.__init__",
+        how="override",
+        by="dropin.on_cpu",
+        why="its arguments go to vLLM; worker extension and the CPU's own are set",
+    ),
+    Touch(where=_WORKER, how="subclass", by="dropin.on_cpu_worker", why="it receives weights into CUDA memory"),
+    Touch(
+        where=f"{_WORKER}.update_weight",
+        how="override",
+        by="dropin.on_cpu_worker",
+        why="receives them from the store",
+    ),
+    Touch(
+        where=_WORKER,
+        how="attributes",
+        by="dropin.on_cpu_worker",
+        why="the group that its init_process_group makes",
+        names=("_model_update_group",),
+    ),
+    Touch(
+        where="openrlhf.utils.distributed_util:stateless_init_process_group",
+        how="replace",
+        by="dropin.on_cpu_worker",
+        why="init_process_group looks it up there",
     ),
     # Arguments
     Touch(

@@ -28,7 +28,8 @@ UNSUPPORTED: dict[str, str] = {
     "train.partial_rollout_enable": "a rollout is sampled by one version of the weights; see --train.async_enable",
     "train.enable_ema": "no moving average of the weights is kept",
     "train.ema_beta": "no moving average of the weights is kept",
-    "train.agent_func_path": "a judge answers in one turn; there are no agents",
+    "train.agent_func_path": "here a judge answers in one turn; an agent with REAL's reward for a stock OpenRLHF is in "
+    "real_openrlhf/dropin",
     "train.dynamic_batch_enable": "micro-batches are always filled by --train.micro_batch_size and "
     "--train.max_tokens_per_gpu",
     "train.colocate_actor_ref": "policy and reference group have separate GPUs",

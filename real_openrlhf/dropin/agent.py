@@ -18,6 +18,7 @@ from typing import Any
 from openrlhf.utils.agent import SingleTurnAgentExecutor
 
 from real_openrlhf.algo.score_position import ScoreReader
+from real_openrlhf.common.versions import ENGINE, warn_of_versions
 from real_openrlhf.data.tokenizer import end_token_ids
 from real_openrlhf.dropin.engine_answer import Listener, check_request, read_rollout
 from real_openrlhf.dropin.outcome import outcome_of
@@ -31,6 +32,7 @@ class AgentExecutor(SingleTurnAgentExecutor):
 
     def __init__(self) -> None:
         super().__init__()
+        warn_of_versions(*ENGINE)
         self._reader: ScoreReader | None = None
 
     async def execute(

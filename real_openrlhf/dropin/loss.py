@@ -68,8 +68,8 @@ class RealPolicyLoss(nn.Module):
         label_logprobs: Tensor,
         readable: Tensor,
         labels: Sequence[object],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
-        """The loss and PolicyLoss's logs: (loss, clip_ratio, ppo_kl, vllm_kl, None); vllm_kl only with tis_cap.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The loss and PolicyLoss's logs: (loss, clip_ratio, ppo_kl, vllm_kl, 0); the last two None without tis_cap.
 
         log_probs          [N, A] with grad, at the sampling temperature
         old_log_probs      [N, A] or None: what "clip" takes the ratio against
@@ -113,7 +113,8 @@ class RealPolicyLoss(nn.Module):
         vllm_kl = None
         if self.options.tis_cap is not None and rollout_log_probs is not None:
             vllm_kl = _mean(rollout_log_probs - now, mask)
-        return outputs.loss, outputs.sums["clipped"] / count, ppo_kl, vllm_kl, None
+        dropped = None if vllm_kl is None else torch.zeros_like(vllm_kl)  # truncation drops no token
+        return outputs.loss, outputs.sums["clipped"] / count, ppo_kl, vllm_kl, dropped
 
     def _check(
         self, log_probs: Tensor, mask: Tensor, label_logprobs: Tensor, readable: Tensor, labels: Sequence[object]

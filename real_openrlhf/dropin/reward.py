@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 from real_openrlhf.algo.objectives import objective_class
+from real_openrlhf.data import response_text
+from real_openrlhf.data.template import PromptError
 from real_openrlhf.dropin.settings import DropInError, RealSettings
 
 logger = logging.getLogger(__name__)
@@ -76,21 +78,11 @@ def make_reward_func(settings: RealSettings | None = None, objective: str = "mse
 
 
 def response_of(query: str, prompt: str) -> str:
-    """What follows the prompt in the query. DropInError where the prompt does not stand in it.
-
-    Decoding may change the spaces of a prompt and put special tokens before it, so spaces are left out of the
-    comparison. A prompt may hold the answer anchor itself: what is searched must be the response alone.
-    """
-    place = [i for i, character in enumerate(query) if not character.isspace()]
-    wanted = "".join(prompt.split())
-    start = "".join(query[i] for i in place).find(wanted)
-    if start < 0 or not wanted:
-        raise DropInError(
-            f"the prompt that begins {prompt[:60]!r} does not stand in the text that came back, so it cannot be told "
-            "from the response. Either it was cut (raise --data.max_len) or this tokenizer does not give its text "
-            "back; the agent (--train.agent_func_path) reads token ids and needs no text"
-        )
-    return query[place[start + len(wanted) - 1] + 1 :]
+    """See `data.response_text.response_of`. DropInError where the prompt does not stand in the query."""
+    try:
+        return response_text.response_of(query, prompt)
+    except PromptError as error:
+        raise DropInError(f"{error}; the agent (--train.agent_func_path) reads token ids and needs no text") from error
 
 
 reward_func = make_reward_func()

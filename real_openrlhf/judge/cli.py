@@ -2,6 +2,7 @@
 
 python -m real_openrlhf.judge --model FOLDER --input rows.jsonl --output scores.jsonl
 python -m real_openrlhf.judge serve --model FOLDER --port 8000
+python -m real_openrlhf.judge serve --rewards --model FOLDER --port 8001
 python -m real_openrlhf.judge calibration fit --model FOLDER --data scores.jsonl
 """
 
@@ -16,7 +17,7 @@ from real_openrlhf.common.errors import RunError
 from real_openrlhf.common.home import use_writable_caches
 from real_openrlhf.common.model_name import check_model
 from real_openrlhf.common.quiet_imports import quiet_imports
-from real_openrlhf.judge.cli_args import FIT, SCORE, SERVE, check, parse_args
+from real_openrlhf.judge.cli_args import FIT, REWARDS, SCORE, SERVE, check, parse_args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +41,6 @@ def _run(args: argparse.Namespace) -> None:
     quiet_imports()
     # Here: help and mistakes in flags answer before torch and transformers are imported.
     from real_openrlhf.judge.cli_score import score
-    from real_openrlhf.judge.cli_tools import fit, serve_model
+    from real_openrlhf.judge.cli_tools import fit, reward_model, serve_model
 
-    {SCORE: score, SERVE: serve_model, FIT: fit}[args.command](args)
+    {SCORE: score, SERVE: serve_model, REWARDS: reward_model, FIT: fit}[args.command](args)

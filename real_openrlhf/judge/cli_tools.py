@@ -1,4 +1,4 @@
-"""The subcommands `serve` and `calibration fit`."""
+"""The subcommands `serve`, with and without --rewards, and `calibration fit`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from real_openrlhf.actors.engine.spec import logprobs_mode_for
 from real_openrlhf.common.device import Device
+from real_openrlhf.common.versions import ENGINE, warn_of_versions
 from real_openrlhf.data.dataset import read_label
 from real_openrlhf.data.sources import BadRow, DataError, lookup, read_rows
 from real_openrlhf.data.tokenizer import load_tokenizer
@@ -21,22 +22,36 @@ from real_openrlhf.judge.serve import serve, serve_command
 
 logger = logging.getLogger(__name__)
 
+WORKER_EXTENSION = "real_openrlhf.actors.engine.vllm_worker.SyncWorkerExtension"
+
 
 def serve_model(args: argparse.Namespace) -> None:
+    serve(*_serve_command(args, args.host, args.port), api_key=read_key(args.api_key_env))
+
+
+def reward_model(args: argparse.Namespace) -> None:
+    from real_openrlhf.judge.rewards.server import serve_rewards
+
+    # The worker ends vLLM's processes with this one, also if it is killed.
+    args.extra = ["--worker-extension-cls", WORKER_EXTENSION, *args.extra]
+    serve_rewards(args, lambda host, port: _serve_command(args, host, port))
+
+
+def _serve_command(args: argparse.Namespace, host: str, port: int) -> tuple[list[str], dict[str, str]]:
+    warn_of_versions(*ENGINE)
     tokenizer = load_tokenizer(args.model, name="--model")
     settings = find_settings(args.model, tokenizer, chosen_settings(args))
     room = (args.max_new_tokens or settings.max_new_tokens) + room_for_forcing(make_reader(settings, tokenizer))
-    command, env = serve_command(
+    return serve_command(
         args.model,
         device=Device.resolve(args.device),
-        host=args.host,
-        port=args.port,
+        host=host,
+        port=port,
         max_model_len=engine_length(args.model, room, args.max_model_len),
         logprobs_mode=logprobs_mode_for(settings.temperature, 1.0),
         tensor_parallel_size=args.tensor_parallel_size,
         extra=args.extra,
     )
-    serve(command, env, api_key=read_key(args.api_key_env))
 
 
 def fit(args: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ from real_openrlhf.judge.pairs import ONE_PROMPT, SCORES, check_mode, check_tie_
 from real_openrlhf.judge.resolve_settings import find_settings, make_reader
 from real_openrlhf.judge.rubrics import SINGLE, AnyRubric, as_dimensions, check_weights, combine
 from real_openrlhf.judge.scoring import average, room_for_forcing, score_prompts
-from real_openrlhf.judge.types import MAX_PROMPT_TOKENS, JudgeBackend, JudgeError, Score
+from real_openrlhf.judge.types import MAX_PROMPT_TOKENS, JudgeBackend, JudgeError, PromptTooLongError, Score
 
 # Dimension of the rubric -> prompt; a single rubric has one dimension, "".
 Prepared = dict[str, Prompt]
@@ -326,7 +326,7 @@ class Judge:
         text, ids = self.settings.template.render(self.tokenizer, raw, literally=literally)
         limit = self._limit
         if limit is not None and len(ids) + self._room > limit:
-            raise JudgeError(
+            raise PromptTooLongError(
                 f"the prompt has {len(ids)} tokens, but only {limit - self._room} fit: {limit} in all, "
                 f"{self._room} of them for the response; lower max_new_tokens or raise the model length"
             )

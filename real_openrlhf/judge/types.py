@@ -17,10 +17,16 @@ RESULT = "judgement"
 # Room for the prompt in an engine of the judge's own.
 MAX_PROMPT_TOKENS = 3072
 CALIBRATION_METHODS = ("isotonic", "linear")
+# What a policy's labels are to a judge that rewards it: a reference answer, a JSON object of parts, nothing.
+LABELS = ("reference", "parts", "unused")
 
 
 class JudgeError(ValueError):
     """The judge cannot do what it was asked for; the message says what would work."""
+
+
+class PromptTooLongError(JudgeError):
+    """The prompt leaves no room for the judge's response."""
 
 
 class JudgeBackend(Protocol):

@@ -15,6 +15,7 @@ from real_openrlhf.algo.sampling import Sampling
 from real_openrlhf.algo.types import Group
 from real_openrlhf.common.device import Device
 from real_openrlhf.common.home import use_writable_caches
+from real_openrlhf.common.versions import ENGINE, warn_of_versions
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.judge.types import JudgeError
 
@@ -45,6 +46,7 @@ class VLLMBackend:
         trust_remote_code: bool = False,
     ) -> None:
         resolved = Device.resolve(device)
+        warn_of_versions(*ENGINE)
         # vLLM reads its log level when it is imported. Its warnings at every start (no Triton, eager mode, prompts of
         # ids) would hide the user's own output, and real errors are raised.
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

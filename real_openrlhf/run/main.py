@@ -11,6 +11,7 @@ from real_openrlhf.checkpoint.errors import CheckpointError
 from real_openrlhf.common.device import DeviceError
 from real_openrlhf.common.errors import FolderError, RunError
 from real_openrlhf.common.folder_lock import FolderLock
+from real_openrlhf.common.versions import warn_of_versions
 from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.config.schema import Config
 from real_openrlhf.controller.loop import Stopped
@@ -64,6 +65,7 @@ def _run(config: Config, held: ExitStack, feedback_model: str | None, kept: Kept
 
 
 def _plan_and_launch(config: Config, held: ExitStack, feedback_model: str | None, kept: KeptEngines | None) -> int:
+    warn_of_versions()
     try:
         plan = make_plan(load_inputs(config))
         if config.dry_run:

@@ -218,19 +218,42 @@ def gradients(model: Any) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_the_pages_trainer_has_the_gradient_of_the_packages_own(
-    judges: Path, responses: list[list[dict[str, Any]]]
+def stock_trainer(judges: Path, actor: Any, args: Any) -> Any:
+    """OpenRLHF's, as its constructor makes it where there is CUDA."""
+    from openrlhf.models import PolicyLoss
+    from openrlhf.trainer.ray.ppo_actor import ActorPPOTrainer
+
+    trainer = ActorPPOTrainer.__new__(ActorPPOTrainer)
+    _, trainer.tokenizer = load(judges)
+    trainer.strategy, trainer.args = PlainStrategy(args), args
+    trainer.actor, trainer.ema_model, trainer.actor_optim, trainer.aux_loss = actor, None, None, False
+    trainer.actor_scheduler = SimpleNamespace(get_last_lr=lambda: [0.0])
+    trainer.replay_buffer = None
+    trainer.actor_loss_fn = PolicyLoss()
+    return trainer
+
+
+def with_the_pages_code(trainer: Any) -> None:
+    trainer.__class__ = run_page("real_ppo", TRAINER)["RealTrainer"]
+    trainer.add_real()
+
+
+def with_the_patch(trainer: Any) -> None:
+    from real_openrlhf.dropin.terms import Terms
+    from real_openrlhf.dropin.terms_actors import TermsTrainer
+
+    TermsTrainer.add_terms(trainer, Terms(settings=SETTINGS))
+
+
+@pytest.mark.parametrize("add", [with_the_pages_code, with_the_patch])
+def test_the_trainer_has_the_gradient_of_the_packages_own(
+    judges: Path, responses: list[list[dict[str, Any]]], add: Any
 ) -> None:
     args = openrlhf_args(judges)
     actor, experience = experience_of(judges, responses, args)
     _, tokenizer = load(judges)
-    trainer_class = run_page("real_ppo", TRAINER)["RealTrainer"]
-    trainer = trainer_class.__new__(trainer_class)  # OpenRLHF's constructor needs CUDA
-    trainer.strategy, trainer.args, trainer.tokenizer = PlainStrategy(args), args, tokenizer
-    trainer.actor, trainer.ema_model, trainer.actor_optim, trainer.aux_loss = actor, None, None, False
-    trainer.actor_scheduler = SimpleNamespace(get_last_lr=lambda: [0.0])
-    trainer.replay_buffer = None
-    trainer.add_real()
+    trainer = stock_trainer(judges, actor, args)
+    add(trainer)
     status = trainer.training_step(experience, 0.0, 0)
     got = gradients(actor.model)
 
@@ -261,6 +284,35 @@ def test_the_pages_trainer_has_the_gradient_of_the_packages_own(
     rewards = [output["reward"] for group in responses for output in group]
     assert status["metrics"]["reward"].mean().item() == pytest.approx(sum(rewards) / len(rewards), rel=1e-5)
     assert set(status["metrics"]) >= {"score", "real_readable", "real_expected", "real_abs_error", "real_mass"}
+
+
+def test_without_real_flags_the_patch_leaves_openrlhfs_training_step(
+    judges: Path, responses: list[list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command runs a module in OpenRLHF's place, which trains on recorded experiences by what it finds there."""
+    from real_openrlhf import patch
+
+    found: list[Any] = []
+
+    def module(name: str, run_name: str) -> None:
+        from openrlhf.trainer.ray import ppo_actor, vllm_engine
+        from openrlhf.utils import config, get_strategy
+
+        assert (name, run_name) == ("openrlhf.cli.train_ppo_ray", "__main__")
+        args = openrlhf_args(judges)
+        actor, experience = experience_of(judges, responses, args)
+        stock_trainer(judges, actor, args).training_step(experience, 0.0, 0)
+        classes = [ppo_actor.PolicyModelActor, ppo_actor.ActorPPOTrainer, vllm_engine.RolloutRayActor]
+        found.append((gradients(actor.model), [*classes, config.hierarchize, get_strategy], sys.argv[1:]))
+
+    module("openrlhf.cli.train_ppo_ray", "__main__")
+    monkeypatch.setattr("runpy.run_module", module)
+    theirs = ["--actor.adam.lr", "1e-6", "--train.seed=3"]
+    assert patch.main(["openrlhf.cli.train_ppo_ray", *theirs]) == 0
+    (wanted, before, _), (got, after, words) = found
+    assert words == theirs and all(one is other for one, other in zip(before, after, strict=True))
+    assert set(got) == set(wanted) and any(bool(g.any()) for g in got.values())
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
 def train_group(tokenizer: Any, group: list[dict[str, Any]], advantages: Tensor, label: float) -> TrainGroup:
@@ -349,21 +401,26 @@ def see(*args, **kwargs):
 argparse.ArgumentParser.parse_args = see
 runpy.run_path("real_ppo.py", run_name="__main__")
 """
-# In the actor's process: OpenRLHF's own start gets as far as the strategy that it is not given.
+# In the actor's process: OpenRLHF's own start makes the trainer, for which nothing is there here.
 WORKER = """
-import pickle
+import inspect, pickle
 from openrlhf.trainer.ray import ppo_actor
 with open("actor.pkl", "rb") as file:
-    actor = pickle.load(file)
-before = ppo_actor.ActorPPOTrainer
-try:
-    actor.init_model_from_pretrained(actor.__new__(actor), None, "model")
-except AttributeError as error:
-    assert "'args'" in str(error), error
-else:
-    raise SystemExit("OpenRLHF's start was not called")
-assert issubclass(ppo_actor.ActorPPOTrainer, before)
-print("trainer", ppo_actor.ActorPPOTrainer.__name__)
+    kind = pickle.load(file)
+stock = next(base for base in kind.__mro__ if base.__module__ == ppo_actor.__name__)
+
+def start(self, *args, **kwargs):
+    self.trainer = ppo_actor.ActorPPOTrainer.__new__(ppo_actor.ActorPPOTrainer)
+
+stock.init_model_from_pretrained = start
+actor = kind.__new__(kind)
+called = []
+page = inspect.unwrap(kind.init_model_from_pretrained).__globals__["RealTrainer"]
+page.add_real = lambda self: called.append(self)
+actor.init_model_from_pretrained(None, "model")
+assert called == [actor.trainer]
+assert type(actor.trainer).training_step is page.training_step is not ppo_actor.ActorPPOTrainer.training_step
+print("trainer", type(actor.trainer).__name__)
 """
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import psutil
@@ -29,6 +30,7 @@ from real_openrlhf.judge.judge import Judge
 from real_openrlhf.judge.resolve_settings import plain_settings
 from real_openrlhf.judge.scoring import score_given, score_prompts
 from real_openrlhf.judge.types import Judgement
+from tests.helpers.reward_server import serve_until
 from tests.helpers.tiny_judge import ANCHOR, make_rows, write_rows
 
 pytestmark = pytest.mark.integration
@@ -60,7 +62,7 @@ def stack(judges: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Si
         with Judge(folder, settings=settings, server=url) as remote:
             plain = Judge(folder, settings=settings, device="cpu", max_model_len=64)  # a small model on a CPU
             assert plain.backend_name == "transformers" and local.backend_name == "vllm"
-            yield SimpleNamespace(local=local, remote=remote, plain=plain, model=load_model(folder))
+            yield SimpleNamespace(local=local, remote=remote, plain=plain, model=load_model(folder), url=url)
         local.close()
     finally:
         if server.poll() is None:
@@ -186,3 +188,47 @@ def test_an_evaluation_through_both_backends(stack: SimpleNamespace, tmp_path: P
     found = runs["local"].results.benchmarks[0].scores["expected"]["pearson"].estimate
     want = stats.pearsonr([p.expected for p, _ in pairs], [p.label for p, _ in pairs]).statistic
     assert found == pytest.approx(want) and found > 0.5
+
+
+GOOD, BAD = "fine sound clear fine sound", "vague wrong rude vague"
+
+
+def rewards_of(words: list[str], folder: Path, tmp_path: Path) -> tuple[int | str | None, list[dict[str, Any]]]:
+    """`serve --rewards` with these flags, asked in both forms."""
+    template = tmp_path / "template.txt"
+    template.write_text("{{ instruction }} {{ response }} judge\n")
+    both = {"query": [f"<unk> fine {GOOD}</s>", f"fine {BAD}"], "prompts": ["fine", "fine"], "labels": ["", ""]}
+    items = [{"instruction": "fine", "response": text} for text in (GOOD, BAD)]
+
+    def ask(client: httpx.Client) -> list[Any]:
+        return [client.post("/get_reward", json=both).json(), client.post("/score", json={"items": items}).json()]
+
+    flags = ["--model", str(folder), "--scale", "1-5", "--anchor", ANCHOR, "--template", str(template)]
+    return serve_until([*flags, "--max_new_tokens", str(NEW_TOKENS), *words], ask)
+
+
+def check_rewards(got: list[dict[str, Any]], judge: Judge) -> None:
+    wanted = judge.score_prompts([f"fine {text} judge" for text in (GOOD, BAD)])
+    assert wanted[0].score > wanted[1].score + 1
+    openrlhf, plain = got
+    assert openrlhf["rewards"] == pytest.approx([score.score for score in wanted], abs=1e-3)
+    assert openrlhf["scores"] == pytest.approx([(score.score - 1) / 4 for score in wanted], abs=1e-3)
+    for one, score in zip(plain["results"], wanted):
+        assert one["reward"] == pytest.approx(score.score, abs=1e-3) and one["feedback"] == score.feedback
+        assert one["distribution"] == pytest.approx(score.distribution, abs=1e-3)
+
+
+def test_the_judge_as_a_reward(stack: SimpleNamespace, judges: Path, tmp_path: Path) -> None:
+    code, got = rewards_of(["--server", stack.url], judges / "tied", tmp_path)
+    assert code == 143
+    check_rewards(got, stack.local)
+
+
+@pytest.mark.slow
+def test_the_judge_as_a_reward_starts_its_own_server(stack: SimpleNamespace, judges: Path, tmp_path: Path) -> None:
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    code, got = rewards_of(["--device", "cpu", "--max_model_len", "64"], judges / "tied", tmp_path)
+    assert code == 143
+    check_rewards(got, stack.local)
+    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    assert not [child for child in left if child.status() != psutil.STATUS_ZOMBIE]

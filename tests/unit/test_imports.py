@@ -102,6 +102,8 @@ COMMANDS = {
         ["calibrate"],
         ["--model", "m", "--input", "i", "--n", "0"],
         ["serve", "--model", "m", "--no_such_flag"],
+        ["serve", "--rewards", "--help"],
+        ["serve", "--rewards", "--model", "m", "--max_queue", "0"],
     ],
 }
 
@@ -125,6 +127,7 @@ def test_help_and_mistakes_in_flags_need_nothing_heavy(command: str, words: list
         ("real_openrlhf.evaluate", ["--model", "m", "--pairs", "t=d", "--output_dir", "o", "--rubric", "Is it?"]),
         ("real_openrlhf.judge.cli_args", ["--model", "m", "--input", "d"]),
         ("real_openrlhf.judge.cli_args", ["serve", "--model", "m"]),
+        ("real_openrlhf.judge.cli_args", ["serve", "--rewards", "--model", "m"]),
         ("real_openrlhf.judge.cli_args", ["calibration", "fit", "--model", "m", "--data", "d"]),
     ],
 )

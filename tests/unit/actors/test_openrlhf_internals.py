@@ -24,6 +24,15 @@ SUBCLASSES = {
     ("actors.policy.reference_actor", "ReferenceActor"): "openrlhf.trainer.ray.launcher:ReferenceModelActor",
     ("actors.engine.rollout_engine", "RolloutEngine"): "openrlhf.trainer.ray.vllm_engine:RolloutRayActor",
     ("dropin.agent", "AgentExecutor"): "openrlhf.utils.agent:SingleTurnAgentExecutor",
+    ("dropin.terms_actors", "TermsTrainer"): "openrlhf.trainer.ray.ppo_actor:ActorPPOTrainer",
+    ("dropin.terms_actors", "TermsPolicyActor"): "openrlhf.trainer.ray.ppo_actor:PolicyModelActor",
+    ("dropin.terms_actors", "TermsEngine"): "openrlhf.trainer.ray.vllm_engine:RolloutRayActor",
+    ("dropin.on_cpu", "CpuStrategy"): "openrlhf.utils.deepspeed:DeepspeedStrategy",
+    ("dropin.on_cpu", "CpuReplayBuffer"): "openrlhf.trainer.ppo_utils:NaiveReplayBuffer",
+    ("dropin.on_cpu", "CpuPolicyActor"): "openrlhf.trainer.ray.ppo_actor:PolicyModelActor",
+    ("dropin.on_cpu", "CpuReferenceActor"): "openrlhf.trainer.ray.launcher:ReferenceModelActor",
+    ("dropin.on_cpu", "CpuEngine"): "openrlhf.trainer.ray.vllm_engine:RolloutRayActor",
+    ("dropin.on_cpu_worker", "CpuWorkerWrap"): "openrlhf.trainer.ray.vllm_worker_wrap:WorkerWrap",
 }
 
 
@@ -157,7 +166,9 @@ def test_the_row_still_holds_in_openrlhf(touch: Touch) -> None:
 @pytest.mark.parametrize("touch", [t for t in TOUCHES if t.how != "skip"], ids=row_id)
 def test_our_module_does_what_the_row_says(touch: Touch) -> None:
     used = names_used(our_file(touch.by))
-    if touch.how != "namespace":
+    if touch.how == "replace":
+        assert touch.where in used
+    elif touch.how != "namespace":
         name = touch.where.rpartition(":")[2].rpartition(".")[2]
         # prepare's keys are handed to a private method by way of prepare; __init__ is called by way of super().
         assert name in used or touch.how in ("keys", "attributes") or touch.where.endswith(_BY_ANOTHER_NAME)
@@ -204,7 +215,26 @@ def test_every_method_that_shadows_one_of_openrlhf_has_a_row(ours: tuple[str, st
     assert shadowed and shadowed - listed == set()
     # The other way round: an "override" row is about a method that we do have.
     claimed = {t.where.rpartition(".")[2] for t in TOUCHES if t.how == "override" and t.by == by}
-    assert claimed <= mine
+    assert claimed <= {
+        method.name
+        for other in tree(our_file(by)).body
+        if isinstance(other, ast.ClassDef) and (by, other.name) in SUBCLASSES
+        for method in other.body
+        if isinstance(method, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+
+
+def test_everything_that_is_replaced_has_a_row() -> None:
+    listed = {(t.by, t.where) for t in TOUCHES if t.how == "replace"}
+    found = set()
+    for path in sorted(OURS.rglob("*.py")):
+        by = ".".join(path.relative_to(OURS).with_suffix("").parts)
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "replace" and len(node.args) == 2:
+                where = node.args[0]
+                if isinstance(where, ast.Constant) and str(where.value).startswith("openrlhf"):
+                    found.add((by, where.value))
+    assert found == listed and len(found) >= 5
 
 
 def test_every_subclass_is_listed_and_tested() -> None:

@@ -51,4 +51,4 @@ def test_the_commands_parse(command: str) -> None:
 
 
 def test_all_commands_are_seen() -> None:
-    assert len(COMMANDS) == 7
+    assert len(COMMANDS) == 9
