@@ -34,7 +34,7 @@ trap 'stop' USR1
 # end_of PID SECONDS: asks it to end, and makes it when the time is over.
 end_of() {
   kill -TERM "$1" 2>/dev/null || return 0
-  gone "$1" "$2" || kill -KILL "$1" 2>/dev/null || true
+  gone "$1" "$2" || { kill -KILL "$1" 2>/dev/null || true; gone "$1" 1 || true; }
 }
 gone() {
   local tenths
@@ -48,7 +48,8 @@ gone() {
 finish() {
   trap - EXIT
   trap '' TERM INT USR1
-  [ -z "$probe_pid" ] || end_of "$probe_pid" 1
+  # Without bash's word about it, which repeats the whole command.
+  [ -z "$probe_pid" ] || end_of "$probe_pid" 1 2>/dev/null
   if [ -n "$run_pid" ] && kill -TERM "$run_pid" 2>/dev/null; then gone "$run_pid" "$grace" || kill_run; fi
   [ -z "$step_pid" ] || end_step
   if [ -n "$made" ]; then
@@ -88,7 +89,14 @@ end_step() {
 stop() {
   stopping=yes
   say "SIGUSR1: stopping, to resume in another allocation"
-  if [ -n "$run_pid" ]; then kill -"$stop_signal" "$run_pid" 2>/dev/null || true; else status=85; finish; fi
+  if [ -n "$run_pid" ]; then
+    kill -"$stop_signal" "$run_pid" 2>/dev/null || true
+  elif [ "${SLURM_RESTART_COUNT:-0}" -ge 2 ]; then
+    fail "the signal came before the run began, in attempt $((SLURM_RESTART_COUNT + 1)): --time must be longer than the seconds of --signal=B:USR1@SECONDS and the start"
+  else
+    status=85
+    finish
+  fi
 }
 
 # A folder that nobody else can look into: it holds the token and Ray's sockets. Names in /tmp can be guessed, so what
@@ -187,16 +195,20 @@ if [ "$SLURM_PROCID" = 0 ]; then
   echo "$SLURM_STEP_ID" >"$tmp/step"
   "${ray[@]}" --head --node-ip-address="$REAL_HEAD" --port="$REAL_GCS_PORT" \
     --ray-client-server-port="$REAL_CLIENT_PORT" --include-dashboard="$REAL_DASHBOARD" \
-    --dashboard-host=127.0.0.1 --dashboard-port="$REAL_DASHBOARD_PORT" "${common[@]}" </dev/null &
+    --dashboard-host=127.0.0.1 --dashboard-port="$REAL_DASHBOARD_PORT" "${common[@]}" </dev/null >"$tmp/start.log" 2>&1 &
 else
   until (exec 3<>"/dev/tcp/$REAL_HEAD/$REAL_GCS_PORT") 2>/dev/null; do
     [ "$SECONDS" -lt "$REAL_DEADLINE" ] || { echo "node $SLURM_PROCID: no Ray head after $SECONDS s" >&2; exit 1; }
     sleep 1
   done
-  "${ray[@]}" --address="$REAL_HEAD:$REAL_GCS_PORT" "${common[@]}" </dev/null &
+  "${ray[@]}" --address="$REAL_HEAD:$REAL_GCS_PORT" "${common[@]}" </dev/null >"$tmp/start.log" 2>&1 &
 fi
 pid=$!
-wait "$pid"
+status=0
+wait "$pid" || status=$?
+echo "node $SLURM_PROCID ($(hostname)): Ray ended with exit code $status; its last lines:" >&2
+tail -n 15 "$tmp/start.log" >&2
+exit "$((status ? status : 1))"
 NODE
 
 start_cluster() {
@@ -219,7 +231,7 @@ start_cluster() {
   [ "${#container[@]}" = 0 ] || host_python=$(command -v python3 || true)
   [ -z "$host_python" ] || node=("$host_python" -c "$adopting" "$node_script")
   srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$cpus" \
-    --kill-on-bad-exit=1 --wait=10 "${node[@]}" <"$tmp/token" &
+    --kill-on-bad-exit=1 --wait=20 "${node[@]}" <"$tmp/token" &
   step_pid=$!
   export RAY_ADDRESS=$head_ip:$REAL_GCS_PORT
   write_session

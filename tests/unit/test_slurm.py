@@ -44,7 +44,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
         "scancel": 'echo "scancel $*" >>"$NOTES"\nkill -TERM "$(cat "$NOTES.srun")"',
         "ray": 'echo "ray $*" >>"$NOTES"\ncat "$RAY_AUTH_TOKEN_PATH" >"$NOTES.token"\n'
         'stat -c %a "$RAY_AUTH_TOKEN_PATH" "${RAY_AUTH_TOKEN_PATH%/*}" >"$NOTES.mode"\n'
-        'env >"$NOTES.env"\n[ -z "$NODE_DIES" ] || exit 1\nexec sleep 60',
+        'env >"$NOTES.env"\n[ -z "$NODE_DIES" ] || { echo no room on this node; exit 1; }\nexec sleep 60',
         "python": 'if [ "$2" = ray.scripts.scripts ]; then shift 2; exec ray "$@"; fi\n'
         'if [ "$1" = -m ]; then echo "$RAY_ADDRESS $*" >>"$NOTES"; exec $RUN; fi\n'
         'if [ "$1" = - ] && [ "$#" = 3 ]; then echo "1 of 1 nodes"; exit "$NOT_READY"; fi\n'
@@ -210,6 +210,16 @@ def test_usr1_before_the_cluster_is_complete_requeues_too(slurm: dict[str, str])
     assert nothing_is_left(slurm)
 
 
+def test_usr1_before_the_run_began_requeues_no_more_than_twice(slurm: dict[str, str]) -> None:
+    """A time limit that is shorter than the signal's lead would begin again for ever."""
+    env = {**slurm, "NOT_READY": "1"}
+    assert signalled({**env, "SLURM_RESTART_COUNT": "1"}, signal.SIGUSR1, "ray start")[0] == 85
+    Path(slurm["NOTES"]).unlink()
+    assert signalled({**env, "SLURM_RESTART_COUNT": "2"}, signal.SIGUSR1, "ray start")[0] == 1
+    assert "requeue" not in Path(slurm["NOTES"]).read_text()
+    assert nothing_is_left(slurm)
+
+
 @pytest.mark.parametrize(
     ("setting", "says"), [("NO_REQUEUE", "exit code 85"), ("REQUEUE_FAILS", "could not be requeued")]
 )
@@ -223,6 +233,7 @@ def test_the_batch_script_ends_when_a_node_ends_before_the_cluster_is_complete(s
     result = run_batch({**slurm, "NODE_DIES": "1", "NOT_READY": "1"})
     assert result.returncode == 1
     assert "a Ray node ended before the cluster was complete" in result.stderr
+    assert "Ray ended with exit code 1; its last lines:\nno room on this node\n" in result.stderr
     assert MODULE not in Path(slurm["NOTES"]).read_text()
 
 
