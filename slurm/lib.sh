@@ -113,8 +113,11 @@ make_tmp() {
 # ---- Python: a venv, whatever ENV_SETUP activates, or a container ---------------------------------------------
 find_python() {
   read -ra container <<<"${CONTAINER:-}"
+  # Scripts of conda and of modules use variables that are not set.
+  set +u
   # shellcheck source=/dev/null
   [ -z "${ENV_SETUP:-}" ] || . "$ENV_SETUP" || fail "ENV_SETUP=$ENV_SETUP failed on $(hostname)"
+  set -u
   if [ -n "${PYTHON:-}" ]; then python=$PYTHON
   elif [ -n "${CONTAINER:-}" ]; then python=python3
   elif [ -n "${ENV_SETUP:-}" ]; then python=$(command -v python || echo python)
@@ -155,7 +158,7 @@ adopting='import ctypes, os, sys; ctypes.CDLL(None).prctl(36, 1); os.execvp("bas
 read -r -d '' node_script <<'NODE' || true
 set -euo pipefail
 tmp=$REAL_TMP.$SLURM_PROCID
-pid=''
+pid='' made=''
 end() {
   trap - EXIT
   trap '' TERM INT
@@ -166,7 +169,7 @@ end() {
     left=$(scontrol listpids "$SLURM_JOB_ID.$SLURM_STEP_ID" "${SLURMD_NODENAME:-}" 2>/dev/null | awk 'NR > 1 {print $1}' | sort -n)
     for other in $left; do [ "$other" = "$$" ] || kill -KILL "$other" 2>/dev/null || true; done
   fi
-  if [ -n "${KEEP_RAY_TMP:-}" ]; then rm -rf "$tmp/token" "$tmp/t"; else rm -rf "$tmp"; fi
+  if [ -n "${KEEP_RAY_TMP:-}" ]; then rm -rf "$tmp/token" "$tmp/t"; elif [ -n "$made" ]; then rm -rf "$tmp"; fi
 }
 trap end EXIT
 # Exit code 0: it was told to end.
@@ -180,10 +183,13 @@ if [ "$SLURM_PROCID" != 0 ]; then
   mkdir "$tmp/t"
   (umask 077 && printf '%s\n' "$token" >"$tmp/token")
 fi
+made=yes
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$tmp/token TMPDIR=$tmp/t
 unset token
+set +u
 # shellcheck source=/dev/null
 [ -z "${ENV_SETUP:-}" ] || . "$ENV_SETUP" || { echo "ENV_SETUP=$ENV_SETUP failed on $(hostname)" >&2; exit 1; }
+set -u
 ulimit -n 65535 2>/dev/null || ulimit -n "$(ulimit -Hn)"
 read -ra ray <<<"${CONTAINER:-}"
 ray+=("$REAL_PYTHON" -m ray.scripts.scripts start)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +71,10 @@ def cluster() -> Iterator[Cluster]:
             assert process.wait(timeout=60) == 0
 
 
+def local(ip: str) -> str:
+    return "127.0.0.1" if ip in ("0.0.0.0", "::") else ip
+
+
 def call(address: str, method: str, token: str | None) -> grpc.StatusCode:
     """How the server answers a message without content."""
     metadata = () if token is None else (("authorization", f"Bearer {token}"),)
@@ -89,18 +96,33 @@ def test_a_stranger_is_refused_and_the_run_is_not(cluster: Cluster) -> None:
 def test_no_server_of_the_cluster_answers_a_stranger(cluster: Cluster) -> None:
     refused = set()
     for ip, port in cluster.ports():
-        host = "127.0.0.1" if ip in ("0.0.0.0", "::") else ip
         for method in METHODS:
-            code = call(f"{host}:{port}", method, None)
-            # Neither a server of something else, nor one without this method.
-            if code not in (
-                grpc.StatusCode.UNAVAILABLE,
-                grpc.StatusCode.UNIMPLEMENTED,
-                grpc.StatusCode.DEADLINE_EXCEEDED,
-            ):
+            code = call(f"{local(ip)}:{port}", method, None)
+            if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                break  # it speaks another language
+            if code != grpc.StatusCode.UNIMPLEMENTED:
                 assert code == grpc.StatusCode.UNAUTHENTICATED, (ip, port, method, code)
                 refused.add(method)
     assert len(refused) >= 4
+
+
+def test_no_job_server_answers_a_stranger(cluster: Cluster) -> None:
+    """Ray's agent has one, also without a dashboard."""
+    refused = 0
+    for ip, port in cluster.ports():
+        url = f"http://{local(ip)}:{port}/api/job_agent/jobs/"
+        request = urllib.request.Request(
+            url, data=b'{"entrypoint": "id"}', headers={"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                raise AssertionError(f"{ip}:{port} answers {answer.status}")
+        except urllib.error.HTTPError as error:
+            assert error.code in (401, 404, 405, 501), (ip, port, error)
+            refused += error.code == 401
+        except (OSError, http.client.HTTPException):
+            continue  # it speaks another language
+    assert refused >= 1
 
 
 def test_the_token_is_on_no_command_line_and_in_no_file(cluster: Cluster) -> None:

@@ -70,7 +70,7 @@ class Slurm:
                 words = (process / "cmdline").read_bytes()
             except OSError:
                 continue
-            # Programs that set their title overwrite their environment, Ray's workers among them.
+            # Programs that set their title may overwrite their environment.
             if f"SLURM_JOB_ID={job}".encode() in environ or f"{self.tmp}/real_{job}.".encode() in words:
                 found.append(f"{process.name}: {words[:200]!r}")
         return found

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,21 @@ def test_usr1_saves_requeues_and_resumes_to_the_same_step(slurm: Slurm, data: Pa
     ended = slurm.ended(job)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), slurm.output(job)
     assert steps_of(out) == list(range(1, last + 1))
+    slurm.assert_nothing_is_left(job)
+
+
+def test_usr1_while_a_process_is_lost_ends_with_a_save_or_a_word(slurm: Slurm, data: Path) -> None:
+    out = slurm.folder / "lost"
+    job = slurm.submit("slurm/train_real.sbatch", *flags(data, out, 100_000), "--ckpt.save_steps", 1, NO_REQUEUE=1)
+    slurm.until(job, lambda: 2 in steps_of(out))
+    policies = [line.split()[0] for line in slurm.left(job) if "RealPolicyActor" in line]
+    assert len(policies) == 1
+    slurm.call("scancel", "--batch", "--signal=USR1", job)
+    os.kill(int(policies[0].rstrip(":")), signal.SIGKILL)
+    ended, said = slurm.ended(job), slurm.output(job)
+    assert ended["ExitCode"] in ("85:0", "1:0")
+    assert ("SIGUSR1 asked this run to stop" in said) == (ended["ExitCode"] == "1:0"), said
+    assert "--ckpt.load latest" in said and "Traceback" not in said
     slurm.assert_nothing_is_left(job)
 
 

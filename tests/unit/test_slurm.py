@@ -256,7 +256,7 @@ def test_no_script_ends_processes_by_name(script: str) -> None:
 def test_a_file_of_the_user_is_read_on_the_batch_node_and_on_every_node(slurm: dict[str, str], tmp_path: Path) -> None:
     setup = tmp_path / "slurm/env.sh"
     setup.write_text(
-        f'export PATH={tmp_path}/bin:$PATH FROM_SETUP=yes\necho "setup ${{SLURM_STEP_ID:-batch}}" >>"$NOTES"\n'
+        f'export PATH={tmp_path}/bin:$PATH FROM_SETUP=yes$NOT_SET\necho "setup ${{SLURM_STEP_ID:-batch}}" >>"$NOTES"\n'
     )
     env = {name: value for name, value in slurm.items() if name != "PYTHON"}
     result = run_batch({**env, "ENV_SETUP": str(setup)})
