@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import ray
 from ray.exceptions import AuthenticationError
 
-from real_openrlhf.common.errors import one_line
+from real_openrlhf.common.errors import RunError, one_line
 from real_openrlhf.common.home import chosen_here
 from real_openrlhf.run.ray_token import own_token
 
@@ -32,6 +32,10 @@ NEVER_PASSED = ("WANDB_API_KEY", "HF_TOKEN", "VLLM_HOST_IP")
 
 # Environment variable from which Ray takes the niceness of the processes that it starts.
 NICENESS = "RAY_worker_niceness"
+
+
+class NoCluster(RunError, ConnectionError):
+    """The cluster that was named cannot be joined."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +110,7 @@ def _join(address: str) -> None:
         ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
     except (ConnectionError, AuthenticationError) as error:
         # Ray says the same of a cluster that is not there and of one that does not accept the token.
-        raise ConnectionError(
+        raise NoCluster(
             f"no Ray cluster answers at {address!r} (--ray.address or RAY_ADDRESS): {one_line(error)}. If it asks "
             "for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with it. If there is none, start "
             "one with `ray start --head`, or leave the address out to have one started here"

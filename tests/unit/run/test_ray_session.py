@@ -12,7 +12,7 @@ from ray.exceptions import AuthenticationError
 
 from real_openrlhf.common.home import use_writable_caches
 from real_openrlhf.run import ray_session as module
-from real_openrlhf.run.ray_session import NICENESS, cluster_to_join, passed_environment, ray_session
+from real_openrlhf.run.ray_session import NICENESS, NoCluster, cluster_to_join, passed_environment, ray_session
 from tests.helpers.homes import isolate
 
 
@@ -144,7 +144,7 @@ def test_no_cluster_at_the_address(monkeypatch: pytest.MonkeyPatch, error: Excep
     use(monkeypatch, FakeRay(answers=error))
     words = r"no Ray cluster answers at 'a:1' \(--ray.address .*nobody home.*RAY_AUTH_TOKEN_PATH.*ray start --head"
     with (
-        pytest.raises(ConnectionError, match=words),
+        pytest.raises(NoCluster, match=words),
         ray_session("a:1", num_cpus=None, needed_cpus=1.0),
     ):
         pass
