@@ -21,6 +21,7 @@ if [ "$2" = ray.scripts.scripts ]; then
 fi
 if [ "$1" = -m ]; then
   echo "attempt ${SLURM_RESTART_COUNT:-0}"
+  [ -z "${RUN_CODE:-}" ] || exit "$RUN_CODE"
   [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exit 0
   trap 'exit 85' USR1
   trap '' TERM
@@ -40,6 +41,7 @@ def python(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slurm  # Slurm takes its time before it starts a job again
 def test_usr1_requeues_a_job_and_nothing_is_left(slurm: Slurm, python: Path) -> None:
     job = slurm.submit("slurm/train_real.sbatch", nodes=2, PYTHON=python)
     slurm.until(job, lambda: "attempt 0" in slurm.output(job))
@@ -52,11 +54,20 @@ def test_usr1_requeues_a_job_and_nothing_is_left(slurm: Slurm, python: Path) -> 
     slurm.assert_nothing_is_left(job)
 
 
+def test_a_run_that_fails_is_a_job_that_failed(slurm: Slurm, python: Path) -> None:
+    job = slurm.submit("slurm/train_real.sbatch", nodes=2, PYTHON=python, RUN_CODE=2)
+    ended = slurm.ended(job)
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "2:0"), slurm.output(job)
+    slurm.assert_nothing_is_left(job)
+
+
 def test_scancel_leaves_nothing(slurm: Slurm, python: Path) -> None:
     """Nor does it with a run that does not listen."""
     job = slurm.submit("slurm/train_real.sbatch", nodes=2, PYTHON=python, STOP_GRACE=1)
     slurm.until(job, lambda: "attempt 0" in slurm.output(job))
     assert len(slurm.left(job)) > 6
+    inside = slurm.call("bash", "slurm/attach.sh", job, "env")
+    assert f"RAY_AUTH_TOKEN_PATH={slurm.tmp}/real_{job}.0/token\n" in inside and "RAY_ADDRESS=127.0.0.1:2" in inside
     slurm.call("scancel", job)
     assert slurm.ended(job)["JobState"] == "CANCELLED"
     slurm.assert_nothing_is_left(job)
