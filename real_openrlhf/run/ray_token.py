@@ -49,7 +49,7 @@ def own_token() -> Iterator[None]:
 
 def _read_again() -> None:
     """Ray reads both variables when it is imported and keeps what it read."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     AuthenticationTokenLoader.instance().reset_cache()
     Config.initialize("")
