@@ -30,7 +30,7 @@ def flags(data: Path, out: Path, steps: int) -> list[object]:
         *("--data.max_len", 48, "--rollout.max_new_tokens", 12, "--rollout.batch_size", 8),
         *("--rollout.n_samples_per_prompt", 4, "--train.max_tokens_per_gpu", 512, "--train.max_steps", steps),
         *("--train.num_episodes", 1000, "--actor.adam.lr", "1e-3", "--real.anchor", ANCHOR, "--real.device", "cpu"),
-        *("--ckpt.output_dir", out),
+        *("--vllm.num_engines", 1, "--ckpt.output_dir", out),
     ]
 
 
