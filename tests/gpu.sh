@@ -7,7 +7,7 @@
 # PYTHON=... chooses the interpreter (default .venv/bin/python, else python3). Verdicts go to $OUT (default runs/gpu) as
 # one JSON file per check. Without a GPU every check is skipped and the exit code is 0.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 python=${PYTHON:-}
 if [ -z "$python" ]; then

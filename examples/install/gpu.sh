@@ -14,6 +14,8 @@
 #                      4 GiB of memory each. Training does not call them: attention over packed rows is torch's own
 #                      flash attention. By default only flash-attn's Python part is installed, which OpenRLHF imports
 #   DRIVER_CHECK=skip  for an older driver with NVIDIA's package cuda-compat-13-0 (data-center cards only) in place
+#   GPU_CHECK=skip     on a machine without a GPU, for an image that runs elsewhere (examples/kubernetes): asks nothing of
+#                      driver and GPU, and checks imports only
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -33,14 +35,17 @@ fi
 
 case $flash in build | skip) ;; *) fail "FLASH_ATTN is 'build' or 'skip', got '$flash'" ;; esac
 case ${DRIVER_CHECK:-} in '' | skip) ;; *) fail "DRIVER_CHECK is 'skip' or unset, got '$DRIVER_CHECK'" ;; esac
-command -v nvidia-smi >/dev/null || fail "nvidia-smi was not found: no NVIDIA driver. Without a GPU use examples/install/cpu.sh"
-nvidia-smi --query-gpu=name,memory.total,driver_version,compute_cap --format=csv,noheader || fail "nvidia-smi finds no GPU (see above)"
-driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)
-if [ "${DRIVER_CHECK:-}" != skip ] && ! [ "${driver%%.*}" -ge 580 ] 2>/dev/null; then
-  fail "driver $driver is too old: vLLM 0.29.0 and its torch are built for CUDA 13, which needs 580 or newer. Update the driver; on data-center cards NVIDIA's package cuda-compat-13-0 does as well (then set DRIVER_CHECK=skip)"
+case ${GPU_CHECK:-} in '' | skip) ;; *) fail "GPU_CHECK is 'skip' or unset, got '$GPU_CHECK'" ;; esac
+if [ "${GPU_CHECK:-}" != skip ]; then
+  command -v nvidia-smi >/dev/null || fail "nvidia-smi was not found: no NVIDIA driver. Without a GPU use examples/install/cpu.sh"
+  nvidia-smi --query-gpu=name,memory.total,driver_version,compute_cap --format=csv,noheader || fail "nvidia-smi finds no GPU (see above)"
+  driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)
+  if [ "${DRIVER_CHECK:-}" != skip ] && ! [ "${driver%%.*}" -ge 580 ] 2>/dev/null; then
+    fail "driver $driver is too old: vLLM 0.29.0 and its torch are built for CUDA 13, which needs 580 or newer. Update the driver; on data-center cards NVIDIA's package cuda-compat-13-0 does as well (then set DRIVER_CHECK=skip)"
+  fi
+  capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -V | tail -n 1)
+  [ "${capability%%.*}" -ge 8 ] 2>/dev/null || fail "no GPU with bf16: compute capability $capability, 8.0 or higher is needed (A100, L4, H100, RTX 30 and later)"
 fi
-capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -V | tail -n 1)
-[ "${capability%%.*}" -ge 8 ] 2>/dev/null || fail "no GPU with bf16: compute capability $capability, 8.0 or higher is needed (A100, L4, H100, RTX 30 and later)"
 command -v c++ >/dev/null || command -v g++ >/dev/null || fail "no C++ compiler (c++ or g++) on the PATH"
 if [ "$flash" = build ]; then
   command -v nvcc >/dev/null || fail "nvcc was not found: FLASH_ATTN=build compiles with it. Put the CUDA toolkit on the PATH, or leave FLASH_ATTN out"
@@ -96,6 +101,9 @@ flash_attn() {
     MAX_JOBS=${MAX_JOBS:-4} pip install --no-build-isolation "flash-attn==2.8.3"
   fi
 }
+imports() {
+  "$venv/bin/python" -c "import deepspeed, openrlhf.trainer.ray.ppo_actor, ray, real_openrlhf, torch, vllm; print(torch.__version__)"
+}
 check() {
   "$venv/bin/python" - <<'PY'
 import deepspeed, openrlhf.trainer.ray.ppo_actor, ray, torch, vllm
@@ -135,8 +143,8 @@ step "build tools again" pip install "setuptools>=78,<81"
 step "deepspeed 0.19.6" deepspeed
 step "flash-attn 2.8.3 ($([ "$flash" = build ] && echo "compiling takes a while" || echo "its Python part"))" flash_attn
 step "openrlhf[vllm] 0.11.2" pip install "openrlhf[vllm]==0.11.2"
-step "real_openrlhf[gpu] with its dev tools" pip install --no-build-isolation -e "$root[gpu,dev]"
-step "imports, and kernels on the GPU" check
+step "real_openrlhf[gpu] with its dev tools" pip install --no-build-isolation -e "${root}[gpu,dev]"
+if [ "${GPU_CHECK:-}" = skip ]; then step "imports" imports; else step "imports, and kernels on the GPU" check; fi
 tail -n 2 "$log"
 echo "$want" >"$stamp"
 echo "install: done in $SECONDS s"

@@ -120,6 +120,7 @@ from_the_venv() { # pure Python that PyPI has as source only
 }
 
 compress() {
+  # shellcheck disable=SC2010  # names of Python packages
   {
     echo "1 ray ray"
     echo "1 transformers transformers"

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import ray
+from ray.exceptions import AuthenticationError
 
+from real_openrlhf.common.errors import RunError, one_line
 from real_openrlhf.common.home import chosen_here
+from real_openrlhf.run.ray_token import own_token
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,10 @@ NEVER_PASSED = ("WANDB_API_KEY", "HF_TOKEN", "VLLM_HOST_IP")
 
 # Environment variable from which Ray takes the niceness of the processes that it starts.
 NICENESS = "RAY_worker_niceness"
+
+
+class NoCluster(RunError, ConnectionError):
+    """The cluster that was named cannot be joined."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,28 +85,14 @@ def ray_session(address: str | None, *, num_cpus: int | None, needed_cpus: float
     """
     already = ray.is_initialized()
     join = cluster_to_join(address)
-    if not already:
-        if join:
-            try:
-                ray.init(address=join, log_to_driver=True, logging_level=logging.WARNING)
-            except ConnectionError as error:
-                raise ConnectionError(
-                    f"no Ray cluster answers at {join!r} (--ray.address or RAY_ADDRESS): {error}. Start one with "
-                    "`ray start --head`, or leave the address out to have one started here"
-                ) from error
-        else:
-            slots = max(num_cpus or os.cpu_count() or 1, int(-(-needed_cpus // 1)))
-            # Ray starts actors at niceness 15: next to any other busy process they would get a thirtieth of a core.
-            os.environ.setdefault(NICENESS, "0")
-            # "local": without it Ray would join whatever `ray start` left running on this machine.
-            ray.init(
-                address="local",
-                num_cpus=slots,
-                include_dashboard=False,
-                log_to_driver=True,
-                logging_level=logging.WARNING,
-            )
-    try:
+    with ExitStack() as ours:
+        if not already:
+            if join:
+                _join(join)
+            else:
+                ours.enter_context(own_token())
+                _start(num_cpus, needed_cpus)
+            ours.callback(ray.shutdown)
         total = ray.cluster_resources()
         session = Session(
             owned=not already and not join,
@@ -110,6 +103,25 @@ def ray_session(address: str | None, *, num_cpus: int | None, needed_cpus: float
         )
         logger.info("%s", session)
         yield session
-    finally:
-        if not already:
-            ray.shutdown()
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
+    except (ConnectionError, AuthenticationError) as error:
+        # Ray says the same of a cluster that is not there and of one that does not accept the token.
+        raise NoCluster(
+            f"no Ray cluster answers at {address!r} (--ray.address or RAY_ADDRESS): {one_line(error)}. If it asks "
+            "for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with it. If there is none, start "
+            "one with `ray start --head`, or leave the address out to have one started here"
+        ) from error
+
+
+def _start(num_cpus: int | None, needed_cpus: float) -> None:
+    slots = max(num_cpus or os.cpu_count() or 1, int(-(-needed_cpus // 1)))
+    # Ray starts actors at niceness 15: next to any other busy process they would get a thirtieth of a core.
+    os.environ.setdefault(NICENESS, "0")
+    # "local": without it Ray would join whatever `ray start` left running on this machine.
+    ray.init(
+        address="local", num_cpus=slots, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING
+    )

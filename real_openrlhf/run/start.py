@@ -32,6 +32,7 @@ from real_openrlhf.run.plan import RunPlan, make_plan
 from real_openrlhf.run.plan_text import render
 from real_openrlhf.run.ray_session import Session, ray_session
 from real_openrlhf.run.signals import StopRequest
+from real_openrlhf.run.stopping import in_plain_words
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ def launch(plan: RunPlan, checkpoint: Checkpoint | None = None, kept: KeptEngine
         ray_session(config.ray.address, num_cpus=config.ray.num_cpus, needed_cpus=plan.needed_cpus) as session,
         # Entered after Ray has started: ray.init installs its own SIGTERM handler.
         StopRequest() as stop,
+        in_plain_words(lambda: stop.requested, store),
     ):
         plan = on_cluster(plan, session)
         logger.info("%s", render(plan, for_log=True))

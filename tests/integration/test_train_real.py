@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from real_openrlhf.actors.sync.transfer import free_port
 from real_openrlhf.algo.objectives import OBJECTIVES, SUPERVISED
 from real_openrlhf.export.settings import JudgeSettings
+from real_openrlhf.run.ray_token import own_token
 from tests.helpers.tiny_judge import ANCHOR
 
 pytestmark = pytest.mark.integration
@@ -207,7 +209,7 @@ def test_with_a_kl(judges: Path, tmp_path: Path, lora: bool) -> None:
 
 @contextlib.contextmanager
 def ray_head(folder: Path) -> Iterator[str]:
-    """A separate Ray head node, ended by its process group; yields the job server's address."""
+    """A separate Ray head node that asks for a token, ended by its process group; yields the job server's address."""
     port, dashboard = free_port(), free_port()
     command = [str(BIN / "ray"), "start", "--head", "--block", "--port", str(port), "--num-cpus", "4"]
     command += ["--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard), "--disable-usage-stats"]
@@ -216,11 +218,13 @@ def ray_head(folder: Path) -> Iterator[str]:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         address = f"http://127.0.0.1:{dashboard}"
+        token = {"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}
+        request = urllib.request.Request(f"{address}/api/version", headers=token)
         deadline = time.monotonic() + 120
         while True:
             assert process.poll() is None, (folder / "head.log").read_text()
             assert time.monotonic() < deadline, "the Ray head did not answer in time"
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/api/version", timeout=5):
+            with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5):
                 break
             time.sleep(1)
         yield address
@@ -236,7 +240,7 @@ def ray_head(folder: Path) -> Iterator[str]:
 def wide(judges: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two ranks, two engines that the evaluator borrows; ZeRO-3, four micro-batches per rank.
 
-    Submitted to a cluster, stopped by `ray job stop` in its first step and submitted again.
+    Submitted from a checkout to a cluster with a token, stopped by `ray job stop` in its first step, submitted again.
     """
     out = tmp_path_factory.mktemp("wide") / "run"
     train = [sys.executable, "-m", "real_openrlhf.train_real", *flags(judges, HEAD, out, *SAME), "--ckpt.load", "auto"]
@@ -245,10 +249,12 @@ def wide(judges: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     train[train.index("--train.micro_batch_size") + 1] = "4"
     train[train.index("--logger.samples") + 1] = str(ROLLOUTS)
     # Ray's sockets live under its temp dir, whose path must be short.
-    with tempfile.TemporaryDirectory(prefix="r") as short, ray_head(Path(short)) as address:
-        submit = [str(BIN / "ray"), "job", "submit", "--address", address]
-        patient = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "300"}})
-        begin = [*submit, "--submission-id", "first", "--no-wait", "--runtime-env-json", patient, "--", *train]
+    with own_token(), tempfile.TemporaryDirectory(prefix="r") as short, ray_head(Path(short)) as address:
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{address}/api/jobs/", timeout=60)
+        submit = [sys.executable, "-m", "real_openrlhf.submit", "--address", address, "--stop_wait", "300"]
+        submit += ["--working_dir", str(Path(__file__).parents[2])]
+        begin = [*submit, "--submission_id", "first", "--no_wait", "--", *train]
         subprocess.run(begin, check=True, capture_output=True, timeout=120)
         client = JobSubmissionClient(address)
         wait_until(lambda: any((out / "eval").glob("*")) or client.get_job_status("first").is_terminal())
@@ -262,6 +268,8 @@ def wide(judges: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         done = subprocess.run([*submit, "--", *train], capture_output=True, text=True, timeout=580)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
         assert "resumed from" in done.stdout
+        wrong = subprocess.run([*submit, "--", *train, "--eval.step", "1"], capture_output=True, text=True, timeout=580)
+        assert wrong.returncode == 2 and "--eval.steps" in wrong.stdout, wrong.stdout[-4000:] + wrong.stderr[-2000:]
     return out
 
 

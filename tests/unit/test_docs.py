@@ -22,7 +22,7 @@ from real_openrlhf.algo.loss import LossOptions, policy_loss
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import Denominators
 from real_openrlhf.config.cli import parse_args
-from real_openrlhf.config.convert import flags_by_name
+from real_openrlhf.config.convert import flags_by_name, get_value
 from real_openrlhf.config.flag_table import flag_table
 from real_openrlhf.config.presets import PRESETS
 from real_openrlhf.config.validate import validate
@@ -84,10 +84,16 @@ def test_the_commands_of_readme_and_slurm_parse() -> None:
         assert config.actor.model_name_or_path and config.data.prompt_dataset and config.ckpt.output_dir
     (batch,) = commands((ROOT / "slurm/train_real.sbatch").read_text(encoding="utf-8"))
     assert parse_args(batch).ds.zero_stage == 3
-    (submit,) = blocks((ROOT / "slurm/README.md").read_text(encoding="utf-8"), "bash")
+    submit, by_settings = blocks((ROOT / "slurm/README.md").read_text(encoding="utf-8"), "bash")
     words = shlex.split(submit.replace("\\\n", " "))
     user = words[words.index("slurm/train_real.sbatch") + 1 :]
-    assert parse_args([*batch, *user]).actor.model_name_or_path.startswith("/")
+    config = parse_args([*batch, *user])
+    # Both commands give the same paths.
+    settings = dict(re.findall(r"(REAL_\w+)=(\S+)", by_settings))
+    script = (ROOT / "slurm/train_real.sbatch").read_text(encoding="utf-8")
+    flag_of = {name: flag for flag, name in re.findall(r'^flag --(\S+) "\$\{(\w+):-\}"', script, flags=re.MULTILINE)}
+    assert set(settings) == set(flag_of)
+    assert all(get_value(config, flag_of[name]) == value for name, value in settings.items())
 
 
 @pytest.mark.parametrize("document", ["README.md", "examples/own_data/README.md"])

@@ -48,6 +48,7 @@ def install(tmp_path: Path, driver: str = "580.65.06", capability: str = "9.0", 
         ({"FLASH_ATTN": "build"}, "nvcc was not found: FLASH_ATTN=build compiles with it"),
         ({"FLASH_ATTN": "yes"}, "FLASH_ATTN is 'build' or 'skip', got 'yes'"),
         ({"DRIVER_CHECK": "no"}, "DRIVER_CHECK is 'skip' or unset, got 'no'"),
+        ({"GPU_CHECK": "no"}, "GPU_CHECK is 'skip' or unset, got 'no'"),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path: Path, settings: dict[str, str], says: str) -> None:
@@ -63,6 +64,7 @@ def test_what_cannot_work_is_refused(tmp_path: Path, settings: dict[str, str], s
         {"driver": "595.10", "capability": "12.0"},
         {"driver": "550.54.15", "DRIVER_CHECK": "skip"},
         {"capability": "8.0"},
+        {"driver": "none", "capability": "none", "GPU_CHECK": "skip"},
     ],
 )
 def test_what_can_work_goes_on_to_the_venv(tmp_path: Path, settings: dict[str, str]) -> None:

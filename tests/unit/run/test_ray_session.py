@@ -8,19 +8,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import AuthenticationError
 
 from real_openrlhf.common.home import use_writable_caches
 from real_openrlhf.run import ray_session as module
-from real_openrlhf.run.ray_session import NICENESS, cluster_to_join, passed_environment, ray_session
+from real_openrlhf.run.ray_session import NICENESS, NoCluster, cluster_to_join, passed_environment, ray_session
 from tests.helpers.homes import isolate
 
 
 class FakeRay:
     __version__ = "2"
 
-    def __init__(self, *, initialized: bool = False, answers: bool = True) -> None:
+    def __init__(self, *, initialized: bool = False, answers: Exception | None = None) -> None:
         self.initialized, self.answers = initialized, answers
         self.inits: list[dict[str, Any]] = []
+        self.tokens: list[str | None] = []
         self.shutdowns = 0
 
     def is_initialized(self) -> bool:
@@ -28,11 +30,13 @@ class FakeRay:
 
     def init(self, **options: Any) -> None:
         self.inits.append(options)
-        if not self.answers:
-            raise ConnectionError("nobody home")
+        self.tokens.append(os.environ.get("RAY_AUTH_TOKEN"))
+        if self.answers is not None:
+            raise self.answers
 
     def shutdown(self) -> None:
         self.shutdowns += 1
+        self.tokens.append(os.environ.get("RAY_AUTH_TOKEN"))
 
     def cluster_resources(self) -> dict[str, float]:
         return {"CPU": 6.0, "GPU": 2.0}
@@ -122,10 +126,25 @@ def test_cluster_to_join(
     assert cluster_to_join(flag) == joins
 
 
-def test_no_cluster_at_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, FakeRay(answers=False))
+def test_an_own_cluster_has_a_token_from_its_start_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = use(monkeypatch, FakeRay())
+    with ray_session(None, num_cpus=1, needed_cpus=1.0):
+        pass
+    start, end = fake.tokens
+    assert start is not None and start == end
+    assert "RAY_AUTH_TOKEN" not in os.environ
+    # A cluster that is joined has its own.
+    with ray_session("a:1", num_cpus=1, needed_cpus=1.0):
+        pass
+    assert fake.tokens[2:] == [None, None]
+
+
+@pytest.mark.parametrize("error", [ConnectionError("nobody home"), AuthenticationError("nobody home")])
+def test_no_cluster_at_the_address(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    use(monkeypatch, FakeRay(answers=error))
+    words = r"no Ray cluster answers at 'a:1' \(--ray.address .*nobody home.*RAY_AUTH_TOKEN_PATH.*ray start --head"
     with (
-        pytest.raises(ConnectionError, match=r"no Ray cluster answers at 'a:1' \(--ray.address .*ray start --head"),
+        pytest.raises(NoCluster, match=words),
         ray_session("a:1", num_cpus=None, needed_cpus=1.0),
     ):
         pass
