@@ -18,8 +18,9 @@ logger = logging.getLogger(__name__)
 
 # The share of a bundle that a rank takes, and an engine, where both share the bundle. OpenRLHF's number.
 COLOCATED_SHARE = 0.2
-# Seconds for a placement that the free resources allow; Ray needs less than one.
-_AT_ONCE_S = 30.0
+# Seconds in which nodes become free enough to be shared out as the flags say, as after a run that has just ended; and
+# again in which Ray then places that.
+_SETTLE_S = 30.0
 
 Resources = Mapping[str, float]
 
@@ -217,18 +218,30 @@ def reserve(requests: Sequence[Request], timeout_s: float) -> dict[str, list[Bun
     and kinds that share bundles have the same ones. Rank i runs on the i-th place of this list, since Ray's own
     numbering is arbitrary.
     """
-    check_fits(requests, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    check_fits(requests, _nodes_now()[0])
     deadline = time.monotonic() + timeout_s
-    wishes = [request for request in requests if request.per_node is not None]
-    if wishes and nodes_can_be_shared_out(requests, list(available_resources_per_node().values())):
+    if _become_free(requests, min(deadline, time.monotonic() + _SETTLE_S)):
         try:
-            return _placed(requests, True, min(deadline, time.monotonic() + _AT_ONCE_S), timeout_s)
-        except PlacementError as error:
-            logger.info("not as it was counted: %s", error)
-    for request in wishes:
-        if request.per_node != 1:
+            return _placed(requests, True, min(deadline, time.monotonic() + _SETTLE_S), timeout_s)
+        except PlacementError:
+            logger.info("not placed as it was counted, within %g s", _SETTLE_S)
+    for request in requests:
+        if request.per_node is not None and request.per_node > 1:
             logger.warning("%s: the free nodes do not allow that, each rank gets any node", request)
     return _placed(requests, False, deadline, timeout_s)
+
+
+def _become_free(requests: Sequence[Request], deadline: float) -> bool:
+    """Wait until the nodes can be shared out; False if that is not asked for, can never be, or is not in time."""
+    nodes, free = _nodes_now()
+    if all(request.per_node is None for request in requests) or not nodes_can_be_shared_out(requests, nodes):
+        return False
+    while not nodes_can_be_shared_out(requests, free):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+        _, free = _nodes_now()
+    return True
 
 
 def _placed(requests: Sequence[Request], by_nodes: bool, deadline: float, timeout_s: float) -> dict[str, list[Bundle]]:

@@ -110,8 +110,8 @@ def test_the_commands_of_the_examples_parse(script: str, tmp_path: Path) -> None
         assert validate(parse_args(argv, warmup=True)) is not None
     for call in calls:
         if call[0] == "-m":
-            module = ROOT.joinpath(*call[1].split(".")).with_suffix(".py")
-            assert module.is_file(), call[1]
+            module = ROOT.joinpath(*call[1].split("."))
+            assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file(), call[1]
         else:
             assert (tmp_path / call[0]).is_file(), call[0]
 
