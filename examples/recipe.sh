@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2153,SC2154  # each run.sh assigns name, gpus, config, MODEL, response and chat
 # What the run.sh of mistral_7b, qwen3_8b, qwen3_32b, one_24gb_gpu and one_80gb_gpu have in common; they source it.
 #
 #   bash examples/NAME/run.sh [all|data|plan|warmup|train|evaluate] [further flags of the step's command]
