@@ -248,3 +248,43 @@ def test_every_recipe_on_this_cluster(nodes: Nodes, gpus: tuple[int, ...]) -> No
         give_back(kinds)
         while nodes.known() != sorted(gpus):
             time.sleep(0.05)
+
+
+def recipe_named(name: str) -> Recipe:
+    return next(recipe for recipe in RECIPES if str(recipe) == name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen3_32b/separate",
+        # An actor for every rank, engine and worker: up to 40 processes.
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_32b/colocated", "qwen3_8b/config")),
+    ],
+)
+def test_stand_ins_have_the_gpus_that_the_recipe_says(nodes: Nodes, name: str) -> None:
+    recipe = recipe_named(name)
+    config = config_of(recipe)
+    nodes.become(*[8] * recipe.nodes)
+    kinds = reserve(placement_requests(config, CUDA), 60)
+    colocated, width = config.train.colocate_all, config.vllm.tensor_parallel_size
+    share = COLOCATED_SHARE if colocated else 1.0
+    engines = [*kinds["rollout"], *kinds.get("evaluator", [])]
+    # As ray_groups does: an engine of several GPUs takes none itself, its workers do.
+    heads = [start(place, None) for place in engines[::width]] if width > 1 else []
+    workers = [start(place, share) for place in engines]
+    ranks = [start(place, share) for place in kinds["policy"]]
+    at_ranks, at_workers, at_heads = places(ranks), places(workers), places(heads)
+    assert [node for node, _ in at_ranks] == nodes_of(kinds["policy"])
+    assert all(len(gpus) == 1 for _, gpus in (*at_ranks, *at_workers)) and all(gpus == () for _, gpus in at_heads)
+    assert [node for node, _ in at_heads] == [node for node, _ in at_workers[::width]]
+    for first in range(0, len(at_workers), width):
+        assert len({node for node, _ in at_workers[first : first + width]}) == 1
+    everything = set(at_ranks) | set(at_workers)
+    assert len(everything) == 8 * recipe.nodes
+    if colocated:
+        assert at_ranks == at_workers and len(set(at_ranks)) == len(at_ranks)
+    else:
+        assert set(at_ranks).isdisjoint(at_workers) and len(everything) == len(at_ranks) + len(at_workers)
+    for actor in (*heads, *workers, *ranks):
+        ray.kill(actor)
