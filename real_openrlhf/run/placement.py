@@ -21,6 +21,8 @@ COLOCATED_SHARE = 0.2
 # Seconds in which nodes become free enough to be shared out as the flags say, as after a run that has just ended; and
 # again in which Ray then places that.
 _SETTLE_S = 30.0
+# Name of the request for rollout engines that share no bundles.
+ROLLOUT = "rollout"
 
 Resources = Mapping[str, float]
 
@@ -258,6 +260,12 @@ def _placed(requests: Sequence[Request], by_nodes: bool, deadline: float, timeou
             raise PlacementError(_report(what, requests, nodes, free))
         logger.info("placed %s", ask.request)
     return {kind: ask.places(made[ask.request.name]) for ask in asked for kind in ask.request.name.split("+")}
+
+
+def release(places: Mapping[str, Sequence[Bundle]]) -> None:
+    """Give back what `reserve` reserved. Actors that still run there end."""
+    for group in {bundle.group.id: bundle.group for bundles in places.values() for bundle in bundles}.values():
+        remove_placement_group(group)
 
 
 def by_node(bundles: Sequence[Bundle]) -> list[Bundle]:

@@ -174,6 +174,10 @@ class _Ranks:
     def ready(self) -> list[Any]:
         return self._built
 
+    def end(self) -> None:
+        for rank in self.ranks:
+            ray.kill(rank)
+
     def counts(self) -> list[dict[str, int]]:
         return ray.get(self.call("counts"))
 
@@ -365,6 +369,9 @@ class RayEvaluator:
             except ray.exceptions.RayError:
                 break  # the evaluation itself says what went wrong
         return ray.get(self._running)
+
+    def end(self) -> None:
+        ray.kill(self.actor)
 
     def _finished(self) -> int:
         return sum(ray.get([engine.finished_requests.remote() for engine in self.engines]))
