@@ -18,7 +18,7 @@ from real_openrlhf.common.device import Device
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.schema import Config
 from real_openrlhf.run import placement
-from real_openrlhf.run.placement import COLOCATED_SHARE, Bundle, PlacementError, Request, reserve
+from real_openrlhf.run.placement import COLOCATED_SHARE, Bundle, PlacementError, Request, release, reserve
 from real_openrlhf.run.ray_groups import _remote
 from real_openrlhf.run.specs import placement_requests
 from tests.helpers.placement_probe import Probe
@@ -224,11 +224,6 @@ def check_places(config: Config, kinds: dict[str, list[Bundle]]) -> None:
         assert kinds["policy"] == kinds["rollout"]
 
 
-def give_back(kinds: dict[str, list[Bundle]]) -> None:
-    for group in {place.group.id: place.group for places in kinds.values() for place in places}.values():
-        ray.util.remove_placement_group(group)
-
-
 @pytest.mark.parametrize("gpus", [(8,), (8, 4), (8, 4, 8), (8, 8), (8, 8, 8, 8)], ids=str)
 def test_every_recipe_on_this_cluster(nodes: Nodes, gpus: tuple[int, ...]) -> None:
     nodes.become(*gpus)
@@ -245,7 +240,7 @@ def test_every_recipe_on_this_cluster(nodes: Nodes, gpus: tuple[int, ...]) -> No
             continue
         kinds = reserve(requests, 60)
         check_places(config, kinds)
-        give_back(kinds)
+        release(kinds)
         while nodes.known() != sorted(gpus):
             time.sleep(0.05)
 
