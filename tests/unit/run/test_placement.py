@@ -104,7 +104,7 @@ def test_engines_of_several_gpus_need_them_on_one_node() -> None:
         check_fits([pairs], [node(8, 3), node(8, 3)])
     # Enough GPUs, not enough CPUs.
     with pytest.raises(PlacementError, match="room for 2"):
-        check_fits([pairs], [node(2, 8), node(3, 8)])
+        check_fits([pairs], [node(3, 8), node(3, 8)])
 
 
 def test_rollout_engines_and_the_evaluators_compete_for_nodes() -> None:
