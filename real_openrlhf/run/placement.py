@@ -37,8 +37,9 @@ class Request:
 
     name      the kind of actor, or several that share the bundles, as in "policy+rollout"
     width     so many bundles in a row must be on one node, those of one engine; None: each may be on any node
-    per_node  so many bundles in a row are put on one node, the next so many on another, as long as the free nodes can
-              hold that; else each may be on any node. None: nothing of the kind. Not together with width
+    per_node  so many bundles in a row are put on one node, as long as the free nodes can hold that; else only width
+              counts. The next so many are on another node, unless ranks and engines share the bundles. None: nothing
+              of the kind
     """
 
     name: str
@@ -50,8 +51,13 @@ class Request:
         for count in (self.width, self.per_node):
             if count is not None and (count < 1 or len(self.bundles) % count):
                 raise ValueError(f"{len(self.bundles)} bundles cannot be groups of {count}")
-        if self.width is not None and self.per_node is not None:
-            raise ValueError("width and per_node exclude each other")
+        if self.per_node is not None and self.per_node % (self.width or 1):
+            raise ValueError(f"engines of {self.width} bundles do not share out the {self.per_node} of a node")
+
+    @property
+    def shared(self) -> bool:
+        """Whether several kinds of actors share the bundles. vLLM takes a bundle of its own for each worker."""
+        return "+" in self.name
 
     @property
     def groups(self) -> list[tuple[dict[str, float], ...]]:
@@ -59,9 +65,9 @@ class Request:
         return self._parts(self.width or len(self.bundles))
 
     @property
-    def node_shares(self) -> list[dict[str, float]]:
+    def node_shares(self) -> list[tuple[dict[str, float], ...]]:
         """What each node holds where per_node is met."""
-        return [_sum(part) for part in self._parts(self.per_node or 1)]
+        return self._parts(self.per_node or 1)
 
     @property
     def on_one_node(self) -> bool:
@@ -152,9 +158,10 @@ def nodes_can_be_shared_out(requests: Sequence[Request], free: Sequence[Resource
     """
     parts = []
     for request in requests:
-        apart = request.per_node is not None
-        sizes = request.node_shares if apart or not request.on_one_node else [_sum(group) for group in request.groups]
-        parts += [(size, request.name if apart else None) for size in sizes]
+        apart = request.per_node is not None and not request.shared
+        by_groups = request.per_node is None and request.on_one_node
+        sizes = request.groups if by_groups else request.node_shares
+        parts += [(_sum(size), request.name if apart else None) for size in sizes]
     parts.sort(key=lambda part: -sum(part[0].values()))
     rooms = [dict(node) for node in free]
     used: dict[str, set[int]] = {}
@@ -184,7 +191,11 @@ def _times(node: Resources, bundle: Resources) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Asked:
-    """The placement groups of a request. by_node: one group, with a bundle per node that several actors share."""
+    """The placement groups of a request.
+
+    by_node: per_node is met. Ranks of a node take their parts of one large bundle there; where ranks and engines share
+    bundles, each node has a group.
+    """
 
     request: Request
     by_node: bool
@@ -195,21 +206,25 @@ class _Asked:
         return (self.request.per_node or 1) if self.by_node else (self.request.width or 1)
 
     def make(self) -> list[PlacementGroup]:
-        name = self.request.name
+        request = self.request
+        if self.by_node and not request.shared:
+            shares = [_sum(share) for share in request.node_shares]
+            return [placement_group(shares, strategy="STRICT_SPREAD", name=request.name)]
+        groups, strategy = request.groups, request.strategy
         if self.by_node:
-            return [placement_group(self.request.node_shares, strategy="STRICT_SPREAD", name=name)]
+            groups, strategy = request.node_shares, "STRICT_PACK"
         # Ray refuses a second group of one name.
         return [
-            placement_group(list(bundles), strategy=self.request.strategy, name=f"{name}_{i}")
-            for i, bundles in enumerate(self.request.groups)
+            placement_group(list(bundles), strategy=strategy, name=f"{request.name}_{i}")
+            for i, bundles in enumerate(groups)
         ]
 
     def places(self, groups: Sequence[PlacementGroup]) -> list[Bundle]:
-        found = []
+        found, each = [], self.size if self.by_node and not self.request.shared else 1
         for group in groups:
             nodes = placement_group_table(group)["bundles_to_node_id"]
             for index in sorted(nodes):
-                found += [Bundle(group=group, index=index, node=nodes[index])] * (self.size if self.by_node else 1)
+                found += [Bundle(group=group, index=index, node=nodes[index])] * each
         return by_node(found)
 
 

@@ -91,9 +91,8 @@ def warmup_settings(config: Config, plan: BatchPlan) -> WarmupSettings:
 def placement_requests(config: Config, device: Device) -> list[Request]:
     """Places of the policy, of the engines, of a reference, and of the evaluator's engine.
 
-    Colocated, policy and engines share theirs: rank i and engine worker i run on bundle i. Engines of several GPUs have
-    a group each, with all bundles on one node. Ranks of a policy or a reference of their own lie on nodes as the flags
-    say, where the nodes can hold that.
+    Colocated, policy and engines share theirs: rank i and engine worker i run on bundle i. All bundles of an engine are
+    on one node. Ranks of policy and reference lie on nodes as the flags say, where the nodes can hold that.
     """
     bundle = device.bundle()
     width = config.vllm.tensor_parallel_size
@@ -103,7 +102,8 @@ def placement_requests(config: Config, device: Device) -> list[Request]:
     if not config.uses_engines:
         requests = [policy]
     elif config.train.colocate_all:
-        requests = [replace(workers, name="policy+rollout")]
+        per_node = config.actor.num_gpus_per_node
+        requests = [replace(workers, name="policy+rollout", per_node=None if per_node % width else per_node)]
     else:
         requests = [policy, workers]
     if config.reference_ranks:

@@ -191,12 +191,18 @@ def test_where_the_free_nodes_do_not_allow_that_each_rank_gets_any_node(
     two_nodes: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(placement, "_SETTLE_S", 1.0)
-    taken = placement_group([GPU], strategy="PACK")
-    assert taken.wait(60)
-    # Three GPUs are free, two of them on one node.
-    ranks = reserve([Request(name="policy", bundles=(GPU,) * 3, per_node=3)], 60)["policy"]
-    assert sorted(Counter(nodes_of(ranks)).values()) == [1, 2]
+    three = [Request(name="policy", bundles=(GPU,) * 3, per_node=3)]
+    ranks = reserve(three, 60)
+    assert sorted(Counter(nodes_of(ranks["policy"])).values()) == [1, 2]
+    release(ranks)
     assert "3 x (1 CPU, 1 GPU), PACK, all on one node where there is room: the free nodes do not allow" in caplog.text
+    caplog.clear()
+    taken = placement_group([GPU] * 2, strategy="STRICT_SPREAD")
+    assert taken.wait(60)
+    # By its total a node could hold both ranks; now one GPU is free on each.
+    ranks = reserve([Request(name="policy", bundles=(GPU,) * 2, per_node=2)], 60)
+    assert len(set(nodes_of(ranks["policy"]))) == 2
+    assert "the free nodes do not allow that, each rank gets any node" in caplog.text
 
 
 # -- the recipes of examples/ -----------------------------------------------------------------------------------------
@@ -209,7 +215,7 @@ def config_of(recipe: Recipe) -> Config:
 
 
 def check_places(config: Config, kinds: dict[str, list[Bundle]]) -> None:
-    """Ranks lie on nodes as the flags say, and follow each other; an engine's workers are in one group on one node."""
+    """Ranks lie on nodes as the flags say, and follow each other; an engine's workers are in a group, on one node."""
     policy, width = kinds["policy"], config.vllm.tensor_parallel_size
     assert len(policy) == config.ranks and len(kinds["rollout"]) == config.vllm.num_engines * width
     per_node = config.actor.num_gpus_per_node

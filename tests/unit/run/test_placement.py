@@ -124,8 +124,8 @@ def test_bundles_that_are_no_whole_groups() -> None:
         Request(name="rollout", bundles=(GPU,) * 5, width=2)
     with pytest.raises(ValueError, match="5 bundles cannot be groups of 2"):
         Request(name="policy", bundles=(GPU,) * 5, per_node=2)
-    with pytest.raises(ValueError, match="exclude each other"):
-        Request(name="policy", bundles=(GPU,) * 4, per_node=2, width=2)
+    with pytest.raises(ValueError, match="engines of 4 bundles do not share out the 6 of a node"):
+        Request(name="policy+rollout", bundles=(GPU,) * 12, per_node=6, width=4)
 
 
 def test_what_a_request_says_of_nodes() -> None:
@@ -134,7 +134,9 @@ def test_what_a_request_says_of_nodes() -> None:
     assert str(one) == "policy: 8 x (1 CPU, 1 GPU), PACK, all on one node where there is room"
     two = Request(name="policy", bundles=(GPU,) * 8, per_node=4)
     assert str(two) == "policy: 8 x (1 CPU, 1 GPU), PACK, 4 on each of 2 nodes where there is room"
-    assert two.node_shares == [{"GPU": 4.0, "CPU": 4.0}] * 2
+    assert two.node_shares == [(GPU,) * 4] * 2
+    shared = Request(name="policy+rollout", bundles=(GPU,) * 4, width=2, per_node=4)
+    assert str(shared) == "policy+rollout: 2 x 2 x (1 CPU, 1 GPU), STRICT_PACK, all on one node where there is room"
 
 
 def policy(ranks: int, per_node: int) -> Request:
@@ -162,6 +164,10 @@ def pairs(count: int, name: str = "rollout") -> Request:
         ([policy(4, 2), Request(name="reference", bundles=(GPU,) * 4, per_node=2)], (4, 4), True),
         # A fitting node that is the last single GPU for others does not help.
         ([policy(4, 4), Request(name="rollout", bundles=(GPU,) * 5)], (4, 4), False),
+        # Where ranks and engines share bundles, two shares may lie on one node.
+        ([Request(name="policy+rollout", bundles=(GPU,) * 4, width=2, per_node=2)], (4,), True),
+        ([Request(name="policy+rollout", bundles=(GPU,) * 16, width=2, per_node=8)], (8, 4, 8), True),
+        ([Request(name="policy+rollout", bundles=(GPU,) * 8, width=2, per_node=8)], (4, 4), False),
         ([], (8,), True),
     ],
 )

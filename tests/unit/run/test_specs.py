@@ -286,7 +286,7 @@ def test_colocated_policy_and_engines_share_their_bundles() -> None:
     config = config_of(*flags.split(), "--eval.dataset", "e", "--eval.engine", "own")
     gpu = {"GPU": 1.0, "CPU": 1.0}
     assert placement_requests(config, CUDA) == [
-        Request(name="policy+rollout", bundles=(gpu,) * 4, width=2),
+        Request(name="policy+rollout", bundles=(gpu,) * 4, width=2, per_node=4),
         Request(name="evaluator", bundles=(gpu,) * 2, width=2),
     ]
     narrow = config_of("--train.colocate_all", "--actor.num_gpus_per_node", "4", "--vllm.num_engines", "4")
