@@ -290,7 +290,7 @@ def test_colocated_policy_and_engines_share_their_bundles() -> None:
         Request(name="evaluator", bundles=(gpu,) * 2, width=2),
     ]
     narrow = config_of("--train.colocate_all", "--actor.num_gpus_per_node", "4", "--vllm.num_engines", "4")
-    assert placement_requests(narrow, CUDA) == [Request(name="policy+rollout", bundles=(gpu,) * 4)]
+    assert placement_requests(narrow, CUDA) == [Request(name="policy+rollout", bundles=(gpu,) * 4, per_node=4)]
 
 
 def test_sleep_and_one_step_ahead_arrive(flags: list[str]) -> None:
