@@ -67,13 +67,23 @@ class AssumedGpus:
     def cards(self) -> tuple[Card, ...]:
         return (Card(name=self.name or "GPUs without a name", capability=(9, 0), memory=self.memory, driver="unknown"),)
 
-    def check_places(self, requests: Sequence[Request]) -> None:
-        """ConfigError where Ray could not place the actors on these nodes."""
+    def check_places(self, requests: Sequence[Request]) -> list[str]:
+        """Warnings about ranks that cannot lie on nodes as the flags say; ConfigError where Ray has no place for them.
+
+        Memory and time are planned for nodes as the flags say.
+        """
         # Here: it imports Ray, and the form of the flag is checked before that.
-        from real_openrlhf.run.placement import PlacementError, check_fits
+        from real_openrlhf.run.placement import PlacementError, check_fits, nodes_can_be_shared_out
 
         nodes = [{"GPU": float(self.gpus_per_node), "CPU": _CORES}] * self.nodes
         try:
             check_fits(requests, nodes)
         except PlacementError as error:
             raise ConfigError(f"--assume_gpus: {self}: {str(error).partition(' Nodes: ')[0]}") from error
+        if nodes_can_be_shared_out(requests, nodes):
+            return []
+        wishes = "; ".join(str(request) for request in requests if request.per_node is not None)
+        return [
+            f"--assume_gpus: {self}: there is no such room next to the other actors, so ranks lie on other nodes than "
+            f"memory and time are planned for ({wishes})"
+        ]

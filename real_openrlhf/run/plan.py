@@ -97,7 +97,7 @@ def make_plan(inputs: Inputs, *, cluster_gpus: int | None = None) -> RunPlan:
     batch = batch_plan(config, len(inputs.train_set))
     placement = tuple(specs.placement_requests(config, device))
     if assumed is not None:
-        assumed.check_places(placement)
+        warnings += assumed.check_places(placement)
     policy = specs.policy_spec(inputs, batch, device)
     engine = specs.engine_spec(inputs, device)
     return RunPlan(

@@ -89,23 +89,26 @@ def warmup_settings(config: Config, plan: BatchPlan) -> WarmupSettings:
 
 
 def placement_requests(config: Config, device: Device) -> list[Request]:
-    """One placement group for the policy, one for the engines, one each for a reference and the evaluator's engine.
+    """Places of the policy, of the engines, of a reference, and of the evaluator's engine.
 
-    Colocated, policy and engines share one: rank i and engine worker i run on bundle i. Engines of several GPUs have
-    a group each, with all bundles on one node.
+    Colocated, policy and engines share theirs: rank i and engine worker i run on bundle i. All bundles of an engine are
+    on one node. Ranks of policy and reference lie on nodes as the flags say, where the nodes can hold that.
     """
     bundle = device.bundle()
     width = config.vllm.tensor_parallel_size
     on_one_node = width if width > 1 else None
     workers = engine_places(config, device)
+    policy = Request(name="policy", bundles=(bundle,) * config.ranks, per_node=config.actor.num_gpus_per_node)
     if not config.uses_engines:
-        requests = [Request(name="policy", bundles=(bundle,) * config.ranks)]
+        requests = [policy]
     elif config.train.colocate_all:
-        requests = [replace(workers, name="policy+rollout")]
+        per_node = config.actor.num_gpus_per_node
+        requests = [replace(workers, name="policy+rollout", per_node=None if per_node % width else per_node)]
     else:
-        requests = [Request(name="policy", bundles=(bundle,) * config.ranks), workers]
+        requests = [policy, workers]
     if config.reference_ranks:
-        requests.append(Request(name="reference", bundles=(bundle,) * config.reference_ranks))
+        ranks = (bundle,) * config.reference_ranks
+        requests.append(Request(name="reference", bundles=ranks, per_node=config.ref.num_gpus_per_node))
     if config.eval.dataset and config.eval.engine == "own":
         requests.append(Request(name="evaluator", bundles=(bundle,) * width, width=on_one_node))
     return requests

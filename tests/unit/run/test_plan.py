@@ -127,8 +127,10 @@ def test_gpus_that_are_not_here(flags: list[str], monkeypatch: pytest.MonkeyPatc
     assert "bf16 on cuda" in text and "on GPUs that are not here: 1 node(s) x 8 GPU(s) of 80 GB" in text
     with pytest.raises(ConfigError, match=r"--assume_gpus: 1 node\(s\) x 7 GPU\(s\).*8 GPU asked for.*has 7"):
         make_plan(inputs_of(flags, *more, *wide, "--assume_gpus", "7x80GB"))
-    # Two engines of two GPUs on nodes of three: each node has room for one and two ranks.
-    make_plan(inputs_of(flags, *more, *wide, "--assume_gpus", "4x3x80GB"))
+    assert plan.warnings == ()
+    # Two engines of two GPUs on nodes of three: there is room for both, and for four ranks, but not on one node.
+    (warning,) = make_plan(inputs_of(flags, *more, *wide, "--assume_gpus", "4x3x80GB")).warnings
+    assert "no such room" in warning and "policy: 4 x (1 CPU, 1 GPU), PACK, all on one node where" in warning
     with pytest.raises(ConfigError, match="no node can hold the 2 bundles of an engine"):
         make_plan(inputs_of(flags, *more, *wide, "--assume_gpus", "8x1x80GB"))
     with pytest.raises(ConfigError, match=r"an engine has .* of weights"):

@@ -240,9 +240,18 @@ def test_probes_are_the_ends_of_the_first_prompts(flags: list[str]) -> None:
 def test_placement(more: str, sizes: dict[str, int]) -> None:
     for device, bundle in ((CPU, {"CPU": 1.0}), (CUDA, {"GPU": 1.0, "CPU": 1.0})):
         got = placement_requests(config_of(*more.split()), device)
-        wide = dict(width=2) if "tensor_parallel_size 2" in more else {}
+        width = 2 if "tensor_parallel_size 2" in more else None
+        per_node = {
+            "policy": 4 if "--actor.num_gpus_per_node 4" in more else 1,
+            "reference": 4 if "--ref.num_gpus_per_node 4" in more else 1,
+        }
         assert got == [
-            Request(name=name, bundles=(bundle,) * n, **(wide if name in ("rollout", "evaluator") else {}))
+            Request(
+                name=name,
+                bundles=(bundle,) * n,
+                width=width if name in ("rollout", "evaluator") else None,
+                per_node=per_node.get(name),
+            )
             for name, n in sizes.items()
         ]
 
@@ -277,11 +286,11 @@ def test_colocated_policy_and_engines_share_their_bundles() -> None:
     config = config_of(*flags.split(), "--eval.dataset", "e", "--eval.engine", "own")
     gpu = {"GPU": 1.0, "CPU": 1.0}
     assert placement_requests(config, CUDA) == [
-        Request(name="policy+rollout", bundles=(gpu,) * 4, width=2),
+        Request(name="policy+rollout", bundles=(gpu,) * 4, width=2, per_node=4),
         Request(name="evaluator", bundles=(gpu,) * 2, width=2),
     ]
     narrow = config_of("--train.colocate_all", "--actor.num_gpus_per_node", "4", "--vllm.num_engines", "4")
-    assert placement_requests(narrow, CUDA) == [Request(name="policy+rollout", bundles=(gpu,) * 4)]
+    assert placement_requests(narrow, CUDA) == [Request(name="policy+rollout", bundles=(gpu,) * 4, per_node=4)]
 
 
 def test_sleep_and_one_step_ahead_arrive(flags: list[str]) -> None:
