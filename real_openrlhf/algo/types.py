@@ -32,9 +32,7 @@ from real_openrlhf.algo.target import Target
 # Why a rollout has no score, or has one that cannot be decoded. Kept as words: they go to logs.
 NO_ANCHOR = "no_anchor"  # the answer anchor was never written
 TRUNCATED = "truncated"  # the response ended inside or right after the anchor, before a score token
-SPLIT_ANCHOR = (
-    "split_anchor"  # the anchor ends in the middle of a token: no single position predicts the score's first token
-)
+SPLIT_ANCHOR = "split_anchor"  # the anchor ends in the middle of a token: no position predicts the score's first token
 OFF_SCALE = "off_scale"  # a score was written that is not a label; the score position still exists
 REASONS = (NO_ANCHOR, TRUNCATED, SPLIT_ANCHOR, OFF_SCALE)
 
