@@ -2,7 +2,8 @@
 # Sets up the CPU stack if needed, then checks style and types and runs the tests.
 #
 #   bash tests/run.sh                 # unit tests and the integration tests of a few minutes
-#   bash tests/run.sh --slow          # the slow ones as well
+#   bash tests/run.sh --slow          # the slow ones as well, but for the next line's
+#   bash tests/run.sh --faults        # processes are killed while runs go on; nothing else
 #   bash tests/run.sh tests/unit -k loss   # anything else goes to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,8 +13,9 @@ bin=.venv/bin
 # Tests use small tensors, for which several threads are slower. Actors set their own number.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0
 
-select=(-m "not slow")
-if [ "${1:-}" = "--slow" ]; then select=(); shift; fi
+select=(-m "not slow and not faults")
+if [ "${1:-}" = "--slow" ]; then select=(-m "not faults"); shift; fi
+if [ "${1:-}" = "--faults" ]; then select=(-m faults); shift; fi
 
 echo "== ruff"
 "$bin/ruff" check .

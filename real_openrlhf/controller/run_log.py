@@ -3,6 +3,7 @@
     metrics.jsonl   one flat object per line: step, phase, time (unix seconds), then the metrics
     samples.jsonl   one judgement per line: step, then what `rollout_stats.judgement_samples` gives
     warnings.jsonl  what `controller.guards` saw go wrong: step, watch, message; empty when nothing did
+    not_finite/     batches that were not trained on, since a number was NaN or infinite
     run_config.json the resolved configuration, secrets taken out
 
 A number that is NaN or infinite is written as null and its name listed under "not_finite"; a null
@@ -26,10 +27,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
 
+from real_openrlhf.algo.types import TrainGroup
 from real_openrlhf.common.errors import FolderError
 from real_openrlhf.common.folder_lock import LOCK_FILE, FolderLock
 from real_openrlhf.common.jsonl import JsonLines, JsonLinesError, keep_lines
 from real_openrlhf.config.schema import WandbConfig
+from real_openrlhf.controller.kept_batch import keep_batch
 
 logger = logging.getLogger(__name__)
 
@@ -218,6 +221,14 @@ class RunLog:
         """What a watch over the run has seen."""
         logger.warning("step %d: %s", step, message)
         _write(self._warnings, {"step": step, "watch": watch, "message": message})
+
+    def keep_batch(self, step: int, groups: Sequence[TrainGroup], metrics: Mapping[str, Any]) -> str:
+        """Keep a batch for study (`kept_batch`); returns in words where it is, or why it is not kept."""
+        try:
+            path = keep_batch(self.output_dir, step, groups, metrics)
+        except OSError as error:
+            return f"its batch could not be kept: {error}"
+        return "earlier batches of that kind are kept already" if path is None else f"its batch is in {path}"
 
     def log_evaluation(self, step: int, samples: Sequence[Mapping[str, Any]], plots: Mapping[str, str]) -> None:
         """Judgements and plots (name -> path of a PNG) of an evaluation; W&B alone shows them."""

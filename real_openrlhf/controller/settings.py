@@ -19,6 +19,7 @@ class ControllerSettings:
     eval_beside        the evaluator has its own engine: training goes on while it judges, until the next weight sync
     min_mass, min_readable   what the first rollouts must reach, see `first_look`
     dead_steps         stop after n steps in a row in which all advantages are zero; 0: never
+    max_skipped        stop after n steps in a row whose update was skipped; 0: never
     one_ahead          sample the next batch while training on this one; its weights are then one version old
     """
 
@@ -40,3 +41,4 @@ class ControllerSettings:
     logging_steps: int
     one_ahead: bool = False
     eval_beside: bool = False
+    max_skipped: int = 0

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import ray
 
 from real_openrlhf.common.home import chosen_here
+from real_openrlhf.run.cluster_end import nothing_left
 
 logger = logging.getLogger(__name__)
 
@@ -112,4 +113,5 @@ def ray_session(address: str | None, *, num_cpus: int | None, needed_cpus: float
         yield session
     finally:
         if not already:
-            ray.shutdown()
+            with nothing_left():
+                ray.shutdown()

@@ -52,6 +52,12 @@ def check_agreement(
     mine = torch.cat([p.double() for p in policy])
     if not mine.numel():
         raise StaleWeights("the probes hold no log-prob: --sync.check_tokens must be at least 2, prompts too")
+    if not mine.isfinite().all():
+        raise StaleWeights(
+            f"after weight sync {version}, the policy's own log-probs are NaN or infinite: its weights are, or they "
+            "are too large to compute with. Lower --actor.adam.lr, or raise --actor.lr_warmup_ratio, and resume from a "
+            "checkpoint before that (--ckpt.load best, or a path): the latest may have such weights too."
+        )
     for index, theirs in enumerate(engines):
         lengths, wanted = [t.numel() for t in theirs], [p.numel() for p in policy]
         if lengths != wanted:

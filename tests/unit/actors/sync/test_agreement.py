@@ -59,7 +59,8 @@ def test_the_threshold_itself_passes() -> None:
 def test_what_is_not_finite_fails(value: float, side: str) -> None:
     bad, good = [torch.tensor([-1.0, value])], [torch.tensor([-1.0, -2.0])]
     policy, engine = (good if side == "engine" else bad), (good if side == "policy" else bad)
-    with pytest.raises(StaleWeights):
+    says = "log-probs of engine 0 differ" if side == "engine" else "the policy's own log-probs are NaN or infinite"
+    with pytest.raises(StaleWeights, match=says):
         check_agreement(policy, [engine], 0, 1e9)
 
 
