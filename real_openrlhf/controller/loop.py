@@ -184,7 +184,9 @@ class TrainingLoop(ABC):
         self._finish_evaluation()
         with self.timer.phase("sync"):
             report = self.weight_sync.sync(self.step_number)
+        moved = {} if report.moved is None else {"sync/policy_moved": report.moved}
         return {
+            **moved,
             "sync/logprob_mean": report.mean_difference,
             "sync/logprob_max": report.max_difference,
             "sync/transfer_seconds": report.seconds,

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -52,6 +53,10 @@ WARNINGS_FILE = "warnings.jsonl"
 CONFIG_FILE = "run_config.json"
 WANDB_ID_FILE = "wandb_id"
 REDACTED = "<redacted>"
+
+# Seconds that W&B may take to answer at the start, and to take what is left at the end.
+_WANDB_START_S = 60.0
+_WANDB_END_S = 120.0
 
 _RESERVED = ("step", "phase", "time", "not_finite")
 _SECRET_NAMES = {"key", "apikey", "api_key", "password", "secret", "token", "hf_token", "access_token", "auth_token"}
@@ -137,6 +142,7 @@ class RunLog:
     resume_step      with append: the last step to keep; later lines are dropped, since the run makes those steps again
     overwrite        start the records in output_dir anew
     locked           the caller holds output_dir's lock; else the log holds it until it is closed
+    goes_on          the run began before: if W&B does not answer now, it records offline
 
     Start-up problems raise RunLogError. Later ones (a full disk, a lost connection) are logged and
     never stop the training.
@@ -153,6 +159,7 @@ class RunLog:
         resume_step: int | None = None,
         overwrite: bool = False,
         locked: bool = False,
+        goes_on: bool = False,
     ) -> None:
         if resume_step is not None and not append:
             raise RunLogError("resume_step needs append: there is nothing to resume")
@@ -172,7 +179,7 @@ class RunLog:
                 if tensorboard_dir:
                     self._sinks.append(_TensorBoard(tensorboard_dir, purge_after=resume_step))
                 if wandb.mode != "disabled":
-                    self._sinks.append(_Wandb(wandb, self.output_dir, config, append=append, secrets=secrets))
+                    self._sinks += _wandb(wandb, self.output_dir, config, append, secrets, goes_on=goes_on)
             except BaseException:
                 self.close()
                 raise
@@ -351,6 +358,28 @@ class _TensorBoard:
         self._writer.close()  # type: ignore[no-untyped-call]
 
 
+def _wandb(
+    settings: WandbConfig, output_dir: Path, config: Any, append: bool, secrets: Sequence[str], *, goes_on: bool
+) -> list[_Wandb]:
+    """The sink, or one that records offline, or none. RunLogError only for a run that has not begun."""
+    try:
+        return [_Wandb(settings, output_dir, config, append=append, secrets=secrets)]
+    except RunLogError as error:
+        if not goes_on:
+            raise
+        if settings.mode == "offline":
+            logger.warning("the run goes on without W&B: %s", error)
+            return []
+        logger.warning("the run goes on, and records for W&B offline: %s", error)
+    import wandb
+
+    wandb.teardown()  # its process still holds the run's id
+    found = _wandb(replace(settings, mode="offline"), output_dir, config, append, secrets, goes_on=True)
+    if found:
+        logger.warning("later: wandb sync --append %s/wandb/offline-run-*", output_dir)
+    return found
+
+
 class _Wandb:
     name = "W&B"
 
@@ -373,6 +402,10 @@ class _Wandb:
                 api_key=settings.key,
                 console="off",
                 silent=True,
+                init_timeout=_WANDB_START_S,
+                # Without it, a run that is done would wait for a W&B that does not answer for ever.
+                finish_timeout=_WANDB_END_S,
+                finish_timeout_raises=True,
                 x_disable_meta=any(s and s in word for s in secrets for word in sys.argv),
             )
             self._run = wandb.init(
@@ -414,4 +447,11 @@ class _Wandb:
             self._run.log({**media, "global_step": step})
 
     def close(self) -> None:
-        self._run.finish()
+        try:
+            self._run.finish()
+        except TimeoutError:
+            logger.warning(
+                "W&B has not taken everything within %g s; the rest is on this disk: wandb sync --append %s",
+                _WANDB_END_S,
+                Path(self._run.dir).parent,
+            )

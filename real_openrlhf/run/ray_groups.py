@@ -15,7 +15,7 @@ from torch import Tensor
 
 from real_openrlhf.actors.engine.spec import EngineSpec
 from real_openrlhf.actors.policy.spec import PolicySpec
-from real_openrlhf.actors.sync.agreement import check_agreement, sync_ranks, timed
+from real_openrlhf.actors.sync.agreement import check_agreement, mean_change, sync_ranks, timed
 from real_openrlhf.actors.sync.cuda_ipc import Unpaired, gpu_of, host_of, pair
 from real_openrlhf.actors.sync.transfer import to_wire
 from real_openrlhf.algo.sampling import Sampling
@@ -278,6 +278,8 @@ class RayWeightSync:
         self.probes = [list(p) for p in probes]
         self.deadline_s = deadline_s
         self.max_mean_difference = max_mean_difference
+        # The policy's log-probs of the probes at the last sync.
+        self._last: list[Tensor] | None = None
         self.plan = ray.get(policy.call("weight_plan"))[0]
         self.wire = to_wire(self.plan)
         self._join(backend)
@@ -330,7 +332,9 @@ class RayWeightSync:
             mine = self._get(self.policy.call("token_logprobs", self.probes), what)[0]
             theirs = self._get([engine.prompt_logprobs.remote(self.probes) for engine in self._engines()], what)
             mean, largest, tokens = check_agreement(mine, theirs, version, self.max_mean_difference)
+        moved, self._last = mean_change(self._last, mine), mine
         return SyncReport(
+            moved=moved,
             version=version,
             seconds=transfer.seconds,
             check_seconds=check.seconds,

@@ -56,6 +56,7 @@ def launch(plan: RunPlan, checkpoint: Checkpoint | None = None, again: Again | N
             overwrite=checkpoint is None,
             resume_step=None if checkpoint is None else checkpoint.step,
             locked=True,
+            goes_on=checkpoint is not None or again is not None,
         ) as log,
         # A warm-up's feedback may have been written before, on engines whose lines are there.
         library_log(

@@ -77,3 +77,10 @@ def check_agreement(
         largest = max(largest, float(difference.max()))
         n_tokens += mine.numel()
     return max(means), largest, n_tokens
+
+
+def mean_change(before: Sequence[Tensor] | None, now: Sequence[Tensor]) -> float | None:
+    """Mean absolute difference of log-probs of the same text at two times; None without the first."""
+    if before is None:
+        return None
+    return float((torch.cat([t.double() for t in before]) - torch.cat([t.double() for t in now])).abs().mean())
