@@ -16,8 +16,7 @@ logger = logging.getLogger(__name__)
 
 # Evaluators that may die in one evaluation.
 _LIVES = 3
-# Seconds between two questions to a running evaluation how far it is, and to engines whether they are idle.
-_WATCH_S = 5.0
+# Seconds between two questions to engines whether they are idle.
 _IDLE_S = 0.2
 
 
@@ -68,14 +67,14 @@ class RayEvaluator:
         raise AssertionError("unreachable")
 
     def _report(self, watch: Callable[[int, int], None] | None) -> EvalReport:
-        while watch is not None and not ray.wait([self._running], timeout=_WATCH_S)[0]:
+        def answers() -> int | None:
             found = finished_requests(self.engines)
-            if found is None:
-                break  # the evaluation itself says what went wrong
-            # Requests after a forced anchor are not in the total, so the count may exceed it.
-            watch(min(found - self._before, self.total), self.total)
-        what = f"evaluation {self._version}"
-        return wait_for(self._running, what, self.call_timeout_s, lambda: finished_requests(self.engines))
+            if found is not None and watch is not None:
+                # Requests after a forced anchor are not in the total, so the count may exceed it.
+                watch(min(found - self._before, self.total), self.total)
+            return found
+
+        return wait_for(self._running, f"evaluation {self._version}", self.call_timeout_s, answers)
 
     def _take_its_place(self) -> None:
         # What the dead one asked for is still being answered. Requests beside others would be batched differently.
