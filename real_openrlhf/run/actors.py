@@ -65,7 +65,7 @@ class Actors:
             waiting += frozen.ready()
         elif config.algo.kl.init_coef > 0:
             self.reference = self.policy
-        built = wait_for([*self.policy.ready(), *waiting], "the actors' start", timeout)
+        built = wait_for([*self.policy.ready(), *waiting], "the actors' start")
         self.facts = {name: value for name, value in built[0].items() if isinstance(value, int | float)}
         logger.info("policy: %s; engines: %d", built[0], sum(len(group.engines) for group in engines))
         self._engines = engines

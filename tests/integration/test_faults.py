@@ -281,15 +281,19 @@ def test_soak(judges: Path, tmp_path: Path) -> None:
 
     done = run(long(whole))
     assert done.returncode == 0, done.stderr[-4000:]
-    chance = random.Random(steps)
+    chance, memory = random.Random(steps), {}
     with logged(long(out, "--ckpt.save_steps", "2"), tmp_path) as (process, said):
         step, kills = 0, 0
         while (step := step + chance.randint(3, 9)) < steps:
             wait_for_step(process, out, step)
+            memory[step] = psutil.Process(process.pid).memory_info().rss // 2**20
             time.sleep(chance.random())
             with contextlib.suppress(AssertionError, psutil.Error):  # between two starts there may be none
                 find(process, chance.choice([POLICY, ENGINE, EVALUATOR, CORE, WORKER])).kill()
                 kills += 1
         assert process.wait(timeout=3000) == 0, said.read_text(errors="replace")[-6000:]
+    print(f"{kills} kills; memory of the driver by step, MiB: {memory}")  # pytest -s shows it
     assert kills >= steps // 12
+    first, *_, last = memory.values()
+    assert last < 1.5 * first, memory
     assert_same(whole, out, last=steps)
