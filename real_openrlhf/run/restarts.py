@@ -7,17 +7,23 @@ ends as an undisturbed run does. The controller's process must live; if it dies,
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from real_openrlhf.checkpoint.manifest import Checkpoint
+from real_openrlhf.common.device import DeviceError
+from real_openrlhf.common.errors import RunError
 from real_openrlhf.controller.checkpointing import make_store
 from real_openrlhf.controller.loop import Stopped
 from real_openrlhf.run.plan import RunPlan
 from real_openrlhf.run.waiting import is_fault
 
 logger = logging.getLogger(__name__)
+
+# Seconds before the second start in a row; twice as many before the third.
+_PAUSE_S = 30.0
 
 
 class Interrupted(Exception):
@@ -61,7 +67,8 @@ def launch_until_done(plan: RunPlan, checkpoint: Checkpoint | None, launch: Call
         except Interrupted as interrupted:
             fault, step, signal = interrupted.__cause__, interrupted.step, interrupted.signal
         except Exception as error:
-            if again is None or not is_fault(error):
+            # A node that is gone may be missed here; the first start said that there are enough.
+            if again is None or not (is_fault(error) or isinstance(error, DeviceError)):
                 raise
             fault, step, signal = error, None if checkpoint is None else checkpoint.step, None
         assert fault is not None
@@ -73,12 +80,16 @@ def launch_until_done(plan: RunPlan, checkpoint: Checkpoint | None, launch: Call
         if restarts > ckpt.max_restarts:
             if restarts > 1:
                 logger.error("no further start: %d in a row came to no new checkpoint", restarts)
+            if isinstance(fault, DeviceError):
+                raise RunError(f"the run cannot go on: {fault}") from fault
             raise fault
         checkpoint = newest
         where = "the beginning" if newest is None else str(newest.path)
         again = Again(why=_in_words(fault, step), where=where)
         logger.error("%s; start %d of %d from %s", again.why, restarts, ckpt.max_restarts, where, exc_info=fault)
         del fault  # with its frames, and what they hold
+        # The first one comes at once. When it did not help, what was lost needs time to come back.
+        time.sleep(_PAUSE_S * (restarts - 1))
 
 
 def _in_words(fault: BaseException, step: int | None) -> str:

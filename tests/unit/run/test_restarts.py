@@ -11,8 +11,11 @@ import pytest
 from ray.exceptions import ActorUnavailableError
 
 from real_openrlhf.checkpoint.manifest import Checkpoint
+from real_openrlhf.common.device import DeviceError
+from real_openrlhf.common.errors import RunError
 from real_openrlhf.controller.checkpointing import make_store
 from real_openrlhf.controller.loop import Stopped
+from real_openrlhf.run import restarts
 from real_openrlhf.run.restarts import Interrupted, launch_until_done
 from tests.unit.checkpoint import helpers
 
@@ -62,6 +65,13 @@ def fails(error: Exception) -> Callable[[Run], None]:
     return attempt
 
 
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    made: list[float] = []
+    monkeypatch.setattr(restarts.time, "sleep", made.append)
+    return made
+
+
 def test_without_a_fault_there_is_one_start(tmp_path: Path) -> None:
     run = Run(tmp_path).go()
     assert run.started_from == [None] and run.again == [None]
@@ -83,6 +93,21 @@ def test_a_bounded_number_of_times_without_a_new_checkpoint(tmp_path: Path) -> N
     with pytest.raises(ActorUnavailableError):
         run.go()
     assert run.started_from == [None, 2, 2]
+
+
+def test_starts_that_did_not_help_are_given_time(tmp_path: Path, pauses: list[float]) -> None:
+    Run(tmp_path, dies(), dies(), dies(), dies(2), dies(), limit=3 + 1).go()
+    assert pauses == [0.0, 30.0, 60.0, 0.0, 30.0]
+
+
+def test_a_node_that_is_gone_may_come_back(tmp_path: Path) -> None:
+    """A first start without enough GPUs is the user's mistake, a later one is not."""
+    lacks = fails(DeviceError("the cluster has 8 GPUs, the run needs 16"))
+    assert Run(tmp_path, dies(3), lacks).go().started_from == [None, 3, 3]
+    with pytest.raises(RunError, match="the run cannot go on: the cluster has 8 GPUs"):
+        Run(tmp_path / "never", dies(3), lacks, lacks).go()
+    with pytest.raises(DeviceError):
+        Run(tmp_path / "first", lacks).go()
 
 
 def test_every_new_checkpoint_gives_all_starts_back(tmp_path: Path) -> None:
