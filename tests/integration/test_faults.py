@@ -1,6 +1,8 @@
 """Processes of a run are killed or stopped while it goes on: it ends as an undisturbed run, without a person.
 
 The fault comes at a known point: a process is stopped (SIGSTOP) before the run needs it, and killed once the run waits.
+What every run of the tests has of this: the policy of a warm-up is killed (test_train_warmup.py), and an engine
+(test_rollout_engine.py).
 """
 
 from __future__ import annotations
@@ -87,8 +89,9 @@ def mapped(processes: Sequence[psutil.Process]) -> set[str]:
     return found
 
 
+@pytest.mark.faults
 def test_an_engine_is_killed_while_it_generates(judges: Path, tmp_path: Path) -> None:
-    """Short, for every run of the tests: the other faults are below."""
+    """None of the prompts in flight is lost or trained on twice."""
     out = tmp_path / "run"
     args = command(judges, out, *SAVING, "--logger.samples", "32")
     args[args.index("--train.max_steps") + 1] = "2"
