@@ -18,7 +18,7 @@ from real_openrlhf.run.early import check_early
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 the input is wrong, 1 the run failed, 85 stopped by a signal: run me again to resume."""
+    """Exit codes: 0 done, 2 the input is wrong, 1 the run failed, 85 stopped by a signal (then --ckpt.load latest)."""
     try:
         config = parse_args(list(sys.argv[1:] if argv is None else argv))
         use_writable_caches()

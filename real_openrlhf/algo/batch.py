@@ -20,6 +20,9 @@ __all__ = ["Packed", "RealBatch", "Row", "collate", "denominators_of", "pack", "
 class RealBatch:
     """N rollouts. The network's inputs are packed into one row (see `packing`); the loss's are [N, T], right-padded.
 
+    The packed row is the micro-batch's one sequence of L tokens. A row of logits is one position of it, and a score row
+    is a row of logits from which labels are read. M here: rows of logits that are computed.
+
     token_ids, position_ids   [L] int64, the packed row
     layout          where in it prompts and rollouts begin and end
     logit_index     [M] int64, ascending: positions in the row at which logits are needed, each once
@@ -81,7 +84,7 @@ def denominators_of(rows: Sequence[Row], *, trains_score_token: bool) -> Denomin
 
 
 def collate(rows: Sequence[Row]) -> RealBatch:
-    """Rows -> one batch, in the rows' order. Neighbours of one group share its prompt."""
+    """One batch of these rollouts, in their order. Neighbours of one group share its prompt in the packed row."""
     n, width = len(rows), max(1, max(r.length for r in rows))
     response_ids = torch.zeros(n, width, dtype=torch.int64)
     response_mask = torch.zeros(n, width, dtype=torch.bool)

@@ -37,7 +37,9 @@ class LossOptions:
     clip_low/high bounds 1 - low and 1 + high of the clipped ratio
     tis_cap       C of the truncated importance weight min(C, pi / pi_rollout), detached: per token
                   on Term 1 (w), the truncated product over the chain of thought on Term 2 (W).
-                  Not applied under "clip", whose ratio corrects for the same. None: off
+                  Not applied under "clip": there the ratio corrects Term 1, and Term 2 has no weight.
+                  None: off
+    kl_coef, kl_estimator, entropy_coef   weights of the KL and the entropy bonus, and the KL's estimator (`algo.kl`)
     renormalise   divide label probabilities by their sum before E[score] and likelihood are computed
     """
 
@@ -61,9 +63,10 @@ def policy_loss(
 ) -> LossOutputs:
     """The loss of N rollouts; see the module's docstring.
 
-    loss_scale undoes the trainer's averaging: under DeepSpeed it is ranks times accumulation steps, since
-    DeepSpeed averages over both. Rollouts that are not readable add nothing to Term 2. Empty masks add
-    exactly 0, and even then the loss has a gradient path, so that `backward` works.
+    loss_scale undoes what the caller's backward pass divides by: the number of ranks where gradients are averaged over
+    ranks, times the accumulation steps where the loss is divided by these too (`RealTrainer`'s is not). Rollouts that
+    are not readable add nothing to Term 2. Empty masks add exactly 0, and even then the loss has a gradient path, so
+    that `backward` works.
     """
     if inputs.rollout_logprobs is None and options.needs_rollout_logprobs:
         raise ValueError("clipped ratios and importance weights need rollout_logprobs")

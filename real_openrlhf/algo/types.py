@@ -6,7 +6,12 @@ Axis letters, used in names and shapes throughout the package:
     N  rollouts of a batch or micro-batch    M  inner nodes of the label trie
     P  prompt tokens                         C  children of one trie node
     T  response tokens                       R  score rows
-    V  vocabulary
+    V  vocabulary                            L  tokens of a packed row
+
+Other letters are explained where they are used. Two words have two uses. A group's "label" is the human score y, any
+number within the scale; everywhere else (label_logprobs, label_index, S) a label is one of the strings that may be
+written as a score, and a Target is y by its two neighbours on the scale. "Feedback" and "chain of thought" (cot) are
+the same; the loss term "cot" is Term 1, with the sampled score's part where an objective trains it.
 
 Torch is the only import here and in all of `real_openrlhf.algo`.
 """
@@ -27,7 +32,7 @@ from real_openrlhf.algo.target import Target
 # Why a rollout has no score, or has one that cannot be decoded. Kept as words: they go to logs.
 NO_ANCHOR = "no_anchor"  # the answer anchor was never written
 TRUNCATED = "truncated"  # the response ended inside or right after the anchor, before a score token
-SPLIT_ANCHOR = "split_anchor"  # the anchor ends in the middle of a token: no row predicts the score alone
+SPLIT_ANCHOR = "split_anchor"  # the anchor ends in the middle of a token: no position predicts the score's first token
 OFF_SCALE = "off_scale"  # a score was written that is not a label; the score position still exists
 REASONS = (NO_ANCHOR, TRUNCATED, SPLIT_ANCHOR, OFF_SCALE)
 
@@ -61,10 +66,13 @@ class Rollout:
     """One response: sampled, exactly as the engine produced it (token in, token out), or given by a data set.
 
     token_ids       [T] int64, the sampled ids, a final end-of-text token included if it was sampled
-    logprobs        [T] float32, log-prob of each sampled id under the engine's weights; None: the response was given
+    logprobs        [T] float32, log-prob of each sampled id under the engine's weights, over the full vocabulary at
+                    the sampling temperature; None: the response was given
     reading         where the score stands
-    score_rows      R = 0 rows for an unreadable rollout, one row per inner node of the label trie else
-    score_logprobs  [R, C] float32, log-probs of the candidate tokens at each score row; NaN where it was given
+    score_rows      R = 0 rows for an unreadable rollout; else one per inner node of the label trie, so one where every
+                    label is a single token
+    score_logprobs  [R, C] float32, log-probs of the candidate tokens at each score row, at the same temperature; NaN
+                    where the response was given
     finish_reason   "stop" or "length"
     text            the decoded response, for logs only
 
@@ -91,8 +99,10 @@ class Rollout:
 
     @property
     def feedback_mask(self) -> Tensor:
-        """[T] bool: the tokens that are learned as feedback. Of a sampled response those of `cot_length`: what follows
-        the score did not lead to it. Of a given one all but the score's, its end included.
+        """[T] bool: the tokens that are learned as feedback.
+
+        Of a sampled response the first `cot_length`: tokens after the score did not influence it. Of a given response
+        (warm-up) all but the score's, the end of text included.
         """
         n = self.token_ids.numel()
         mask = torch.arange(n) < self.cot_length
@@ -259,10 +269,10 @@ class LossInputs:
 
     float32 here means float32 or wider; narrower tensors are cast up. Padding may hold anything.
 
-    token_logprobs    [N, T] float32 with grad: log pi of the sampled ids at temperature T
+    token_logprobs    [N, T] float32 with grad: log pi of the sampled ids at the sampling temperature
     label_logprobs    [N, S] float32 with grad: log pi of the labels at the score positions
     readable          [N] bool: the rollout has a score position
-    cot_mask          [N, T] bool: tokens of the chain of thought
+    cot_mask          [N, T] bool: the tokens that cot weighs, see `Rollout.feedback_mask`
     score_mask        [N, T] bool: the tokens sampled as the score (all False where not readable)
     response_mask     [N, T] bool
     cot, score, squared_error, likelihood   [N] float32: the coefficients

@@ -1,7 +1,8 @@
-"""Named settings: `exact` is the objective's gradient, `paper` what the paper says, `reference` its authors' scripts.
+"""Named settings: `exact` weighs its terms as the gradient does, `paper` and `reference` as the paper and its authors.
 
-`exact`, the default, is `paper` with beta = 1: both terms have the weight that the product rule gives them. With the
-paper's beta = 0.01 only a hundredth of Term 2 keeps the score distribution in place while Term 1 changes the network.
+`exact`, the default, is `paper` with beta = 1: both terms have the weight that the product rule gives them. Advantages
+are standardised and clipped all the same. With the paper's beta = 0.01 only a hundredth of Term 2 keeps the score
+distribution in place while Term 1 changes the network.
 Measurements of both are in examples/quickstart/README.md.
 
 A preset overrides the defaults, and all that a user gives overrides the preset; the run records which preset it used

@@ -110,9 +110,10 @@ class Controller(TrainingLoop):
 
     def step(self) -> None:
         """One step, from prompts to a new version of the weights."""
-        # 1. Rollouts, filtered by accuracy. The newest weights sample them; one step ahead, the weights before those.
+        # 1. Rollouts, filtered by accuracy. The newest weights sample them; with one_ahead, those of the step before.
+        # Step n begins with version n. sleep() does something only where engines share the policy's GPUs.
         with self.timer.phase("generate"):
-            batch = self.batches.take(self.step_number, self.step_number)
+            batch = self.batches.take(step=self.step_number, version=self.step_number)
             self.rollouts.sleep()
         age, collected = self._age(batch), batch.collected
         # 2. Rewards and advantages, from the score distributions that came with the rollouts.
@@ -129,7 +130,7 @@ class Controller(TrainingLoop):
         if self.settings.one_ahead and self.step_number + 1 < self.settings.total_steps:
             self.batches.start(self.step_number + 1, self.step_number)
         if self.export.metric is not None:
-            # It may find that these weights are the best so far: they must be exported before training changes them.
+            # An evaluation under way may find these weights to be the best: they are exported before they change.
             self._finish_evaluation()
         with self.timer.phase("train"):
             trained = self.policy.train(groups)
@@ -153,6 +154,7 @@ class Controller(TrainingLoop):
         metrics.update(speed_metrics(self.timer.pop(), batch))
         self._log_step(metrics, collected, groups)
         self._heed_skipped(trained, groups)
+        # Without a checkpoint of this step: it would be one of a run that learns nothing.
         self._stop_if_nothing_is_learned(groups)
         self._heed(self.watches.step(metrics))
         # 7. Evaluation and checkpoint.
@@ -172,6 +174,7 @@ class Controller(TrainingLoop):
 
         def generate(prompts: Sequence[Prompt]) -> list[Group]:
             nonlocal wave
+            # Another one for every step and wave, as long as a step has at most 101 waves.
             seed = (s.seed * 1_000_003 + step) * 101 + wave if s.seeded else None
             wave += 1
             sampling = Sampling(

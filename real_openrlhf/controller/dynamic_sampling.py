@@ -1,7 +1,7 @@
 """Dynamic sampling: which groups are worth training on, and how a batch is filled with them.
 
-A group whose rollouts are all right or all wrong says little (paper, Table 6). Accuracy counts
-the written score: right when it is the label nearest to y.
+The paper's filter, as it is: groups whose written scores are all right or all wrong are left out (Table 6), although
+their REAL rewards may differ. A written score is right when it is the label nearest to y.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from real_openrlhf.data.stream import StreamExhausted
 
 Keep = Literal["partial", "some_right", "some_wrong", "all"]
 
-# A refill draws as many prompts as the pass rate of the step so far calls for; a lower rate counts as this one.
+# A refill draws (missing groups) / (share that was kept in this step so far) prompts; a lower share counts as this one.
 LOWEST_RATE = 0.25
 
 
@@ -51,14 +51,14 @@ class Collected:
         return len(self.kept) / len(self.sampled) if self.sampled else 0.0
 
 
-def keeps(keep: Keep, value: float) -> bool:
+def keeps(keep: Keep, accuracy: float) -> bool:
     """Whether a group of this accuracy is trained on."""
     if keep == "partial":
-        return 0.0 < value < 1.0
+        return 0.0 < accuracy < 1.0
     if keep == "some_right":
-        return value > 0.0
+        return accuracy > 0.0
     if keep == "some_wrong":
-        return value < 1.0
+        return accuracy < 1.0
     return True
 
 

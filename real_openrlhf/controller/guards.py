@@ -43,10 +43,12 @@ class Guards:
     """All watches of a run; their state is part of checkpoints.
 
     scale_range: the highest value of the score scale minus the lowest.
+    held_out_reward: watch the held-out reward; not where training maximises another one.
     """
 
-    def __init__(self, flags: GuardConfig, *, scale_range: float) -> None:
+    def __init__(self, flags: GuardConfig, *, scale_range: float, held_out_reward: bool = True) -> None:
         self.flags = flags
+        self.held_out_reward = held_out_reward
         self.scale_range = scale_range
         self._series: dict[str, _Series] = {}
         # Faults in a row, by watch.
@@ -69,7 +71,7 @@ class Guards:
         }
         self._since_norms += 1
         measured: dict[str, int] = {}
-        if term_norms(metrics) is not None:
+        if measured_norms(metrics) is not None:
             # Not measured at every step: two faults in a row count for the steps between them as well.
             faults["terms"] = self._terms(metrics)
             measured["terms"], self._since_norms = self._since_norms, 0
@@ -97,12 +99,14 @@ class Guards:
     ) -> list[Alarm]:
         """Alarms for the faults that were seen often enough in a row.
 
-        measured: steps since a watch was last evaluated, for watches that are not evaluated at every step.
+        measured: steps since a watch's metric was last measured, where it is not measured at every step.
         """
         alarms = []
         for watch, fault in faults.items():
             before = counts.get(watch, 0)
-            n = counts[watch] = (before + measured.get(watch, 1) if before else 1) if fault else 0
+            # A first fault counts 1, a further one the steps since its metric was measured last.
+            seen = before + measured.get(watch, 1) if before else 1
+            n = counts[watch] = seen if fault else 0
             stops = watch in self.flags.stop and n >= stop_at
             if fault and (stops or before < warn_at <= n):
                 name = unit.removesuffix("s") if n == 1 else f"{unit} in a row"
@@ -217,7 +221,7 @@ class Guards:
         )
 
     def _terms(self, metrics: Metrics) -> str | None:
-        norms, limit = term_norms(metrics), self.flags.max_term_ratio
+        norms, limit = measured_norms(metrics), self.flags.max_term_ratio
         if limit is None or norms is None:
             return None
         where, first, second = norms
@@ -234,16 +238,16 @@ class Guards:
         if not self.flags.evaluation:
             return None
         worse = [
-            f"{_TITLES[name]} by {-c.difference:.3f} [{-c.high:.3f}, {-c.low:.3f}]"
+            f"{_TITLES[name]} fell by {-c.difference:.3f} (95% paired interval {-c.high:.3f} to {-c.low:.3f})"
             for name, c in changes.items()
-            if c.high < 0
+            if c.high < 0 and (name != _REWARD or self.held_out_reward)
         ]
         if not worse:
             return None
         return (
-            f"The judge is worse on held-out prompts than at the start: {' and '.join(worse)} lower, with its paired "
-            "interval. Lower --actor.adam.lr, or use --real.preset exact; the best judge so far is kept "
-            "(--ckpt.best_metric_key) (switch: --no-guard.evaluation)."
+            f"The judge is worse on held-out prompts than at the start: {' and '.join(worse)}. Lower "
+            "--actor.adam.lr, or use --real.preset exact. The best judge so far, by --ckpt.best_metric_key, is kept. "
+            "--no-guard.evaluation switches this watch off."
         )
 
     def _add(self, name: str, value: float | None) -> _Series:
@@ -295,10 +299,11 @@ class _Series:
         return statistics.fmean(self.last)
 
 
-_TITLES = {"reward": "the mean reward", "expected/pearson": "Pearson of E[score]"}
+_REWARD = "reward"
+_TITLES = {_REWARD: "the mean reward", "expected/pearson": "Pearson of E[score]"}
 
 
-def term_norms(metrics: Metrics) -> tuple[str, float, float] | None:
+def measured_norms(metrics: Metrics) -> tuple[str, float, float] | None:
     """Where the gradient norms of Term 1 and Term 2 were measured, and both norms.
 
     None if they were not measured at this step, or if one of the terms is off.

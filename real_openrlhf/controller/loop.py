@@ -28,7 +28,7 @@ _NOT_FINITE = {
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop; its state is saved. saved: the save succeeded."""
+    """A signal asked the run to stop, and a save was tried. saved: it succeeded."""
 
     def __init__(self, step: int, signal: str, saved: bool) -> None:
         super().__init__(f"{signal}: stopped after step {step}")
@@ -105,7 +105,7 @@ class TrainingLoop(ABC):
         self._saver = saver
         synced = self._sync()
         if not self._resumed:
-            # An unbroken run has neither of them at a later step.
+            # A resumed run does neither: its records are those of a run that was never interrupted.
             if synced:
                 self.log.log(self.step_number, "sync", {**synced, **self.timer.pop()})
             self._evaluate()
@@ -130,7 +130,7 @@ class TrainingLoop(ABC):
     def _save(self) -> None:
         signal, saver, step = self.stop_requested(), self._saver, self.step_number
         if signal is not None or (saver is not None and (saver.uses_evaluations or saver.is_due(step, None))):
-            # It may decide the best, and no checkpoint holds an evaluation that is under way.
+            # Its result may make this checkpoint the best, and a checkpoint cannot hold a running evaluation.
             self._finish_evaluation()
         evaluation = self.last_eval if self._evaluated_at == step and self._evaluating is None else None
         saved = False
@@ -148,7 +148,8 @@ class TrainingLoop(ABC):
     def _stop(self, alarm: Alarm) -> NoReturn:
         raise WentWrong(
             f"stopped after step {self.step_number}: {alarm.message} The best judge so far is kept where evaluations "
-            "chose one, and checkpoints stay. --guard.stop says which watches may stop a run, and none goes on."
+            "chose one, and checkpoints stay. --guard.stop names the watches that may stop a run; with none it goes on "
+            "whatever they see."
         )
 
     def _heed_skipped(self, trained: Mapping[str, float], groups: Sequence[TrainGroup]) -> None:

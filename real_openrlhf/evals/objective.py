@@ -1,4 +1,4 @@
-"""The objective on held-out prompts: the mean of the reward that training maximises."""
+"""REAL's objective on held-out prompts: the mean of its reward, whatever a run maximises."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def write_benchmark_plots(folder: str | Path, predictions: Sequence[Prediction],
 def learning_curve(evaluations: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     """Held-out Pearson of E[score] and mean reward against the step, from a run's records. Returns the path."""
     figure = _figure(9.0, 3.8)
-    names = {"eval/expected/pearson": "Pearson of E[score] and label", "eval/reward": "mean reward, the objective"}
+    names = {"eval/expected/pearson": "Pearson of E[score] and label", "eval/reward": "mean reward of REAL"}
     for number, (name, label) in enumerate(names.items(), start=1):
         axes = figure.add_subplot(1, 2, number)
         points = [(record["step"], record[name]) for record in evaluations if record.get(name) is not None]

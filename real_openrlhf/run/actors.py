@@ -6,7 +6,8 @@ import logging
 from typing import Any
 
 from real_openrlhf.controller.protocols import ReferenceGroup
-from real_openrlhf.run.placement import COLOCATED_SHARE, reserve
+from real_openrlhf.run.kept_engines import KeptEngines
+from real_openrlhf.run.placement import COLOCATED_SHARE, ROLLOUT, release, reserve
 from real_openrlhf.run.plan import RunPlan
 from real_openrlhf.run.ray_groups import (
     RayPolicyGroup,
@@ -28,16 +29,23 @@ class Actors:
     rollouts, weight_sync: None in a warm-up without evaluation, where nothing is sampled.
     """
 
-    def __init__(self, plan: RunPlan) -> None:
+    def __init__(self, plan: RunPlan, kept: KeptEngines | None = None) -> None:
+        """kept: the rollout engines come from there and stay; `shutdown` ends all other actors."""
         config, device = plan.config, plan.device
         env = passed_environment()
-        groups = reserve(plan.placement, config.ray.placement_timeout)
+        self._kept = kept
+        # First, since it refuses what cannot be kept.
+        lasting = kept.take(plan, env) if kept is not None and config.uses_engines else None
+        mine = [request for request in plan.placement if lasting is None or request.name != ROLLOUT]
+        self._places = groups = reserve(mine, config.ray.placement_timeout)
         colocated = config.train.colocate_all
         timeout = config.ray.call_timeout
         place: dict[str, Any] = dict(device=device, env=env, call_timeout_s=timeout)
         shared: dict[str, Any] = dict(place, share=COLOCATED_SHARE if colocated else 1.0)
         engines: list[RayRolloutGroup] = []
-        if config.uses_engines:
+        if lasting is not None:
+            engines.append(lasting)
+        elif config.uses_engines:
             engines.append(
                 RayRolloutGroup(plan.engine, n_engines=config.vllm.num_engines, group=groups["rollout"], **shared)
             )
@@ -86,5 +94,14 @@ class Actors:
         )
 
     def shutdown(self) -> None:
+        """End the engines. Kept ones stay, but all else ends: the cluster lives on, and the next run needs room."""
         for group in self._engines:
-            group.shutdown()
+            if self._kept is None or group is not self.rollouts:
+                group.shutdown()
+        if self._kept is None:
+            return
+        frozen = self.reference if isinstance(self.reference, RayReferenceGroup) else None
+        for part in (self.policy, frozen, self.evaluator):
+            if part is not None:
+                part.end()
+        release(self._places)

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 CURVE_FILE = "learning_curve.png"
 # The metrics of the table, if they were measured: name in metrics.jsonl -> name in the table.
 SHOWN = {
-    "eval/reward": "reward, the objective",
+    "eval/reward": "reward of REAL",
     "eval/expected/pearson": "Pearson of E[score]",
     "eval/expected/spearman": "Spearman of E[score]",
     "eval/expected/rmse": "RMSE of E[score]",

@@ -88,6 +88,9 @@ class RayEvaluator:
             ray.get(self.actor.load_state_dict.remote(self._state), timeout=self.call_timeout_s)
         self.start(self._version)
 
+    def end(self) -> None:
+        ray.kill(self.actor)
+
     def state_dict(self) -> dict[str, Any]:
         return self._state or {"start": None}
 

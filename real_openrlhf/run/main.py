@@ -18,6 +18,7 @@ from real_openrlhf.controller.run_log import LIBRARIES_FILE, RunLogError, check_
 from real_openrlhf.run.ending import ending
 from real_openrlhf.run.feedback import rows_without_feedback, with_feedback
 from real_openrlhf.run.inputs import load_inputs
+from real_openrlhf.run.kept_engines import KeptEngines
 from real_openrlhf.run.library_log import last_lines
 from real_openrlhf.run.plan import make_plan
 from real_openrlhf.run.plan_text import render
@@ -29,10 +30,11 @@ from real_openrlhf.run.start import launch
 logger = logging.getLogger(__name__)
 
 
-def run(config: Config, *, feedback_model: str | None = None) -> int:
-    """Exit codes: 0 done, 2 the input is wrong, 1 the run failed, 85 stopped by a signal: run me again to resume.
+def run(config: Config, *, feedback_model: str | None = None, kept: KeptEngines | None = None) -> int:
+    """Exit codes: 0 done, 2 the input is wrong, 1 the run failed, 85 stopped by a signal: --ckpt.load latest resumes.
 
-    feedback_model: writes the feedback that a warm-up asks for; None: the start.
+    feedback_model: the model that writes missing feedback for a warm-up; None: the one that the warm-up begins with.
+    kept: rollout engines of this process's runs, inside a Ray session of the caller; None: engines of the run's own.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S")
     for noisy in ("httpx", "filelock", "urllib3"):
@@ -45,14 +47,14 @@ def run(config: Config, *, feedback_model: str | None = None) -> int:
         except FolderError as error:
             sys.stderr.write(f"error: {error}\n")
             return 2
-        return _run(config, held, feedback_model)
+        return _run(config, held, feedback_model, kept)
 
 
-def _run(config: Config, held: ExitStack, feedback_model: str | None) -> int:
-    """held: of locks, which another is added to."""
+def _run(config: Config, held: ExitStack, feedback_model: str | None, kept: KeptEngines | None) -> int:
+    """held: the locks of this run; that of the checkpoint folder is added here."""
     libraries = Path(config.ckpt.output_dir) / LIBRARIES_FILE
     try:
-        return _plan_and_launch(config, held, feedback_model)
+        return _plan_and_launch(config, held, feedback_model, kept)
     except RunError as error:
         sys.stderr.write(f"{last_lines(libraries)}error: {error}\n")
         return 1
@@ -62,7 +64,7 @@ def _run(config: Config, held: ExitStack, feedback_model: str | None) -> int:
         raise
 
 
-def _plan_and_launch(config: Config, held: ExitStack, feedback_model: str | None) -> int:
+def _plan_and_launch(config: Config, held: ExitStack, feedback_model: str | None, kept: KeptEngines | None) -> int:
     try:
         plan = make_plan(load_inputs(config))
         if config.dry_run:
@@ -85,7 +87,7 @@ def _plan_and_launch(config: Config, held: ExitStack, feedback_model: str | None
         sys.stderr.write(f"error: {error}\n")
         return 2
     try:
-        launch_until_done(plan, checkpoint, launch)
+        launch_until_done(plan, checkpoint, launch, kept)
     except Stopped as stopped:
         if not stopped.saved:
             sys.stderr.write(f"error: {stopped}, but its state could not be saved\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 # The share of a bundle that a rank takes, and an engine, where both share the bundle. OpenRLHF's number.
 COLOCATED_SHARE = 0.2
+# Name of the request for rollout engines that share no bundles.
+ROLLOUT = "rollout"
 
 
 class PlacementError(RunError):
@@ -154,6 +156,12 @@ def reserve(requests: Sequence[Request], timeout_s: float) -> dict[str, list[Bun
             )
         logger.info("placed %s", request)
     return {kind: by_node(_bundles(groups)) for name, groups in made.items() for kind in name.split("+")}
+
+
+def release(places: Mapping[str, Sequence[Bundle]]) -> None:
+    """Give back what `reserve` reserved. Actors that still run there end."""
+    for group in {bundle.group.id: bundle.group for bundles in places.values() for bundle in bundles}.values():
+        remove_placement_group(group)
 
 
 def by_node(bundles: Sequence[Bundle]) -> list[Bundle]:

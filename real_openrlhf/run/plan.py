@@ -27,7 +27,8 @@ from real_openrlhf.run.placement import Request
 class RunPlan:
     """All decisions of a run. --dry_run prints this plan, and a run is built from the same plan.
 
-    device           device and dtype of the model; before a cluster is joined, what the flags say about it
+    inputs           the configuration, with what was read from files
+    device           device and dtype of the model; before a cluster is joined, what the flags imply
     batch            number of rollouts, updates and steps
     placement        the resource bundles that Ray is asked for
     needed_cpus      CPU slots for actors; a cluster that this run starts itself has at least these
@@ -68,7 +69,7 @@ class RunPlan:
 
     @property
     def reward_tolerance(self) -> float:
-        """Rewards of one prompt that differ by less than this count as equal."""
+        """Rewards of one prompt that differ by less than this count as equal. For the printed plan."""
         tolerance = self.config.real.tolerance
         return self.device.reward_tolerance if tolerance is None else tolerance
 

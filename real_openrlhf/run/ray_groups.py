@@ -184,6 +184,10 @@ class _Ranks:
     def ready(self) -> list[Any]:
         return self._built
 
+    def end(self) -> None:
+        for rank in self.ranks:
+            ray.kill(rank)
+
     def counts(self) -> list[dict[str, int]]:
         return self.on_all("counts")
 

@@ -17,6 +17,7 @@ from real_openrlhf.common.device import DeviceError
 from real_openrlhf.common.errors import RunError
 from real_openrlhf.controller.checkpointing import make_store
 from real_openrlhf.controller.loop import Stopped
+from real_openrlhf.run.kept_engines import KeptEngines
 from real_openrlhf.run.plan import RunPlan
 from real_openrlhf.run.waiting import is_fault
 
@@ -46,13 +47,17 @@ class Again:
     where: str
 
 
-def launch_until_done(plan: RunPlan, checkpoint: Checkpoint | None, launch: Callable[..., Any]) -> None:
-    """Call launch(plan, checkpoint) and, after a fault, launch(plan, <last checkpoint>, again=Again(...)).
+def launch_until_done(
+    plan: RunPlan, checkpoint: Checkpoint | None, launch: Callable[..., Any], kept: KeptEngines | None = None
+) -> None:
+    """Call launch(plan, checkpoint, kept) and, after a fault, launch(plan, <last checkpoint>, kept, Again(...)).
 
     At most --ckpt.max_restarts times without a new checkpoint; then the fault is raised. A fault of the very first
     start is raised at once: it would come again. Raises Stopped when a fault comes between a stop signal and its save.
     """
     ckpt = plan.config.ckpt
+    # In a Ray session of the caller, actors of a failed attempt live on, and so may an engine that is broken.
+    limit = 0 if kept is not None else ckpt.max_restarts
     store = make_store(ckpt.folder, keep=ckpt.max_num, metric=ckpt.best_metric)
     # What was there before belongs to another course of the run, even if its step is higher.
     before = max((c.manifest.sequence for c in store.complete()), default=0)
@@ -62,7 +67,7 @@ def launch_until_done(plan: RunPlan, checkpoint: Checkpoint | None, launch: Call
     step: int | None
     while True:
         try:
-            launch(plan, checkpoint) if again is None else launch(plan, checkpoint, again=again)
+            launch(plan, checkpoint, kept) if again is None else launch(plan, checkpoint, kept, again)
             return
         except Interrupted as interrupted:
             fault, step, signal = interrupted.__cause__, interrupted.step, interrupted.signal
@@ -77,7 +82,7 @@ def launch_until_done(plan: RunPlan, checkpoint: Checkpoint | None, launch: Call
         if signal is not None:
             logger.error("%s, and then a fault: %s", signal, fault)
             raise Stopped(0 if newest is None else newest.step, signal, saved=newest is not None) from fault
-        if restarts > ckpt.max_restarts:
+        if restarts > limit:
             if restarts > 1:
                 logger.error("no further start: %d in a row came to no new checkpoint", restarts)
             if isinstance(fault, DeviceError):
@@ -86,7 +91,7 @@ def launch_until_done(plan: RunPlan, checkpoint: Checkpoint | None, launch: Call
         checkpoint = newest
         where = "the beginning" if newest is None else str(newest.path)
         again = Again(why=_in_words(fault, step), where=where)
-        logger.error("%s; start %d of %d from %s", again.why, restarts, ckpt.max_restarts, where, exc_info=fault)
+        logger.error("%s; start %d of %d from %s", again.why, restarts, limit, where, exc_info=fault)
         del fault  # with its frames, and what they hold
         # The first one comes at once. When it did not help, what was lost needs time to come back.
         time.sleep(_PAUSE_S * (restarts - 1))

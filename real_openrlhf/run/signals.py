@@ -11,7 +11,7 @@ from types import FrameType, TracebackType
 logger = logging.getLogger(__name__)
 
 EXIT_RESUME = 85
-"""Exit code that means: the state is saved, run the same command again. Not used by shells or sysexits.h."""
+"""Exit code that means: the state is saved; --ckpt.load latest or auto resumes. Not used by shells or sysexits.h."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

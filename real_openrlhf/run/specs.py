@@ -21,7 +21,7 @@ from real_openrlhf.controller.warmup import WarmupSettings
 from real_openrlhf.evals.evaluator import EvaluatorSpec
 from real_openrlhf.evals.objective import RewardSettings
 from real_openrlhf.run.inputs import Inputs
-from real_openrlhf.run.placement import Request
+from real_openrlhf.run.placement import ROLLOUT, Request
 
 
 def objective_of(config: Config, device: Device) -> Objective:
@@ -117,7 +117,7 @@ def engine_places(config: Config, device: Device) -> Request:
     """Bundles of the rollout engines, apart from any policy."""
     width = config.vllm.tensor_parallel_size
     return Request(
-        name="rollout",
+        name=ROLLOUT,
         bundles=(device.bundle(),) * (config.vllm.num_engines * width),
         width=width if width > 1 else None,
     )

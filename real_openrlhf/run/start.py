@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from real_openrlhf.algo.objectives import REAL_REWARD
 from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.algo.types import TrainGroup, group_scores
 from real_openrlhf.checkpoint.manifest import Checkpoint
@@ -26,6 +27,7 @@ from real_openrlhf.data.stream import PromptStream
 from real_openrlhf.run import specs
 from real_openrlhf.run.actors import Actors
 from real_openrlhf.run.export import complete_export, exported_step
+from real_openrlhf.run.kept_engines import KeptEngines
 from real_openrlhf.run.library_log import library_log
 from real_openrlhf.run.plan import RunPlan, make_plan
 from real_openrlhf.run.plan_text import render
@@ -37,11 +39,16 @@ from real_openrlhf.run.waiting import is_fault
 logger = logging.getLogger(__name__)
 
 
-def launch(plan: RunPlan, checkpoint: Checkpoint | None = None, again: Again | None = None) -> dict[str, Any]:
+def launch(
+    plan: RunPlan,
+    checkpoint: Checkpoint | None = None,
+    kept: KeptEngines | None = None,
+    again: Again | None = None,
+) -> dict[str, Any]:
     """Start, train, export, shut down. Returns the metrics of the last evaluation; raises Stopped after a signal.
 
-    checkpoint: resume from there. again: of a start after a fault. The caller holds the locks of the run's folders.
-    Raises Interrupted for a fault (`waiting.is_fault`) once all actors have started.
+    checkpoint: resume from there. kept: see `Actors`. again: of a start after a fault. The caller holds the locks of
+    the run's folders. Raises Interrupted for a fault (`waiting.is_fault`) once all actors have started.
     """
     config = plan.config
     store = make_store(config.ckpt.folder, keep=config.ckpt.max_num, metric=config.ckpt.best_metric)
@@ -58,7 +65,7 @@ def launch(plan: RunPlan, checkpoint: Checkpoint | None = None, again: Again | N
             locked=True,
             goes_on=checkpoint is not None or again is not None,
         ) as log,
-        # A warm-up's feedback may have been written before, on engines whose lines are there.
+        # Engines that wrote a warm-up's feedback have written to this file too: their lines are kept.
         library_log(
             Path(config.ckpt.output_dir) / LIBRARIES_FILE,
             append=checkpoint is not None or config.supervised or again is not None,
@@ -71,7 +78,7 @@ def launch(plan: RunPlan, checkpoint: Checkpoint | None = None, again: Again | N
         logger.info("%s", render(plan, for_log=True))
         timer = PhaseTimer()
         with timer.phase("start"):
-            actors = Actors(plan)
+            actors = Actors(plan, kept)
             # Checked even without --ckpt.save_steps, since a signal saves a checkpoint too.
             store.check_shared(actors.policy.sees)
         if checkpoint is None:
@@ -148,7 +155,11 @@ def make_controller(plan: RunPlan, actors: Actors, log: RunLog, progress: Progre
         weight_sync=actors.weight_sync,
         evaluator=actors.evaluator,
         reference=actors.reference,
-        guards=Guards(config.guard, scale_range=max(values) - min(values)),
+        guards=Guards(
+            config.guard,
+            scale_range=max(values) - min(values),
+            held_out_reward=config.real.objective in REAL_REWARD,
+        ),
         export=judge_export(plan, actors),
         log=log,
         progress=progress,

@@ -18,6 +18,7 @@ from real_openrlhf.config.cli import config_to_dict
 from real_openrlhf.config.schema import Config
 from real_openrlhf.controller.run_log import CONFIG_FILE, STAGE_1
 from real_openrlhf.run.export import exported_step
+from real_openrlhf.run.kept_engines import KeptEngines
 from real_openrlhf.run.main import run
 
 logger = logging.getLogger(__name__)
@@ -26,8 +27,8 @@ logger = logging.getLogger(__name__)
 _ELSEWHERE = ("ckpt", "logger", "ray", "overridden", "dry_run", "warmup")
 
 
-def run_tract(config: Config) -> int:
-    """Exit codes of `run.main.run`. A stage that was interrupted goes on with --ckpt.load auto or latest."""
+def run_tract(config: Config, *, kept: KeptEngines | None = None) -> int:
+    """Exit codes of `run.main.run`, and its `kept`. An interrupted stage goes on with --ckpt.load auto or latest."""
     first = stage_1(config)
     folder = Path(first.ckpt.output_dir)
     if config.dry_run:
@@ -44,10 +45,10 @@ def run_tract(config: Config) -> int:
             return 2
         logger.info("stage 1 is done: %s", folder / "model")
     else:
-        code = run(first)
+        code = run(first, kept=kept)
         if code != 0:
             return code
-    return run(stage_2(config), feedback_model=str(folder / "model"))
+    return run(stage_2(config), feedback_model=str(folder / "model"), kept=kept)
 
 
 def stage_1(config: Config) -> Config:

@@ -13,7 +13,7 @@ from examples.benchmark.report import memory_ratios, ratios, select
 from examples.benchmark.results import Results
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def run_ranks(folder: Path, out: Path, *more: str, stage: int, world: int) -> tu
     ("head", "stage", "before", "after"),
     [
         ("untied", 3, 2, 1),
-        ("tied", 2, 1, 2),
+        pytest.param("tied", 2, 1, 2, marks=pytest.mark.slow),
         pytest.param("tied", 3, 1, 2, marks=pytest.mark.slow),
         pytest.param("untied", 2, 2, 1, marks=pytest.mark.slow),
     ],

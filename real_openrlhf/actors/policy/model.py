@@ -51,7 +51,7 @@ class PolicyModel(Actor):
     """OpenRLHF's Actor, with a forward that takes a RealBatch.
 
     The model is built here and handed to Actor, because Actor's own loading supports only bf16 and fp16
-    and trusts remote code. `model` stays a transformers model (or a wrapper of one, later) with
+    and trusts remote code. `model` stays a transformers model (PEFT and DeepSpeed wrap it later) with
     its parameter names and its own forward; in addition, it accepts packed rows.
 
     max_logit_bytes   most bytes that logits may take at a time, see `Request`

@@ -23,6 +23,8 @@ OBJECTIVES = {
 }
 # Those that learn given responses (train_warmup); the others learn what the policy samples (train_real).
 SUPERVISED = ("sft", "raft")
+# Those whose reward is REAL's, r = -(E - y)^2 + lambda log p(y).
+REAL_REWARD = ("real", "term1_only", "term2_only")
 
 
 def objective_class(name: str) -> type[Any]:

@@ -18,7 +18,7 @@ class RealObjective:
     """Term 1: the advantage on the chain of thought. Term 2: beta on the gradient of the reward.
 
     lam                 lambda, the weight of the answer's likelihood
-    beta                the weight of Term 2; 1 is the exact gradient
+    beta                the weight of Term 2; 1 is the exact gradient but for standardise and clip
     answer_reward       "logprob" (paper): one joint reward r = -(E - y)^2 + lambda log pi(y);
                         "prob" (authors' scripts): pi(y), standardised and clipped on its own,
                         then added with weight lambda

@@ -190,16 +190,24 @@ def judge(watch: Guards, *changes: dict[str, Change], mass: Callable[[int], floa
 def test_a_worse_evaluation_warns_at_once_and_stops_at_the_third() -> None:
     (first,) = judge(guards(), {}, {"reward": WORSE}, {"reward": WORSE, "expected/pearson": WORSE}, {"reward": BETTER})
     assert first.watch == "evaluation" and not first.stops
-    assert "the mean reward by 0.200 [0.100, 0.300] lower" in first.message and "--no-guard.evaluation" in first.message
+    assert "the mean reward fell by 0.200 (95% paired interval 0.100 to 0.300)" in first.message
+    assert "--no-guard.evaluation" in first.message
     alarms = judge(guards(), {}, *[{"reward": BETTER, "expected/pearson": WORSE}] * 3)
     assert [alarm.stops for alarm in alarms] == [False, True]
-    assert "Pearson of E[score] by 0.200" in alarms[1].message and "3 evaluations in a row" in alarms[1].message
+    assert "Pearson of E[score] fell by 0.200" in alarms[1].message and "3 evaluations in a row" in alarms[1].message
 
 
 @pytest.mark.parametrize("change", [{}, {"reward": BETTER}, {"reward": UNSURE, "expected/pearson": UNSURE}])
 def test_an_evaluation_inside_its_interval_is_no_fault(change: dict[str, Change]) -> None:
     assert judge(guards(), {}, *[change] * 9) == []
     assert judge(guards(evaluation=False), {}, *[{"reward": WORSE}] * 9) == []
+
+
+def test_a_reward_that_training_does_not_maximise_may_fall() -> None:
+    other = Guards(FLAGS, scale_range=4.0, held_out_reward=False)
+    assert judge(other, {}, *[{"reward": WORSE}] * 9) == []
+    (alarm,) = judge(other, {}, {"reward": WORSE, "expected/pearson": WORSE})
+    assert "Pearson" in alarm.message and "reward" not in alarm.message
 
 
 def test_held_out_mass_that_falls() -> None:

@@ -172,7 +172,7 @@ def stages(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *, code: in
 
     calls: list[Any] = []
 
-    def run(config: Any, *, feedback_model: str | None = None) -> int:
+    def run(config: Any, *, feedback_model: str | None = None, kept: Any = None) -> int:
         calls.append((config.ckpt.output_dir, config.warmup.method, config.warmup.feedback, feedback_model))
         return code
 

@@ -16,6 +16,7 @@ from real_openrlhf.common.errors import RunError
 from real_openrlhf.controller.checkpointing import make_store
 from real_openrlhf.controller.loop import Stopped
 from real_openrlhf.run import restarts
+from real_openrlhf.run.kept_engines import KeptEngines
 from real_openrlhf.run.restarts import Interrupted, launch_until_done
 from tests.unit.checkpoint import helpers
 
@@ -31,7 +32,7 @@ class Run:
         self.started_from: list[int | None] = []
         self.again: list[Any] = []
 
-    def launch(self, plan: Any, checkpoint: Checkpoint | None, again: Any = None) -> None:
+    def launch(self, plan: Any, checkpoint: Checkpoint | None, kept: Any, again: Any = None) -> None:
         self.started_from.append(None if checkpoint is None else checkpoint.step)
         self.again.append(again)
         if self.attempts:
@@ -119,6 +120,14 @@ def test_no_restart_at_all(tmp_path: Path) -> None:
     run = Run(tmp_path, dies(2), limit=0)
     with pytest.raises(ActorUnavailableError):
         run.go()
+    assert run.started_from == [None]
+
+
+def test_no_restart_in_a_session_of_the_caller(tmp_path: Path) -> None:
+    """Its actors would still be there."""
+    run, kept = Run(tmp_path, dies(2)), KeptEngines()
+    with pytest.raises(ActorUnavailableError):
+        launch_until_done(run.plan, None, run.launch, kept)
     assert run.started_from == [None]
 
 
