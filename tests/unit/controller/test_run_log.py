@@ -351,7 +351,7 @@ if sys.argv[4] == "lasts":
         run.log(step, "train", {"a": float(step)})
     run.close()  # would wait for ever
     sys.exit()
-module._WANDB_START_S = 2.0
+module._WANDB_START_S = 10.0
 try:
     start("new")
     print("a new run was not refused")
