@@ -401,6 +401,8 @@ def check_death(stack: Stack, sampling: Sampling) -> None:
         for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines()
         if "/dev/shm/psm_" in line
     }
+    assert segments and all(Path(name).exists() for name in segments)
+    assert stack.run(stack.engine.ready())  # takes their names away, as every run does
     core.suspend()
 
     async def killed() -> None:
