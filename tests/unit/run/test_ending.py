@@ -40,7 +40,7 @@ def test_the_table_on_numbers() -> None:
     lines = table([record(0, 0.5, -2.0), record(10, 0.75, -1.5), record(20, 0.7, -1.25)], exported=10)
     assert [line.split() for line in lines] == [
         ["held", "out", "step", "0", "step", "20", "exported,", "step", "10"],
-        ["reward,", "the", "objective", "-2.0000", "-1.2500", "-1.5000"],
+        ["reward", "of", "REAL", "-2.0000", "-1.2500", "-1.5000"],
         ["Pearson", "of", "E[score]", "0.5000", "0.7000", "0.7500"],
     ]
     # The last weights were exported, or it is not known which: no third column.
