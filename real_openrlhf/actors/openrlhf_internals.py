@@ -407,9 +407,9 @@ TOUCHES: tuple[Touch, ...] = (
     ),
     Touch(
         where=f"{_ENGINE}.wake_up",
-        how="call",
-        by="run.ray_groups",
-        why="weights before a sync, KV cache after it",
+        how="override",
+        by="actors.engine.rollout_engine",
+        why="weights before a sync, KV cache after it; an error when the engine's process has ended",
         names=("tags",),
     ),
     Touch(

@@ -219,6 +219,19 @@ class CheckpointStore:
         ranked = self._ranked(self.complete())
         return ranked[0] if ranked else None
 
+    def newest(self, *, after: int) -> Checkpoint | None:
+        """The last one whose sequence number is above `after`, every file compared with its hash. None without one."""
+        for checkpoint in reversed(self.complete()):
+            if checkpoint.manifest.sequence <= after:
+                return None
+            try:
+                checkpoint.verify()
+            except CheckpointError as error:
+                self._pass_over(str(error))
+                continue
+            return checkpoint
+        return None
+
     def find(self, which: str | Path) -> Checkpoint:
         """A complete checkpoint, every file compared with its hash.
 

@@ -15,6 +15,9 @@ WATCHES = {
     "scores": "E[score] is nearly the same for everything",
     "length": "responses are truncated, or there is no feedback",
     "entropy": "rollouts do not explore any more",
+    "invalid": "too many rollouts have no score",
+    "gap": "engine and policy compute different log-probs",
+    "still": "the weights do not move",
     "terms": "one term's gradient is much larger than the other's",
 }
 # An imbalance of the gradients may cause damage but is not damage itself: it only warns.
@@ -44,6 +47,15 @@ class GuardConfig(Section):
     )
     min_cot: float | None = flag(1.0, "length: fault when feedback has fewer tokens on average; none: off", gt=0)
     min_entropy: float | None = flag(0.1, "entropy: fault when it is below this share of its start; none: off", gt=0)
+    max_invalid: float | None = flag(
+        0.75, "invalid: fault when more than this share of the rollouts has no score; none: off", gt=0
+    )
+    max_gap: float | None = flag(
+        0.2, "gap: fault when rollout_gap/logprob_mean is above this, in nats per token; none: off", gt=0
+    )
+    min_move: float | None = flag(
+        0.0, "still: fault when a step changes the policy's log-probs by no more than this; none: off", ge=0
+    )
     max_term_ratio: float | None = flag(
         100.0, "terms: fault when one gradient norm is this many times the other; none: off", gt=1
     )

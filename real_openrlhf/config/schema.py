@@ -219,6 +219,9 @@ class CkptConfig(Section):
     load: str = flag(
         "none", "resume: none, latest, best, a checkpoint's path, or auto (latest if there is one)", path=True
     )
+    max_restarts: int = flag(
+        3, "start everything again from the last checkpoint after a fault, so often without a new one; 0: never", ge=0
+    )
     force: bool = flag(False, "resume even if data, template, scale, tokenizer or model changed")
 
     def __post_init__(self) -> None:
@@ -289,6 +292,9 @@ class RealConfig(Section):
     min_mass: float = flag(0.5, "stop after the first rollouts with less mean mass on the scale", ge=0, le=1)
     min_readable: float = flag(0.25, "stop after the first rollouts with a smaller share of scores", ge=0, le=1)
     dead_steps: int = flag(20, "stop after this many steps in a row without any advantage; 0: never", ge=0)
+    max_skipped: int = flag(
+        5, "stop after this many steps in a row whose update was skipped, for a number that is NaN; 0: never", ge=0
+    )
     logits_mb: int | None = flag(
         None, "megabytes that logits may take in training; what does not fit is computed twice; none: by device", ge=1
     )
@@ -376,6 +382,9 @@ class RayConfig(Section):
     address: str | None = flag(None, "cluster to join; none: RAY_ADDRESS or the job's cluster, else one is started")
     placement_timeout: float = flag(600.0, "seconds to wait for the cluster to have room", gt=0)
     num_cpus: int | None = flag(None, "CPUs of a cluster that the run starts; none: all", ge=1)
+    call_timeout: float | None = flag(
+        3600.0, "seconds without any news after which a call to an actor counts as hung; none: wait for ever", gt=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,6 +85,7 @@ class Controller(TrainingLoop):
             log=log,
             progress=progress,
             stop_requested=stop_requested,
+            max_skipped=settings.max_skipped,
         )
         self.settings = settings
         self.scale = scale
@@ -139,11 +140,20 @@ class Controller(TrainingLoop):
             self.batches.wait()
         self.step_number += 1
         # 5. The engines get the new weights, and their log-probs are compared with the policy's.
-        synced = self._sync()
+        try:
+            synced = self._sync()
+        except RunError:
+            logger.error(
+                "the weight sync after step %d: %s",
+                self.step_number,
+                self.log.keep_batch(self.step_number, groups, trained),
+            )
+            raise
         # 6. Logs.
         metrics = {**stats, **trained, **sampling_metrics(collected), **synced, "rollouts/age": age}
         metrics.update(speed_metrics(self.timer.pop(), batch))
         self._log_step(metrics, collected, groups)
+        self._heed_skipped(trained, groups)
         # Without a checkpoint of this step: it would be one of a run that learns nothing.
         self._stop_if_nothing_is_learned(groups)
         self._heed(self.watches.step(metrics))

@@ -65,6 +65,9 @@ class Guards:
             "scores": self._scores(metrics),
             "length": self._length(metrics),
             "entropy": self._entropy(metrics),
+            "invalid": self._invalid(metrics),
+            "gap": self._gap(metrics),
+            "still": self._still(metrics),
         }
         self._since_norms += 1
         measured: dict[str, int] = {}
@@ -183,6 +186,38 @@ class Guards:
             f"The entropy per sampled token fell from {series.start:.4f} to {series.now:.4f} nats: rollouts of a "
             "prompt are all alike and nothing is explored. Add an entropy bonus (--actor.entropy_coef), raise "
             "--rollout.temperature or lower --actor.adam.lr (limit: --guard.min_entropy)."
+        )
+
+    def _invalid(self, metrics: Metrics) -> str | None:
+        series, limit = self._add("invalid", metrics.get("invalid/rate")), self.flags.max_invalid
+        if limit is None or not series.full or series.now <= limit:
+            return None
+        return (
+            f"{series.now:.0%} of the rollouts have no readable score (the start: {series.start:.0%}): their rewards "
+            "say nothing about the judgement. Warm the model up on judgements (real_openrlhf.train_warmup), see that "
+            "--real.anchor is what it writes, or lower the reward of those without a score (--real.invalid_penalty) "
+            "(limit: --guard.max_invalid)."
+        )
+
+    def _gap(self, metrics: Metrics) -> str | None:
+        series, limit = self._add("gap", metrics.get("rollout_gap/logprob_mean")), self.flags.max_gap
+        if limit is None or not series.full or series.now <= limit:
+            return None
+        return (
+            f"Log-probs of the sampled tokens differ by {series.now:.3f} nats per token between engine and policy (the "
+            f"start: {series.start:.3f}): training corrects what was not sampled. Use the same precision and attention "
+            "in both, correct the difference (--algo.advantage.is_correction_level token), or go without "
+            "--train.async_enable (limit: --guard.max_gap)."
+        )
+
+    def _still(self, metrics: Metrics) -> str | None:
+        moved, limit = metrics.get("sync/policy_moved"), self.flags.min_move
+        if limit is None or moved is None or moved > limit:
+            return None
+        return (
+            f"The step changed the policy's log-probs by {moved:.1e} per token: the weights do not move. Raise "
+            "--actor.adam.lr (in bf16 without master weights, small steps are rounded away), and see that "
+            "policy/grad_norm is not 0 (limit: --guard.min_move)."
         )
 
     def _terms(self, metrics: Metrics) -> str | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from real_openrlhf.algo.types import TrainGroup
+from real_openrlhf.common.errors import RunError
 from real_openrlhf.controller.dynamic_sampling import CannotFill
 from real_openrlhf.controller.guards import Alarm, Guards, WentWrong
 from real_openrlhf.controller.judge_export import JudgeExport
@@ -16,6 +18,13 @@ from real_openrlhf.controller.records import Log, Progress, Saver
 from real_openrlhf.data.stream import StreamExhausted
 
 logger = logging.getLogger(__name__)
+
+# Why an update was skipped (actors.policy.trainer.Update) -> in words.
+_NOT_FINITE = {
+    "rollouts": "log-probs of engine or reference, or rewards, are",
+    "loss": "the loss is",
+    "gradients": "gradients are",
+}
 
 
 class Stopped(Exception):
@@ -27,12 +36,17 @@ class Stopped(Exception):
         self.saved = saved
 
 
+class NotFinite(RunError):
+    """Too many steps in a row whose update was skipped, since a number was NaN or infinite."""
+
+
 class TrainingLoop(ABC):
     """A loop over steps, with what comes between them.
 
     total_steps  0 evaluates and exports only
     weight_sync, evaluator   None: nothing is judged while training
     guards       watches over evaluations, and over steps where the subclass asks them; None: none
+    max_skipped  stop after so many skipped steps in a row; 0: never
     """
 
     def __init__(
@@ -49,6 +63,7 @@ class TrainingLoop(ABC):
         log: Log,
         progress: Progress,
         stop_requested: Callable[[], str | None],
+        max_skipped: int = 0,
     ) -> None:
         self.total_steps = total_steps
         self.eval_steps = eval_steps
@@ -61,6 +76,9 @@ class TrainingLoop(ABC):
         self.log = log
         self.progress = progress
         self.stop_requested = stop_requested
+        self.max_skipped = max_skipped
+        # Steps with a skipped update, in a row.
+        self.skipped_steps = 0
         self._saver: Saver | None = None
         self.timer = PhaseTimer()
         self.step_number = 0
@@ -134,6 +152,23 @@ class TrainingLoop(ABC):
             "whatever they see."
         )
 
+    def _heed_skipped(self, trained: Mapping[str, float], groups: Sequence[TrainGroup]) -> None:
+        """After an update: warn where it was skipped, keep its batch, and stop when that happens again and again."""
+        reasons = [name.removeprefix("skipped/") for name, n in trained.items() if name.startswith("skipped/") and n]
+        self.skipped_steps = self.skipped_steps + 1 if reasons else 0
+        if not reasons:
+            return
+        what = " and ".join(_NOT_FINITE[reason] for reason in reasons)
+        kept = self.log.keep_batch(self.step_number, groups, trained)
+        message = f"{what} NaN or infinite: the update was skipped, the weights are as before; {kept}."
+        self.log.warn(self.step_number, "finite", message)
+        if self.max_skipped and self.skipped_steps >= self.max_skipped:
+            raise NotFinite(
+                f"step {self.step_number}: {message} That is the case for {self.skipped_steps} steps in a row "
+                "(--real.max_skipped). If the weights themselves have grown too large, lower --actor.adam.lr, raise "
+                "--actor.lr_warmup_ratio, and resume from an earlier checkpoint (--ckpt.load best, or a path)."
+            )
+
     def _end_step(self) -> None:
         """Evaluation, checkpoint, and the end of the run if a signal or a watch asked for it."""
         if self.eval_steps > 0 and self.step_number % self.eval_steps == 0:
@@ -150,7 +185,9 @@ class TrainingLoop(ABC):
         self._finish_evaluation()
         with self.timer.phase("sync"):
             report = self.weight_sync.sync(self.step_number)
+        moved = {} if report.moved is None else {"sync/policy_moved": report.moved}
         return {
+            **moved,
             "sync/logprob_mean": report.mean_difference,
             "sync/logprob_max": report.max_difference,
             "sync/transfer_seconds": report.seconds,
@@ -198,6 +235,7 @@ class TrainingLoop(ABC):
             "step_number": self.step_number,
             "last_eval": dict(self.last_eval),
             "evaluated_at": self._evaluated_at,
+            "skipped_steps": self.skipped_steps,
             "export": self.export.state_dict(),
         }
         if self.guards is not None:
@@ -209,6 +247,7 @@ class TrainingLoop(ABC):
         self.last_eval = dict(state["last_eval"])
         self._evaluated_at = state["evaluated_at"]
         # Not in checkpoints of earlier versions.
+        self.skipped_steps = state.get("skipped_steps", 0)
         for name, part in (("guards", self.guards), ("export", self.export)):
             if part is not None and name in state:
                 part.load_state_dict(state[name])

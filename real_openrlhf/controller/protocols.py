@@ -17,7 +17,10 @@ from real_openrlhf.evals.change import EvalReport
 
 @dataclass(frozen=True, kw_only=True)
 class SyncReport:
-    """One weight sync: its version, its seconds, and how much the log-probs of engine and policy differ."""
+    """One weight sync: its version, its seconds, and how much the log-probs of engine and policy differ.
+
+    moved: mean absolute change of the policy's log-probs since the sync before; None at the first.
+    """
 
     version: int
     seconds: float
@@ -25,6 +28,7 @@ class SyncReport:
     mean_difference: float
     max_difference: float
     n_tokens: int
+    moved: float | None = None
 
 
 class RolloutGroup(Protocol):

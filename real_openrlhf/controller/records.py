@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+from real_openrlhf.algo.types import TrainGroup
+
 
 class Log(Protocol):
     def log(self, step: int, phase: Literal["train", "eval", "sync"], metrics: Mapping[str, Any]) -> None: ...
@@ -14,6 +16,10 @@ class Log(Protocol):
     def log_evaluation(self, step: int, samples: Sequence[Mapping[str, Any]], plots: Mapping[str, str]) -> None: ...
 
     def warn(self, step: int, watch: str, message: str) -> None: ...
+
+    def keep_batch(self, step: int, groups: Sequence[TrainGroup], metrics: Mapping[str, Any]) -> str:
+        """Keep a batch for study; returns in words where it is, or why it is not kept."""
+        ...
 
 
 class Saver(Protocol):

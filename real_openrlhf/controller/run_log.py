@@ -3,6 +3,7 @@
     metrics.jsonl   one flat object per line: step, phase, time (unix seconds), then the metrics
     samples.jsonl   one judgement per line: step, then what `rollout_stats.judgement_samples` gives
     warnings.jsonl  what `controller.guards` saw go wrong: step, watch, message; empty when nothing did
+    not_finite/     batches that were not trained on, since a number was NaN or infinite
     run_config.json the resolved configuration, secrets taken out
 
 A number that is NaN or infinite is written as null and its name listed under "not_finite"; a null
@@ -22,15 +23,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
 
+from real_openrlhf.algo.types import TrainGroup
 from real_openrlhf.common.errors import FolderError
 from real_openrlhf.common.folder_lock import LOCK_FILE, FolderLock
 from real_openrlhf.common.jsonl import JsonLines, JsonLinesError, keep_lines
 from real_openrlhf.config.schema import WandbConfig
+from real_openrlhf.controller.kept_batch import keep_batch
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +54,10 @@ WARNINGS_FILE = "warnings.jsonl"
 CONFIG_FILE = "run_config.json"
 WANDB_ID_FILE = "wandb_id"
 REDACTED = "<redacted>"
+
+# Seconds that W&B may take to answer at the start, and to take what is left at the end.
+_WANDB_START_S = 60.0
+_WANDB_END_S = 120.0
 
 _RESERVED = ("step", "phase", "time", "not_finite")
 _SECRET_NAMES = {"key", "apikey", "api_key", "password", "secret", "token", "hf_token", "access_token", "auth_token"}
@@ -144,6 +152,7 @@ class RunLog:
     resume_step      with append: the last step to keep; later lines are dropped, since the run makes those steps again
     overwrite        start the records in output_dir anew
     locked           the caller holds output_dir's lock; else the log holds it until it is closed
+    goes_on          the run began before: if W&B does not answer now, it records offline
 
     Start-up problems raise RunLogError. Later ones (a full disk, a lost connection) are logged and
     never stop the training.
@@ -160,6 +169,7 @@ class RunLog:
         resume_step: int | None = None,
         overwrite: bool = False,
         locked: bool = False,
+        goes_on: bool = False,
     ) -> None:
         if resume_step is not None and not append:
             raise RunLogError("resume_step needs append: there is nothing to resume")
@@ -179,7 +189,7 @@ class RunLog:
                 if tensorboard_dir:
                     self._sinks.append(_TensorBoard(tensorboard_dir, purge_after=resume_step))
                 if wandb.mode != "disabled":
-                    self._sinks.append(_Wandb(wandb, self.output_dir, config, append=append, secrets=secrets))
+                    self._sinks += _wandb(wandb, self.output_dir, config, append, secrets, goes_on=goes_on)
             except BaseException:
                 self.close()
                 raise
@@ -228,6 +238,14 @@ class RunLog:
         """What a watch over the run has seen."""
         logger.warning("step %d: %s", step, message)
         _write(self._warnings, {"step": step, "watch": watch, "message": message})
+
+    def keep_batch(self, step: int, groups: Sequence[TrainGroup], metrics: Mapping[str, Any]) -> str:
+        """Keep a batch for study (`kept_batch`); returns in words where it is, or why it is not kept."""
+        try:
+            path = keep_batch(self.output_dir, step, groups, metrics)
+        except OSError as error:
+            return f"its batch could not be kept: {error}"
+        return "earlier batches of that kind are kept already" if path is None else f"its batch is in {path}"
 
     def log_evaluation(self, step: int, samples: Sequence[Mapping[str, Any]], plots: Mapping[str, str]) -> None:
         """Judgements and plots (name -> path of a PNG) of an evaluation; W&B alone shows them."""
@@ -350,6 +368,28 @@ class _TensorBoard:
         self._writer.close()  # type: ignore[no-untyped-call]
 
 
+def _wandb(
+    settings: WandbConfig, output_dir: Path, config: Any, append: bool, secrets: Sequence[str], *, goes_on: bool
+) -> list[_Wandb]:
+    """The sink, or one that records offline, or none. RunLogError only for a run that has not begun."""
+    try:
+        return [_Wandb(settings, output_dir, config, append=append, secrets=secrets)]
+    except RunLogError as error:
+        if not goes_on:
+            raise
+        if settings.mode == "offline":
+            logger.warning("the run goes on without W&B: %s", error)
+            return []
+        logger.warning("the run goes on, and records for W&B offline: %s", error)
+    import wandb
+
+    wandb.teardown()  # its process still holds the run's id
+    found = _wandb(replace(settings, mode="offline"), output_dir, config, append, secrets, goes_on=True)
+    if found:
+        logger.warning("later: wandb sync --append %s/wandb/offline-run-*", output_dir)
+    return found
+
+
 class _Wandb:
     name = "W&B"
 
@@ -371,6 +411,10 @@ class _Wandb:
             options = wandb.Settings(
                 console="off",
                 silent=True,
+                init_timeout=_WANDB_START_S,
+                # Without it, a run that is done would wait for a W&B that does not answer for ever.
+                finish_timeout=_WANDB_END_S,
+                finish_timeout_raises=True,
                 x_disable_meta=any(s and s in word for s in secrets for word in sys.argv),
             )
             self._run = wandb.init(
@@ -412,4 +456,11 @@ class _Wandb:
             self._run.log({**media, "global_step": step})
 
     def close(self) -> None:
-        self._run.finish()
+        try:
+            self._run.finish()
+        except TimeoutError:
+            logger.warning(
+                "W&B has not taken everything within %g s; the rest is on this disk: wandb sync --append %s",
+                _WANDB_END_S,
+                Path(self._run.dir).parent,
+            )

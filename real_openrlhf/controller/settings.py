@@ -24,6 +24,7 @@ class ControllerSettings:
     n_samples          judgements of a logged step that go to samples.jsonl
     logging_steps      log every n steps
     dead_steps         stop after n steps in a row in which all advantages are zero; 0: never
+    max_skipped        stop after n steps in a row whose update was skipped; 0: never
     one_ahead          sample the next batch while training on this one; its weights are then one version old
     """
 
@@ -45,3 +46,4 @@ class ControllerSettings:
     logging_steps: int
     one_ahead: bool = False
     eval_beside: bool = False
+    max_skipped: int = 0

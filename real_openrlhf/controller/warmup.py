@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from real_openrlhf.algo.types import TrainGroup
-from real_openrlhf.common.errors import RunError
 from real_openrlhf.controller.batches import PromptStore
 from real_openrlhf.controller.judge_export import JudgeExport
 from real_openrlhf.controller.loop import TrainingLoop
@@ -24,6 +22,7 @@ class WarmupSettings:
     batch_size     rows per update
     eval_steps     evaluate every n steps; -1: only before and after
     eval_beside    engines have GPUs of their own: go on while they judge, until the next weight sync
+    max_skipped    stop after n steps in a row whose update was skipped; 0: never
     logging_steps  log every n steps: losses of that step alone, seconds and speed since the row before
     """
 
@@ -32,6 +31,7 @@ class WarmupSettings:
     eval_steps: int
     eval_beside: bool
     logging_steps: int
+    max_skipped: int = 0
 
 
 class WarmupController(TrainingLoop):
@@ -68,6 +68,7 @@ class WarmupController(TrainingLoop):
             log=log,
             progress=progress,
             stop_requested=stop_requested,
+            max_skipped=settings.max_skipped,
         )
         self.settings = settings
         self.prompts = prompts
@@ -99,7 +100,7 @@ class WarmupController(TrainingLoop):
             self._tokens = 0
             self.log.log(self.step_number, "train", metrics)
             self.progress.step(self.step_number, metrics)
-        _check_finite(trained, self.step_number)
+        self._heed_skipped(trained, groups)
         self._end_step()
 
     def _sync(self) -> dict[str, float]:
@@ -128,14 +129,3 @@ def _named(metrics: Mapping[str, float]) -> dict[str, float]:
 
 def _speed(seconds: Mapping[str, float], tokens: int) -> dict[str, float]:
     return {**seconds, "speed/trained_tokens_per_second": tokens / max(seconds["seconds/train"], 1e-9)}
-
-
-def _check_finite(metrics: Mapping[str, float | None], step: int) -> None:
-    """RunError for a loss or gradient that is no number: the weights are lost, and no later step brings them back."""
-    for name in ("loss/total", "policy/grad_norm"):
-        value = metrics.get(name)
-        if value is not None and not math.isfinite(value):
-            raise RunError(
-                f"step {step}: {name} became {value}; lower --actor.adam.lr, or raise --actor.lr_warmup_ratio. The "
-                "best judge so far is kept where evaluations chose one, and checkpoints stay."
-            )

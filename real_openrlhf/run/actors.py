@@ -5,21 +5,20 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import ray
-
 from real_openrlhf.controller.protocols import ReferenceGroup
 from real_openrlhf.run.kept_engines import KeptEngines
 from real_openrlhf.run.placement import COLOCATED_SHARE, ROLLOUT, release, reserve
 from real_openrlhf.run.plan import RunPlan
 from real_openrlhf.run.ray_groups import (
-    RayEvaluator,
     RayPolicyGroup,
     RayReferenceGroup,
     RayRolloutGroup,
     RayWeightSync,
     on_one_host,
+    start_evaluator,
 )
 from real_openrlhf.run.ray_session import passed_environment
+from real_openrlhf.run.waiting import wait_for
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,8 @@ class Actors:
         mine = [request for request in plan.placement if lasting is None or request.name != ROLLOUT]
         self._places = groups = reserve(mine, config.ray.placement_timeout)
         colocated = config.train.colocate_all
-        place: dict[str, Any] = dict(device=device, env=env)
+        timeout = config.ray.call_timeout
+        place: dict[str, Any] = dict(device=device, env=env, call_timeout_s=timeout)
         shared: dict[str, Any] = dict(place, share=COLOCATED_SHARE if colocated else 1.0)
         engines: list[RayRolloutGroup] = []
         if lasting is not None:
@@ -60,21 +60,20 @@ class Actors:
         # Started now, so that its imports are done when the first evaluation begins.
         self.evaluator = None
         if plan.evaluator is not None:
-            self.evaluator = RayEvaluator(plan.evaluator, engines[-1], env=env)
+            self.evaluator = start_evaluator(plan.evaluator, engines[-1], env=env, call_timeout_s=timeout)
         self.reference: ReferenceGroup | None = None
         if plan.reference is not None:
             frozen = RayReferenceGroup(
                 plan.reference,
                 n_ranks=config.reference_ranks,
                 group=groups["reference"],
-                device=device,
-                env=env,
+                **place,
             )
             self.reference = frozen
             waiting += frozen.ready()
         elif config.algo.kl.init_coef > 0:
             self.reference = self.policy
-        built = ray.get([*self.policy.ready(), *waiting])
+        built = wait_for([*self.policy.ready(), *waiting], "the actors' start")
         self.facts = {name: value for name, value in built[0].items() if isinstance(value, int | float)}
         logger.info("policy: %s; engines: %d", built[0], sum(len(group.engines) for group in engines))
         self._engines = engines

@@ -120,6 +120,7 @@ def _write(
             group=places["rollout"],
             device=device,
             env=passed_environment(),
+            call_timeout_s=config.ray.call_timeout,
         )
         try:
             ray.get(engines.ready())

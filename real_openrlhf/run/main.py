@@ -23,6 +23,7 @@ from real_openrlhf.run.kept_engines import KeptEngines
 from real_openrlhf.run.library_log import last_lines
 from real_openrlhf.run.plan import make_plan
 from real_openrlhf.run.plan_text import render
+from real_openrlhf.run.restarts import launch_until_done
 from real_openrlhf.run.resume import check_folders, checkpoint_to_load
 from real_openrlhf.run.signals import EXIT_RESUME
 from real_openrlhf.run.start import launch
@@ -88,7 +89,7 @@ def _plan_and_launch(config: Config, held: ExitStack, feedback_model: str | None
         sys.stderr.write(f"error: {error}\n")
         return 2
     try:
-        launch(plan, checkpoint, kept)
+        launch_until_done(plan, checkpoint, launch, kept)
     except Stopped as stopped:
         if not stopped.saved:
             sys.stderr.write(f"error: {stopped}, but its state could not be saved\n")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from real_openrlhf.actors.engine.spec import EngineSpec
 from real_openrlhf.actors.policy.spec import PolicySpec
-from real_openrlhf.actors.sync.agreement import check_agreement, sync_ranks, timed
+from real_openrlhf.actors.sync.agreement import check_agreement, mean_change, sync_ranks, timed
 from real_openrlhf.actors.sync.cuda_ipc import Unpaired, gpu_of, host_of, pair
 from real_openrlhf.actors.sync.transfer import to_wire
 from real_openrlhf.algo.sampling import Sampling
@@ -24,25 +24,24 @@ from real_openrlhf.common.atomic_folder import atomic_folder
 from real_openrlhf.common.device import IPC_ELSE_GLOO, Device
 from real_openrlhf.controller.protocols import SyncReport
 from real_openrlhf.data.prompt import Prompt
-from real_openrlhf.evals.change import EvalReport
 from real_openrlhf.run.engine_handles import EngineHandles, generate_on
+from real_openrlhf.run.evaluator_handle import RayEvaluator
 from real_openrlhf.run.lazy_actor import lazy_actor
 from real_openrlhf.run.placement import Bundle
+from real_openrlhf.run.waiting import finished_requests, wait_for
 
 if TYPE_CHECKING:
     from real_openrlhf.evals.evaluator import EvaluatorSpec
 
 logger = logging.getLogger(__name__)
 
-# Seconds between two questions to a running evaluation how far it is.
-_WATCH_S = 5.0
 # The driver imports neither vLLM nor DeepSpeed; tests/unit/run/test_lazy_actor.py compares the names with the classes.
 _ENGINE = lazy_actor(
     "real_openrlhf.actors.engine.rollout_engine:RolloutEngine",
     methods=(),
     coroutines=(
         *("ready", "generate", "prompt_logprobs", "init_sync_group", "sync_hosts", "receive_weights", "sync_version"),
-        *("sleep", "wake_up", "reset_prefix_cache", "finished_requests", "shutdown"),
+        *("sleep", "wake_up", "reset_prefix_cache", "finished_requests", "in_flight", "shutdown"),
     ),
 )
 _RANK = ("get_master_addr_port", "build", "counts", "reference_logprobs")
@@ -99,9 +98,11 @@ class RayRolloutGroup:
         device: Device,
         env: dict[str, str],
         share: float = 1.0,
+        call_timeout_s: float | None = None,
     ) -> None:
         self.width = width = spec.tensor_parallel_size
         self.sleeps = spec.enable_sleep
+        self.call_timeout_s = call_timeout_s
 
         def start(i: int) -> Any:
             mine = group[i * width : (i + 1) * width]
@@ -116,10 +117,13 @@ class RayRolloutGroup:
         return [engine.ready.remote() for engine in self.engines]
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
-        return generate_on(self.engines, prompts, sampling)
+        def wait(refs: list[Any]) -> list[Any]:
+            return wait_for(refs, "rollouts", self.call_timeout_s, lambda: finished_requests(self.engines))
+
+        return generate_on(self.engines, prompts, sampling, wait)
 
     def sleep(self) -> None:
-        ray.get(self.fall_asleep())
+        wait_for(self.fall_asleep(), "engines that go to sleep", self.call_timeout_s)
 
     def fall_asleep(self) -> list[Any]:
         """Refs that resolve once the engines have started and freed their memory; none if engines never sleep."""
@@ -130,7 +134,7 @@ class RayRolloutGroup:
         return [engine.wake_up.remote([tag]) for engine in self.engines] if self.sleeps else []
 
     def shutdown(self) -> None:
-        ray.get([engine.shutdown.remote() for engine in self.engines])
+        wait_for([engine.shutdown.remote() for engine in self.engines], "the engines' end", self.call_timeout_s)
 
 
 class _Ranks:
@@ -152,9 +156,11 @@ class _Ranks:
         env: dict[str, str],
         share: float = 1.0,
         after: Sequence[Any] = (),
+        call_timeout_s: float | None = None,
     ) -> None:
         """after: refs that must resolve before a rank uses its GPU; its process already starts and imports before."""
         self.spec = spec
+        self.call_timeout_s = call_timeout_s
         env = {**env, **device.trainer_env(spec.ranks_per_node, adam_offload=bool(spec.args.ds.adam_offload))}
 
         def start(rank: int, address: str | None, port: int | None) -> Any:
@@ -171,6 +177,10 @@ class _Ranks:
         """Call one method on every rank; returns the refs."""
         return [getattr(rank, method).remote(*args) for rank in self.ranks]
 
+    def on_all(self, method: str, *args: Any) -> list[Any]:
+        """Call one method on every rank; returns the results, by rank."""
+        return wait_for(self.call(method, *args), f"{method} of {type(self).__name__}", self.call_timeout_s)
+
     def ready(self) -> list[Any]:
         return self._built
 
@@ -179,7 +189,7 @@ class _Ranks:
             ray.kill(rank)
 
     def counts(self) -> list[dict[str, int]]:
-        return ray.get(self.call("counts"))
+        return self.on_all("counts")
 
     def reference_logprobs(self, groups: Sequence[TrainGroup]) -> list[tuple[Tensor, ...]]:
         return [found for share in self._shared("reference_logprobs", groups) for found in share]
@@ -191,7 +201,8 @@ class _Ranks:
             raise ValueError(f"{len(groups)} groups cannot be shared evenly by {n} ranks")
         share = len(groups) // n
         shares = [list(groups[i * share : (i + 1) * share]) for i in range(n)]
-        return ray.get([getattr(rank, method).remote(mine) for rank, mine in zip(self.ranks, shares)])
+        refs = [getattr(rank, method).remote(mine) for rank, mine in zip(self.ranks, shares)]
+        return wait_for(refs, f"{method} of {type(self).__name__}", self.call_timeout_s)
 
 
 class RayReferenceGroup(_Ranks):
@@ -214,19 +225,19 @@ class RayPolicyGroup(_Ranks):
         """Inside, optimizer states and gradient buffers are on the GPU; --ds.enable_sleep moves them off afterwards."""
         sleeps = bool(self.spec.args.ds.enable_sleep)
         if sleeps:
-            ray.get(self.call("reload_states"))
+            self.on_all("reload_states")
         yield
         if sleeps:
-            ray.get(self.call("offload_states"))
+            self.on_all("offload_states")
 
     def save_model(self, path: str, complete: Callable[[Path], None]) -> None:
         with atomic_folder(path) as folder:
-            ray.get(self.call("save_model", str(folder), self.spec.path))
+            self.on_all("save_model", str(folder), self.spec.path)
             complete(folder)
 
     def save_checkpoint(self, path: str) -> None:
         """OSError when a rank's shard is not visible here: it wrote to a disk that is not shared."""
-        ray.get(self.call("save_checkpoint", path))
+        self.on_all("save_checkpoint", path)
         away = [rank for rank in range(len(self.ranks)) if not (Path(path) / f"rank_{rank}.pt").is_file()]
         if away:
             raise OSError(
@@ -235,11 +246,11 @@ class RayPolicyGroup(_Ranks):
 
     def sees(self, path: str) -> list[bool]:
         """By rank: whether its node has the file."""
-        return ray.get(self.call("sees", path))
+        return self.on_all("sees", path)
 
     def load_checkpoint(self, path: str) -> None:
         with self._states_on_gpu():
-            ray.get(self.call("load_checkpoint", path))
+            self.on_all("load_checkpoint", path)
 
 
 def on_one_host(policy: RayPolicyGroup, groups: Sequence[RayRolloutGroup]) -> bool:
@@ -271,6 +282,8 @@ class RayWeightSync:
         self.probes = [list(p) for p in probes]
         self.deadline_s = deadline_s
         self.max_mean_difference = max_mean_difference
+        # The policy's log-probs of the probes at the last sync.
+        self._last: list[Tensor] | None = None
         self.plan = ray.get(policy.call("weight_plan"))[0]
         self.wire = to_wire(self.plan)
         self._join(backend)
@@ -319,10 +332,13 @@ class RayWeightSync:
                 raise RuntimeError(f"the policy sent version {sent} of its weights, the controller expected {version}")
             self._wake("kv_cache")
         with timed() as check:
-            mine = ray.get(self.policy.call("token_logprobs", self.probes))[0]
-            theirs = ray.get([engine.prompt_logprobs.remote(self.probes) for engine in self._engines()])
+            what = f"the check of weight sync {version}"
+            mine = self._get(self.policy.call("token_logprobs", self.probes), what)[0]
+            theirs = self._get([engine.prompt_logprobs.remote(self.probes) for engine in self._engines()], what)
             mean, largest, tokens = check_agreement(mine, theirs, version, self.max_mean_difference)
+        moved, self._last = mean_change(self._last, mine), mine
         return SyncReport(
+            moved=moved,
             version=version,
             seconds=transfer.seconds,
             check_seconds=check.seconds,
@@ -345,39 +361,14 @@ class RayWeightSync:
             ) from None
 
 
-class RayEvaluator:
-    """The evaluator actor as the controller's `Evaluator`."""
+def start_evaluator(
+    spec: EvaluatorSpec, engines: RayRolloutGroup, *, env: dict[str, str], call_timeout_s: float | None = None
+) -> RayEvaluator:
+    """It only sends prompts and computes metrics: no CPU or GPU is reserved for it."""
+    options = dict(num_cpus=0, runtime_env={"env_vars": env}, max_restarts=0)
 
-    def __init__(self, spec: EvaluatorSpec, engines: RayRolloutGroup, *, env: dict[str, str]) -> None:
-        # It only sends prompts and computes metrics: no CPU or GPU is reserved for it.
-        options = dict(num_cpus=0, runtime_env={"env_vars": env}, max_restarts=0)
-        self.actor = ray.remote(_EVALUATOR).options(**options).remote(spec, EngineHandles(engines.engines))
-        self.engines = list(engines.engines)
-        self.total = sum(len(benchmark.prompts) for benchmark in spec.benchmarks) * spec.sampling.n
-        self._running: Any = None
-        self._before = 0
+    def start() -> Any:
+        return ray.remote(_EVALUATOR).options(**options).remote(spec, EngineHandles(engines.engines))
 
-    def start(self, version: int) -> None:
-        self._before = self._finished()
-        self._running = self.actor.evaluate.remote(version)
-
-    def result(self, watch: Callable[[int, int], None] | None = None) -> EvalReport:
-        while watch is not None and not ray.wait([self._running], timeout=_WATCH_S)[0]:
-            try:
-                # Requests after a forced anchor are not in the total, so the count may exceed it.
-                watch(min(self._finished() - self._before, self.total), self.total)
-            except ray.exceptions.RayError:
-                break  # the evaluation itself says what went wrong
-        return ray.get(self._running)
-
-    def end(self) -> None:
-        ray.kill(self.actor)
-
-    def _finished(self) -> int:
-        return sum(ray.get([engine.finished_requests.remote() for engine in self.engines]))
-
-    def state_dict(self) -> dict[str, Any]:
-        return ray.get(self.actor.state_dict.remote())
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        ray.get(self.actor.load_state_dict.remote(state))
+    total = sum(len(benchmark.prompts) for benchmark in spec.benchmarks) * spec.sampling.n
+    return RayEvaluator(start, engines.engines, total=total, call_timeout_s=call_timeout_s)

@@ -13,6 +13,7 @@ from ray.exceptions import AuthenticationError
 
 from real_openrlhf.common.errors import RunError, one_line
 from real_openrlhf.common.home import chosen_here
+from real_openrlhf.run.cluster_end import nothing_left
 from real_openrlhf.run.ray_token import own_token
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def ray_session(address: str | None, *, num_cpus: int | None, needed_cpus: float
             else:
                 ours.enter_context(own_token())
                 _start(num_cpus, needed_cpus)
-            ours.callback(ray.shutdown)
+            ours.callback(_shutdown)
         total = ray.cluster_resources()
         session = Session(
             owned=not already and not join,
@@ -103,6 +104,11 @@ def ray_session(address: str | None, *, num_cpus: int | None, needed_cpus: float
         )
         logger.info("%s", session)
         yield session
+
+
+def _shutdown() -> None:
+    with nothing_left():
+        ray.shutdown()
 
 
 def _join(address: str) -> None:

@@ -75,6 +75,7 @@ def controller_settings(config: Config, plan: BatchPlan) -> ControllerSettings:
         logging_steps=config.logger.logging_steps,
         one_ahead=config.train.async_enable,
         eval_beside=config.eval.engine == "own",
+        max_skipped=config.real.max_skipped,
     )
 
 
@@ -85,6 +86,7 @@ def warmup_settings(config: Config, plan: BatchPlan) -> WarmupSettings:
         eval_steps=config.eval.steps,
         eval_beside=not config.train.colocate_all,
         logging_steps=config.logger.logging_steps,
+        max_skipped=config.real.max_skipped,
     )
 
 

@@ -11,6 +11,7 @@ from real_openrlhf.algo.objectives import REAL_REWARD
 from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.algo.types import TrainGroup, group_scores
 from real_openrlhf.checkpoint.manifest import Checkpoint
+from real_openrlhf.checkpoint.store import CheckpointStore
 from real_openrlhf.config.cli import config_to_dict
 from real_openrlhf.controller.checkpointing import Checkpointer, make_store
 from real_openrlhf.controller.controller import Controller
@@ -31,16 +32,24 @@ from real_openrlhf.run.library_log import library_log
 from real_openrlhf.run.plan import RunPlan, make_plan
 from real_openrlhf.run.plan_text import render
 from real_openrlhf.run.ray_session import Session, ray_session
+from real_openrlhf.run.restarts import Again, Interrupted
 from real_openrlhf.run.signals import StopRequest
 from real_openrlhf.run.stopping import in_plain_words
+from real_openrlhf.run.waiting import is_fault
 
 logger = logging.getLogger(__name__)
 
 
-def launch(plan: RunPlan, checkpoint: Checkpoint | None = None, kept: KeptEngines | None = None) -> dict[str, Any]:
+def launch(
+    plan: RunPlan,
+    checkpoint: Checkpoint | None = None,
+    kept: KeptEngines | None = None,
+    again: Again | None = None,
+) -> dict[str, Any]:
     """Start, train, export, shut down. Returns the metrics of the last evaluation; raises Stopped after a signal.
 
-    checkpoint: resume from there. kept: see `Actors`. The caller holds the locks of the run's folders.
+    checkpoint: resume from there. kept: see `Actors`. again: of a start after a fault. The caller holds the locks of
+    the run's folders. Raises Interrupted for a fault (`waiting.is_fault`) once all actors have started.
     """
     config = plan.config
     store = make_store(config.ckpt.folder, keep=config.ckpt.max_num, metric=config.ckpt.best_metric)
@@ -55,10 +64,12 @@ def launch(plan: RunPlan, checkpoint: Checkpoint | None = None, kept: KeptEngine
             overwrite=checkpoint is None,
             resume_step=None if checkpoint is None else checkpoint.step,
             locked=True,
+            goes_on=checkpoint is not None or again is not None,
         ) as log,
         # Engines that wrote a warm-up's feedback have written to this file too: their lines are kept.
         library_log(
-            Path(config.ckpt.output_dir) / LIBRARIES_FILE, append=checkpoint is not None or config.supervised
+            Path(config.ckpt.output_dir) / LIBRARIES_FILE,
+            append=checkpoint is not None or config.supervised or again is not None,
         ) as terminal,
         ray_session(config.ray.address, num_cpus=config.ray.num_cpus, needed_cpus=plan.needed_cpus) as session,
         # Entered after Ray has started: ray.init installs its own SIGTERM handler.
@@ -75,6 +86,8 @@ def launch(plan: RunPlan, checkpoint: Checkpoint | None = None, kept: KeptEngine
         if checkpoint is None:
             log.log(0, "sync", {"seconds/start": timer.seconds("start"), **actors.facts})
         initial = 0 if checkpoint is None else checkpoint.step
+        if again is not None:
+            log.warn(initial, "fault", f"{again.why}; started again from {again.where}")
         with Progress(
             plan.batch.total_steps,
             initial=initial,
@@ -82,20 +95,39 @@ def launch(plan: RunPlan, checkpoint: Checkpoint | None = None, kept: KeptEngine
             shown=WARMUP_SHOWN if config.supervised else SHOWN,
             stream=terminal,
         ) as progress:
-            controller = make_controller(plan, actors, log, progress, stop)
-            saver = Checkpointer(
-                store=store,
-                identity=plan.identity,
-                policy=actors.policy,
-                parts=controller.checkpointed_parts(),
-                every=config.ckpt.save_steps,
-                metric=config.ckpt.best_metric,
-            )
-            if checkpoint is not None:
-                saver.load(checkpoint)
-            metrics = controller.fit(saver)
+            metrics = train(plan, checkpoint, store, actors, log, progress, stop)
         actors.shutdown()
     return metrics
+
+
+def train(
+    plan: RunPlan,
+    checkpoint: Checkpoint | None,
+    store: CheckpointStore,
+    actors: Actors,
+    log: RunLog,
+    progress: Progress,
+    stop: StopRequest,
+) -> dict[str, Any]:
+    """The run, from its start or checkpoint to its end."""
+    ckpt = plan.config.ckpt
+    controller = make_controller(plan, actors, log, progress, stop)
+    saver = Checkpointer(
+        store=store,
+        identity=plan.identity,
+        policy=actors.policy,
+        parts=controller.checkpointed_parts(),
+        every=ckpt.save_steps,
+        metric=ckpt.best_metric,
+    )
+    try:
+        if checkpoint is not None:
+            saver.load(checkpoint)
+        return controller.fit(saver)
+    except Exception as error:
+        if is_fault(error):
+            raise Interrupted(controller.step_number, stop.requested) from error
+        raise
 
 
 def on_cluster(plan: RunPlan, session: Session) -> RunPlan:

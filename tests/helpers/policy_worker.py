@@ -119,6 +119,54 @@ def local_weights(actor: Any) -> list[Tensor]:
     return [getattr(p, "ds_tensor", p).detach().clone() for p in actor.actor.model.module.parameters()]
 
 
+class _InfiniteGradient(torch.autograd.Function):
+    """The identity, with an infinite gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * float("inf")
+
+
+def train_on_what_is_not_finite(actor: Any, groups: list[TrainGroup]) -> None:
+    """An update of each kind that must be skipped, spoiled on the last rank alone. Nothing may change by it."""
+    last = actor._rank == actor._world_size - 1
+    trainer, before = actor.trainer, local_weights(actor)
+    counted = {name: getattr(trainer, name) for name in ("n_calls", "n_updates", "n_forwards", "n_backwards")}
+    rate = actor.actor_scheduler.get_last_lr()
+
+    def first(**changes: Tensor) -> list[TrainGroup]:
+        first = groups[0]
+        return [replace(first, coefficients=replace(first.coefficients, **changes)), *groups[1:]] if last else groups
+
+    def spoil(module: Any, inputs: Any, output: Any) -> Any:
+        return (
+            (_InfiniteGradient.apply(output[0]), *output[1:])
+            if isinstance(output, tuple)
+            else (_InfiniteGradient.apply(output))
+        )
+
+    likelihood = groups[0].coefficients.likelihood
+    for kind, batch in (
+        ("rollouts", first(likelihood=torch.full_like(likelihood, float("nan")))),
+        ("loss", first(likelihood=torch.full_like(likelihood, 3e38))),
+        ("gradients", groups),
+    ):
+        layer = next(m for n, m in actor.actor.model.module.named_modules() if n.endswith("layers.0"))
+        hook = layer.register_forward_hook(spoil) if last and kind == "gradients" else None
+        metrics = actor.train(batch)
+        if hook is not None:
+            hook.remove()
+        assert metrics == {"policy/updates": 0.0, f"skipped/{kind}": 1.0, "policy/skipped_updates": 1.0}, metrics
+        assert all(a.equal(b) for a, b in zip(before, local_weights(actor), strict=True)), kind
+        actor.weight_version -= 1
+    assert trainer.n_updates == counted["n_updates"] and actor.actor_scheduler.get_last_lr() == rate
+    vars(trainer).update(counted)
+
+
 def same_logprobs(one: list[tuple[Tensor, ...]], two: list[tuple[Tensor, ...]]) -> bool:
     return all(a.equal(b) for x, y in zip(one, two, strict=True) for a, b in zip(x, y, strict=True))
 
@@ -157,6 +205,7 @@ def main() -> None:
     parser.add_argument("--lora", type=int, default=0, help="rank of the adapters")
     parser.add_argument("--kl", type=float, default=0.0)
     parser.add_argument("--adam_offload", action="store_true")
+    parser.add_argument("--spoil", action="store_true", help="after the first update, some that must be skipped")
     parser.add_argument("--save", help="checkpoint, saved after the first update, once one rank's disk was full")
     parser.add_argument("--load", help="checkpoint of the first update: continue after it")
     args = parser.parse_args()
@@ -222,6 +271,8 @@ def main() -> None:
         if args.lora and update == UPDATES - 1:
             receive(actor)
             actor.save_checkpoint(str(Path(args.out) / "checkpoint"))
+        if args.spoil and update == 1:
+            train_on_what_is_not_finite(actor, mine)
         metrics.append(actor.train(mine))
         if args.save and update == 0:
             if args.rank == args.world - 1:

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import psutil
 import pytest
@@ -54,12 +55,10 @@ def run(args: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 @contextlib.contextmanager
-def started(args: list[str]) -> Iterator[subprocess.Popen[bytes]]:
+def started(args: list[str], output: int | IO[bytes] = subprocess.DEVNULL) -> Iterator[subprocess.Popen[bytes]]:
     """The run in the background. At the end of the block every process of it is killed, and Ray's folder removed."""
     mark = uuid.uuid4().hex
-    process = subprocess.Popen(
-        args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, MARK: mark}
-    )
+    process = subprocess.Popen(args, stdout=output, stderr=output, env={**os.environ, MARK: mark})
     try:
         yield process
     finally:
@@ -108,13 +107,13 @@ def records(out: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if not k.startswith(NOT_COMPARED)} for line in lines]
 
 
-def assert_same(one: Path, two: Path) -> None:
+def assert_same(one: Path, two: Path, last: int = STEPS) -> None:
     assert records(one) == records(two)
     first, second = (load_file(out / "model" / "model.safetensors") for out in (one, two))
     assert first.keys() == second.keys()
     for name in first:
         assert first[name].equal(second[name]), f"{name} differs"
-    for written in ("samples.jsonl", f"eval/step_{STEPS}.jsonl"):
+    for written in ("samples.jsonl", f"eval/step_{last}.jsonl"):
         assert (one / written).read_text() == (two / written).read_text()
 
 

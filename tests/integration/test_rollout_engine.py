@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from real_openrlhf.actors.engine.liveness import EngineDied
 from real_openrlhf.actors.engine.spec import EngineSpec, EngineSpecError, logprobs_mode_for
 from real_openrlhf.actors.sync.shared_memory import host_id
 from real_openrlhf.actors.sync.transfer import SyncError, SyncGroup, free_port, make_plan, send_bucket, to_wire
@@ -387,3 +388,38 @@ def test_untied_head_and_other_temperatures(stack: Stack) -> None:
     stack.check_groups(best, 1.0)
     with pytest.raises(EngineSpecError, match="use top_p 1"):
         stack.run(stack.engine.generate(prompts(1), replace(sampling, top_p=0.9)))
+    check_death(stack, sampling)
+
+
+def check_death(stack: Stack, sampling: Sampling) -> None:
+    """The engine's process is killed while it answers: who waits gets an error, and no shared memory is left."""
+    family = psutil.Process().children(recursive=True)
+    (core,) = (p for p in family if "EngineCore" in " ".join(p.cmdline()))
+    segments = {
+        line.split()[5]
+        for process in family
+        for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+        if "/dev/shm/psm_" in line
+    }
+    assert segments and all(Path(name).exists() for name in segments)
+    assert stack.run(stack.engine.ready())  # takes their names away, as every run does
+    core.suspend()
+
+    async def killed() -> None:
+        # Seeded requests begin with a pause, for whose answer vLLM's client would wait for ever.
+        waiting = [
+            asyncio.ensure_future(stack.engine.generate(prompts(6), sampling)),
+            asyncio.ensure_future(stack.engine.prompt_logprobs([[3, 4, 5]])),
+        ]
+        await asyncio.sleep(1.0)
+        assert not any(task.done() for task in waiting)
+        core.kill()
+        for task in waiting:
+            with pytest.raises(EngineDied, match="process ended during"):
+                await task
+        for call in (stack.engine.ready(), stack.engine.sleep(), stack.engine.receive_weights([], 4)):
+            with pytest.raises(EngineDied):
+                await call
+
+    stack.run(asyncio.wait_for(killed(), timeout=120))
+    assert not [name for name in segments if Path(name).exists()]

@@ -1,5 +1,5 @@
 """The warm-up on the real stack: every method on a tiny model, its loss against transformers' own, two ranks with
-ZeRO 3 and adapters, and a run that goes on after a signal."""
+ZeRO 3 and adapters, and a run that goes on after a signal and after a fault."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -153,28 +156,50 @@ def test_two_ranks_with_zero_3_and_adapters(folder: Path, tmp_path: Path) -> Non
     assert (tmp_path / "two/model/adapter/adapter_config.json").is_file()
 
 
-def test_it_goes_on_after_a_signal(folder: Path, tmp_path: Path) -> None:
-    """SIGTERM in the middle, the same command again: bit for bit the weights of an unbroken run."""
+def test_it_goes_on_after_a_signal_and_after_a_fault(folder: Path, tmp_path: Path) -> None:
+    """SIGTERM in the middle, the same command again, and its policy killed: bit for bit the weights of an unbroken run.
+
+    After the signal the command is needed again; after the kill the run starts again by itself.
+    """
     flags = ["--train.full_determinism_enable", "--train.num_episodes", "60", "--ckpt.load", "auto"]
     run(command(folder, tmp_path / "whole", *flags))
     words, metrics = command(folder, tmp_path / "broken", *flags), tmp_path / "broken/metrics.jsonl"
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
-    try:
-        deadline = time.monotonic() + 300
-        while process.poll() is None and time.monotonic() < deadline:
-            if metrics.is_file() and lines_so_far(metrics) > 40:
-                process.send_signal(signal.SIGTERM)
-                break
-            time.sleep(0.05)
-        assert process.wait(timeout=120) == 85
-    finally:
-        process.kill()
+    with once_at(words, metrics, 41) as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=300) == 85
     stopped_at = lines(metrics, "train")[-1]["step"]
-    run(words)
+    assert 40 <= stopped_at < 440
+    with once_at(words, metrics, stopped_at + 20) as process:
+        (policy,) = (p for p in psutil.Process(process.pid).children(recursive=True) if is_policy(p))
+        policy.kill()
+        assert process.wait(timeout=400) == 0
+    (fault,) = lines(tmp_path / "broken/warnings.jsonl")
+    assert fault["watch"] == "fault" and fault["step"] == stopped_at and f"step_{stopped_at}" in fault["message"]
     steps = [line["step"] for line in lines(metrics, "train")]
-    assert 40 <= stopped_at < 480 and steps == list(range(1, 481))
+    assert steps == list(range(1, 481))
     whole, broken = (load_file(tmp_path / name / "model/model.safetensors") for name in ("whole", "broken"))
     assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+@contextmanager
+def once_at(words: list[str], metrics: Path, step: int) -> Iterator[subprocess.Popen[bytes]]:
+    """The command in the background, once it has made so many steps."""
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
+    try:
+        deadline = time.monotonic() + 500
+        while not (metrics.is_file() and lines_so_far(metrics) >= step):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        yield process
+    finally:
+        process.kill()
+
+
+def is_policy(process: psutil.Process) -> bool:
+    try:
+        return " ".join(process.cmdline()).startswith("ray::RealPolicyActor")
+    except psutil.Error:
+        return False
 
 
 def lines_so_far(path: Path) -> int:

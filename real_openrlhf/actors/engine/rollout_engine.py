@@ -20,6 +20,8 @@ from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
 from torch import Tensor
 from vllm.sampling_params import RequestOutputKind
 
+from real_openrlhf.actors.engine.liveness import needs_engine
+from real_openrlhf.actors.engine.owner_watch import own_engines
 from real_openrlhf.actors.engine.spec import (
     EngineSpec,
     EngineSpecError,
@@ -62,6 +64,7 @@ class RolloutEngine(_Base):
         self._finished = 0
         self._in_flight = 0
         self._mm_pad_token_ids = None  # read by the base class; text only here
+        own_engines()
         os.environ.update(spec.device.engine_env(spec.tensor_parallel_size))
         backend = _executor_backend(spec)
         if spec.device.is_cuda:
@@ -99,14 +102,17 @@ class RolloutEngine(_Base):
             )
         )
 
+    @needs_engine
     async def ready(self) -> bool:
         """Returns once the engine answers; raises its error if it could not start."""
         await self.llm.check_health()
-        await self.llm.collective_rpc("sync_version")
+        # Every process of the engine has found the segments by now.
+        await self.llm.collective_rpc("forget_shared_memory")
         return True
 
     # -- generation ------------------------------------------------------------------------------
 
+    @needs_engine
     async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """One group of sampling.n rollouts per prompt, in the prompts' order, with their scores read.
 
@@ -142,6 +148,7 @@ class RolloutEngine(_Base):
             for i, prompt in enumerate(prompts)
         ]
 
+    @needs_engine
     async def prompt_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """For each sequence of L tokens (2 <= L < max_model_len): [L - 1] float32, log-probs of tokens 1 .. L-1.
 
@@ -284,6 +291,7 @@ class RolloutEngine(_Base):
 
     # -- weights ---------------------------------------------------------------------------------
 
+    @needs_engine
     async def init_sync_group(
         self,
         address: str,
@@ -299,10 +307,12 @@ class RolloutEngine(_Base):
             "init_sync_group", args=(address, port, rank_offset, world_size, backend, timeout_s, buffer_bytes)
         )
 
+    @needs_engine
     async def sync_hosts(self) -> list[str]:
         """`shared_memory.host_id` of each worker."""
         return await self.llm.collective_rpc("sync_host")
 
+    @needs_engine
     async def receive_weights(self, plan: list[list[list[Any]]], version: int) -> int:
         """Receive the plan's buckets (`sync.transfer.to_wire`), load them, empty the prefix cache.
 
@@ -319,6 +329,7 @@ class RolloutEngine(_Base):
         self._version = version
         return version
 
+    @needs_engine
     async def sleep(self, level: int = 2) -> None:
         """Free the GPU's memory: weights and KV cache are thrown away (level 2).
 
@@ -328,6 +339,10 @@ class RolloutEngine(_Base):
             raise SyncError(f"{self._in_flight} calls are generating: the engine cannot sleep under them")
         self._version = NO_VERSION
         await super().sleep(level)
+
+    @needs_engine
+    async def wake_up(self, tags: list[str] | None = None) -> None:
+        await super().wake_up(tags)
 
     async def sync_version(self) -> int:
         """Version of the engine's weights; -1 before the first sync."""
@@ -348,6 +363,10 @@ class RolloutEngine(_Base):
     async def finished_requests(self) -> int:
         """Number of requests answered since this engine started; may be called while others run."""
         return self._finished
+
+    async def in_flight(self) -> int:
+        """Number of calls that are being answered; may be called while others run."""
+        return self._in_flight
 
     async def shutdown(self) -> None:
         """End the engine's processes; those that do not end within the grace period are killed."""

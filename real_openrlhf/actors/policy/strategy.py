@@ -21,6 +21,7 @@ from openrlhf.utils.deepspeed import DeepspeedStrategy
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from real_openrlhf.actors.policy.finite import without_step
 from real_openrlhf.algo.packing import Row, micro_batches, spread
 from real_openrlhf.common.device import Device
 
@@ -103,6 +104,11 @@ class PolicyStrategy(DeepspeedStrategy):
     def mark_boundary(self, model: Any, *, last: bool) -> None:
         """Tell DeepSpeed, before a forward, whether it is the last one of the update."""
         model.model.set_gradient_accumulation_boundary(last)
+
+    def skip_step(self, model: Any) -> None:
+        """In place of `optimizer_step`: the update ends, and nothing has changed."""
+        with without_step(model.model):
+            model.model.step()
 
     def sum_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
         """The dict's values summed over all ranks, in float64. It must have the same keys on every rank."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from openrlhf.trainer.ray.ppo_actor import ActorPPOTrainer
 
+from real_openrlhf.actors.policy.finite import LargestGradient, finite_rows
 from real_openrlhf.actors.policy.model import PolicyModel, PolicyOutputs
 from real_openrlhf.actors.policy.strategy import PolicyStrategy, equal_micro_batches
 from real_openrlhf.actors.policy.term_norms import ParameterNorms, term_norms
@@ -25,11 +26,16 @@ from real_openrlhf.algo.types import Denominators, LossInputs, TrainGroup
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """One optimizer step, over all ranks: sums over its rollouts and tokens, and values that exist once per update."""
+    """One optimizer step, over all ranks: sums over its rollouts and tokens, and values that exist once per update.
+
+    skipped: what was NaN or infinite, so that the step was not made and the rest here means nothing: "rollouts",
+    "loss" or "gradients"; "" for a step that was made.
+    """
 
     sums: dict[str, float]
     denominators: Denominators
     values: dict[str, float]
+    skipped: str = ""
 
 
 class RealTrainer(ActorPPOTrainer):
@@ -61,6 +67,7 @@ class RealTrainer(ActorPPOTrainer):
         self.trains_score_token = trains_score_token
         self.term_grad_norm_steps = term_grad_norm_steps
         self.norms_at_parameters = norms_at_parameters
+        self.gradient = LargestGradient(actor.parameters())
         self.n_calls = 0
         self.n_updates = 0
         self.n_forwards = 0
@@ -94,7 +101,11 @@ class RealTrainer(ActorPPOTrainer):
             yield rows[start : start + per_update]
 
     def _update(self, rows: list[Row], *, with_norms: bool) -> Update:
+        """Skipped, on all ranks alike, when a number that it takes or gives on any rank is not finite."""
         denominators = self._global(denominators_of(rows, trains_score_token=self.trains_score_token))
+        if self._anywhere(not finite_rows(rows)):
+            return Update(sums={}, denominators=denominators, values={}, skipped="rollouts")
+        self.gradient.reset()
         sums: dict[str, float] = {}
         largest: float | None = None
         norms = ParameterNorms(self.actor.parameters()) if with_norms and self.norms_at_parameters else None
@@ -110,11 +121,16 @@ class RealTrainer(ActorPPOTrainer):
                 largest = max(largest or 0.0, got.pop("logprob_difference_max"))
             for name, value in got.items():
                 sums[name] = sums.get(name, 0.0) + value
+        sums = self.strategy.sum_over_ranks(sums)
+        finite_loss = all(math.isfinite(value) for name, value in sums.items() if name.startswith("loss/"))
+        if self._anywhere(not self.gradient.finite) or not finite_loss:
+            self.strategy.skip_step(self.actor)
+            skipped = "gradients" if finite_loss else "loss"
+            return Update(sums={}, denominators=denominators, values={}, skipped=skipped)
         # Read before the step, which advances the schedule.
         lr = float(self.actor_scheduler.get_last_lr()[0])
         self.strategy.optimizer_step(self.actor_optim, self.actor, self.actor_scheduler, name="actor")
         self.n_updates += 1
-        sums = self.strategy.sum_over_ranks(sums)
         values = {name: value for name, value in sums.items() if name.startswith("loss/")}
         values["loss/total"] = sum(values.values())
         for name, value in sums.items():
@@ -163,6 +179,10 @@ class RealTrainer(ActorPPOTrainer):
         norms = term_norms(outputs, batch, terms_of, temperature=self.actor.temperature)
         return {f"square/{name}": value for name, value in norms.items()}
 
+    def _anywhere(self, here: bool) -> bool:
+        """Whether it is so on any rank."""
+        return self.strategy.sum_over_ranks({"here": float(here)})["here"] > 0
+
     def _global(self, local: Denominators) -> Denominators:
         return Denominators(**self.strategy.sum_over_ranks(vars(local)))
 
@@ -195,7 +215,16 @@ def loss_inputs(
 
 
 def _metrics(updates: Sequence[Update], *, kl: bool) -> dict[str, float]:
-    """Metrics of a batch: means over all rollouts or tokens of all updates, never means of means.
+    """Metrics of a batch, of the updates that were made, and how many were skipped for which reason."""
+    skipped = [update.skipped for update in updates if update.skipped]
+    made = [update for update in updates if not update.skipped]
+    counts = {f"skipped/{reason}": float(skipped.count(reason)) for reason in sorted(set(skipped))}
+    counts["policy/skipped_updates"] = float(len(skipped))
+    return {**(_metrics_of(made, kl=kl) if made else {"policy/updates": 0.0}), **counts}
+
+
+def _metrics_of(updates: Sequence[Update], *, kl: bool) -> dict[str, float]:
+    """Means over all rollouts or tokens of all updates, never means of means.
 
     Values that exist once per update (loss terms, norms) are averaged over the updates. The gap to the
     rollouts' log-probs is that of the first update, which is on-policy; the learning rate is the last update's.

@@ -52,6 +52,12 @@ def check_agreement(
     mine = torch.cat([p.double() for p in policy])
     if not mine.numel():
         raise StaleWeights("the probes hold no log-prob: --sync.check_tokens must be at least 2, prompts too")
+    if not mine.isfinite().all():
+        raise StaleWeights(
+            f"after weight sync {version}, the policy's own log-probs are NaN or infinite: its weights are, or they "
+            "are too large to compute with. Lower --actor.adam.lr, or raise --actor.lr_warmup_ratio, and resume from a "
+            "checkpoint before that (--ckpt.load best, or a path): the latest may have such weights too."
+        )
     for index, theirs in enumerate(engines):
         lengths, wanted = [t.numel() for t in theirs], [p.numel() for p in policy]
         if lengths != wanted:
@@ -71,3 +77,10 @@ def check_agreement(
         largest = max(largest, float(difference.max()))
         n_tokens += mine.numel()
     return max(means), largest, n_tokens
+
+
+def mean_change(before: Sequence[Tensor] | None, now: Sequence[Tensor]) -> float | None:
+    """Mean absolute difference of log-probs of the same text at two times; None without the first."""
+    if before is None:
+        return None
+    return float((torch.cat([t.double() for t in before]) - torch.cat([t.double() for t in now])).abs().mean())

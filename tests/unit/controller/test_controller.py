@@ -19,13 +19,14 @@ from real_openrlhf.algo.objectives.real import RealObjective
 from real_openrlhf.algo.sampling import Sampling
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.types import Group, TrainGroup
+from real_openrlhf.common.errors import RunError
 from real_openrlhf.config.guard_flags import GuardConfig
 from real_openrlhf.controller.controller import Controller, NothingLearned
 from real_openrlhf.controller.dynamic_sampling import CannotFill
 from real_openrlhf.controller.first_look import ScoresNotThere
 from real_openrlhf.controller.guards import Guards, WentWrong
 from real_openrlhf.controller.judge_export import JudgeExport
-from real_openrlhf.controller.loop import Stopped
+from real_openrlhf.controller.loop import NotFinite, Stopped
 from real_openrlhf.controller.protocols import SyncReport
 from real_openrlhf.controller.settings import ControllerSettings
 from real_openrlhf.data.prompt import Prompt
@@ -80,6 +81,7 @@ class World:
     samples: list[tuple[int, list[Mapping[str, Any]]]] = field(default_factory=list)
     shown: list[tuple[Any, ...]] = field(default_factory=list)
     warnings: list[tuple[int, str, str]] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
     # The metrics of each step's update, and of each evaluation by version.
     trained_metrics: dict[str, float] = field(default_factory=dict)
     evaluation: Callable[[int], tuple[dict[str, float | None], dict[str, Change]]] = lambda version: (
@@ -179,6 +181,11 @@ class World:
 
     def warn(self, step: int, watch: str, message: str) -> None:
         self.warnings.append((step, watch, message))
+
+    def keep_batch(self, step: int, groups: Sequence[TrainGroup], metrics: Mapping[str, Any]) -> str:
+        self.kept.append(step)
+        assert groups is self.trained[-1] or list(groups) == list(self.trained[-1])
+        return "kept"
 
     # progress
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -375,6 +382,45 @@ def test_dead_steps_in_a_row_stop_the_run() -> None:
         controller(world, total_steps=8, dead_steps=3).fit()
     assert [event for event in world.events if event[0] == "train"] == [("train", 4)] * 3
     assert [step for step, phase, _ in world.logs if phase == "train"] == [1, 2, 3]
+
+
+def test_skipped_updates_are_counted_kept_and_stop_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    skipped = {"policy/skipped_updates": 1.0, "skipped/rollouts": 1.0}
+    world = World(trained_metrics=skipped)
+    run = controller(world, total_steps=8, max_skipped=3)
+    run._sync()
+    run.step()
+    run.step()
+    assert run.skipped_steps == 2
+    later = controller(World(), total_steps=8, max_skipped=3)
+    later.load_state_dict(run.state_dict())
+    assert later.skipped_steps == 2
+    world.trained_metrics = {"policy/skipped_updates": 0.0}
+    run.step()
+    assert run.skipped_steps == 0 and world.kept == [1, 2]
+    world.trained_metrics = skipped
+    with pytest.raises(NotFinite, match=r"step 6: log-probs of engine or reference, or rewards, are NaN .* 3 steps"):
+        run.fit()
+    assert world.kept == [1, 2, 4, 5, 6]
+    assert [(step, watch) for step, watch, _ in world.warnings if watch == "finite"] == [
+        (step, "finite") for step in (1, 2, 4, 5, 6)
+    ]
+    # The step is logged before the run ends.
+    assert [step for step, phase, _ in world.logs if phase == "train"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_sync_that_finds_the_weights_ruined_keeps_the_batch() -> None:
+    world = World()
+    run = controller(world)
+    run._sync()
+
+    def sync(version: int) -> SyncReport:
+        raise RunError("the policy's own log-probs are NaN")
+
+    world.sync = sync  # type: ignore[method-assign]
+    with pytest.raises(RunError, match="own log-probs"):
+        run.step()
+    assert world.kept == [1]
 
 
 def test_dead_steps_0_never_stops() -> None:

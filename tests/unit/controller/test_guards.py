@@ -24,6 +24,9 @@ HEALTHY: dict[str, float | None] = {
     "length/truncated_share": 0.02,
     "length/cot": 20.0,
     "rollouts/entropy": 0.3,
+    "invalid/rate": 0.05,
+    "rollout_gap/logprob_mean": 0.01,
+    "sync/policy_moved": 1e-4,
     "logit_grad_norm/cot": 0.1,
     "logit_grad_norm/squared_error": 0.04,
     "logit_grad_norm/likelihood": 0.02,
@@ -59,6 +62,12 @@ FAULTS: dict[str, tuple[dict[str, float], str]] = {
         r"truncated at the token limit \(the start: 2%\).*--rollout.max_new_tokens",
     ),
     "entropy": ({"rollouts__entropy": 0.001}, r"fell from 0.3000 to 0.0\d+ nats.*--actor.entropy_coef"),
+    "invalid": (
+        {"invalid__rate": 0.95},
+        r"\d\d% of the rollouts have no readable score \(the start: 5%\).*--real.anchor",
+    ),
+    "gap": ({"rollout_gap__logprob_mean": 0.9}, r"differ by 0.\d+ nats .*start: 0.010.*is_correction_level token"),
+    "still": ({"sync__policy_moved": 0.0}, r"by 0.0e\+00 per token: the weights do not move. Raise --actor.adam.lr"),
     "terms": ({"logit_grad_norm__cot": 10.0}, r"Term 1 is 167 times that of Term 2 at the logits.*--real.beta"),
 }
 
@@ -93,6 +102,9 @@ OFF: dict[str, dict[str, Any]] = {
     "scores": {"min_spread": None},
     "length": {"max_truncated": None},
     "entropy": {"min_entropy": None},
+    "invalid": {"max_invalid": None},
+    "gap": {"max_gap": None},
+    "still": {"min_move": None},
     "terms": {"max_term_ratio": None},
 }
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -319,3 +321,78 @@ def test_wandb_offline_keeps_no_key(tmp_path, monkeypatch, caplog):
     holding = [p for p in tmp_path.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]
     assert holding == []
     assert KEY not in caplog.text
+
+
+# -- a W&B that goes away. In a process of its own: wandb keeps the address that it was first used with ------------
+
+
+OUTAGE = """
+import logging, subprocess, sys
+from pathlib import Path
+from real_openrlhf.config.schema import WandbConfig
+from real_openrlhf.controller import run_log as module
+from real_openrlhf.controller.run_log import RunLog, RunLogError
+
+folder, key, server = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(message)s")
+module._WANDB_END_S = 1.0
+
+def start(name, **more):
+    settings = WandbConfig(mode="online", project="p", key=key)
+    return RunLog(folder / name, tensorboard_dir=None, wandb=settings, config={}, **more)
+
+run = start("run")
+run.log(1, "train", {"a": 1.0})
+if sys.argv[4] == "resumed":
+    run.close()
+subprocess.run(["kill", "-9", str(server)], check=True)
+if sys.argv[4] == "lasts":
+    for step in range(2, 30):
+        run.log(step, "train", {"a": float(step)})
+    run.close()  # would wait for ever
+    sys.exit()
+module._WANDB_START_S = 10.0
+try:
+    start("new")
+    print("a new run was not refused")
+except RunLogError as error:
+    print("REFUSED", error)
+with start("run", append=True, goes_on=True) as log:
+    log.log(2, "train", {"a": 2.0})
+"""
+
+
+def outage(folder, when):
+    """What a run says whose W&B goes away."""
+    pytest.importorskip("wandb")
+    command = [sys.executable, "-m", "tests.helpers.wandb_server"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        environment = {**os.environ, "WANDB_BASE_URL": f"http://127.0.0.1:{server.stdout.readline().strip()}"}
+        words = [sys.executable, "-c", OUTAGE, str(folder), f"local-{KEY}", str(server.pid), when]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
+    finally:
+        server.kill()
+        server.wait()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert KEY not in done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.faults
+def test_wandb_goes_away_while_a_run_lasts(tmp_path):
+    said = outage(tmp_path, "lasts")
+    assert [line["a"] for line in lines(tmp_path / "run" / "metrics.jsonl")] == [float(i) for i in range(1, 30)]
+    assert "W&B has not taken everything within 1 s; the rest is on this disk: wandb sync --append" in said
+
+
+@pytest.mark.faults
+def test_wandb_is_away_when_a_run_goes_on(tmp_path):
+    """A first start is refused, since somebody is there to see it; a run that goes on records offline."""
+    said = outage(tmp_path, "resumed")
+    assert "REFUSED W&B cannot start with --logger.wandb.mode online" in said
+    assert "the run goes on, and records for W&B offline" in said and "without W&B" not in said
+    assert [line["a"] for line in lines(tmp_path / "run" / "metrics.jsonl")] == [1.0, 2.0]
+    run_id = (tmp_path / "run" / "wandb_id").read_text()
+    (record,) = (tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id}/run-*.wandb")
+    assert record.stat().st_size > 0

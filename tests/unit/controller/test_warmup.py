@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,12 +31,14 @@ class World:
     """Every fake, and what happened in order."""
 
     def __init__(
-        self, loss: Callable[[int], float] = lambda step: 1.0, scores: Sequence[float] = (0.1, 0.3, 0.2)
+        self, skips: Callable[[int], bool] = lambda step: False, scores: Sequence[float] = (0.1, 0.3, 0.2)
     ) -> None:
         self.events: list[Any] = []
         self.trained: list[list[int]] = []
         self.logs: list[tuple[int, str, Mapping[str, Any]]] = []
-        self.loss = loss
+        self.skips = skips
+        self.kept: list[int] = []
+        self.warnings: list[str] = []
         self.scores = iter((0.1, 0.3, 0.2))
         self.asleep = True
 
@@ -45,11 +46,13 @@ class World:
     def train(self, groups: Sequence[TrainGroup]) -> dict[str, float]:
         self.events.append("train")
         self.trained.append([g.group.row for g in groups])
+        if self.skips(len(self.trained)):
+            return {"policy/updates": 0.0, "policy/skipped_updates": 1.0, "skipped/loss": 1.0}
         return {
             "loss/cot": 1.0,
             "loss/squared_error": 0.0,
             "loss/likelihood": 0.0,
-            "loss/total": self.loss(len(self.trained)),
+            "loss/total": 1.0,
             "policy/grad_norm": 1.0,
             "policy/clipped_share": 0.0,
         }
@@ -101,7 +104,13 @@ class World:
 
     def log_evaluation(self, *args: Any) -> None: ...
 
-    def warn(self, *args: Any) -> None: ...
+    def warn(self, step: int, watch: str, message: str) -> None:
+        self.warnings.append(f"{step} {watch}: {message}")
+
+    def keep_batch(self, step: int, groups: Sequence[TrainGroup], metrics: Mapping[str, Any]) -> str:
+        self.kept.append(step)
+        assert [g.group.row for g in groups] == self.trained[-1] and metrics["skipped/loss"] == 1.0
+        return f"its batch is in {step}"
 
     def step(self, *args: Any) -> None: ...
 
@@ -175,12 +184,18 @@ def test_metrics_bear_the_names_of_what_they_are(tmp_path: Path) -> None:
     assert logged[4]["speed/trained_tokens_per_second"] == pytest.approx(16 / max(seconds, 1e-9))
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, value: float) -> None:
-    world = World(loss=lambda step: value if step == 2 else 1.0)
-    with pytest.raises(RunError, match=r"step 2: loss/total became (nan|inf); lower --actor.adam.lr"):
-        controller(world, tmp_path, judged=False).fit()
-    assert len(world.trained) == 2
+def test_a_skipped_update_is_kept_and_several_in_a_row_end_the_run(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, max_skipped=2)
+    world = World(skips=lambda step: step in (2, 4))
+    controller(world, tmp_path / "a", settings, judged=False).fit()
+    assert world.kept == [2, 4] and len(world.trained) == 4
+    said = "the loss is NaN or infinite: the update was skipped, the weights are as before; its batch is in"
+    assert world.warnings == [f"{step} finite: {said} {step}." for step in (2, 4)]
+
+    world = World(skips=lambda step: step >= 2)
+    with pytest.raises(RunError, match=r"step 3: .* 2 steps in a row \(--real.max_skipped\).*lower --actor.adam.lr"):
+        controller(world, tmp_path / "b", settings, judged=False).fit()
+    assert world.kept == [2, 3] and len(world.trained) == 3
 
 
 def test_it_goes_on_where_a_signal_stopped_it(tmp_path: Path) -> None:

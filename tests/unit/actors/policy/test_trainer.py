@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from real_openrlhf.actors.policy.finite import LargestGradient
 from real_openrlhf.actors.policy.logprob_head import LogprobHead, Request
 from real_openrlhf.actors.policy.model import PolicyOutputs, outputs_of
 from real_openrlhf.actors.policy.trainer import RealTrainer
@@ -94,6 +95,10 @@ class Strategy:
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
+
+    def skip_step(self, model: Any) -> None:
+        for parameter in model.parameters():
+            parameter.grad = None
 
     def sum_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
         return {name: value * self.world_size for name, value in values.items()}
@@ -487,3 +492,91 @@ def test_the_kl_to_a_reference(micro: int) -> None:
 def test_a_kl_without_reference_logprobs_is_an_error() -> None:
     with pytest.raises(ValueError, match="needs ref_logprobs"):
         trainer(options=LossOptions(kl_coef=0.3)).ppo_train(GROUPS)
+
+
+# -- numbers that are not finite -----------------------------------------------------------------------------
+
+
+def spoiled(part: str, value: float) -> list[TrainGroup]:
+    """The groups, with one number of the second one replaced."""
+    group = GROUPS[1]
+    if part == "coefficient":
+        cot = group.coefficients.cot.clone()
+        cot[0] = value
+        bad = replace(group, coefficients=replace(group.coefficients, cot=cot))
+    else:
+        rollouts = list(group.group.rollouts)
+        where = next(i for i, r in enumerate(rollouts) if r.score_logprobs.numel())
+        numbers = getattr(rollouts[where], part).clone()
+        numbers.view(-1)[0] = value
+        rollouts[where] = replace(rollouts[where], **{part: numbers})
+        bad = replace(group, group=replace(group.group, rollouts=tuple(rollouts)))
+    return [GROUPS[0], bad, *GROUPS[2:]]
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "steps"),
+    [
+        ("logprobs", float("nan"), 0),
+        ("logprobs", float("-inf"), 0),
+        ("score_logprobs", float("nan"), 0),
+        ("score_logprobs", float("-inf"), 1),
+        ("coefficient", float("inf"), 0),
+    ],
+)
+def test_rollouts_that_are_not_finite_change_nothing(part: str, value: float, steps: int) -> None:
+    made = trainer(lr=0.1)
+    before = [p.detach().clone() for p in made.actor.parameters()]
+    metrics = made.ppo_train(spoiled(part, value))
+    same = all(torch.equal(a, b) for a, b in zip(before, made.actor.parameters()))
+    assert same == (steps == 0) and made.n_updates == steps and made.n_calls == 1
+    assert metrics["policy/skipped_updates"] == 1 - steps and metrics.get("skipped/rollouts", 0.0) == 1 - steps
+    assert metrics["policy/updates"] == steps and ("loss/total" in metrics) == bool(steps)
+    # The next batch is trained on as ever, with the learning rate that the skipped one would have had.
+    metrics = made.ppo_train(GROUPS)
+    assert metrics["policy/skipped_updates"] == 0 and "skipped/rollouts" not in metrics
+    assert metrics["policy/lr"] == pytest.approx(0.1 * 0.5**steps)
+
+
+def test_one_update_of_several_is_skipped() -> None:
+    """Metrics are those of the updates that were made."""
+    made = trainer(per_update=4, lr=0.0)
+    metrics = made.ppo_train(spoiled("logprobs", float("nan")))
+    assert (metrics["policy/updates"], metrics["policy/skipped_updates"]) == (2.0, 1.0)
+    assert metrics["loss/total"] == metrics["loss/total"] and made.n_updates == 2
+
+
+@pytest.mark.parametrize(("reason", "place"), [("loss", "forward"), ("gradients", "backward")])
+def test_a_loss_or_gradient_that_is_not_finite_is_no_step(reason: str, place: str) -> None:
+    made = trainer(lr=0.1, micro=3)
+    before = [p.detach().clone() for p in made.actor.parameters()]
+    if place == "forward":
+        made.actor.output.weight.data[1, 0] = float("inf")  # type: ignore[union-attr,index]
+        before = [p.detach().clone() for p in made.actor.parameters()]
+    else:
+        # Finite forward, infinite backward, in the first micro-batch alone; hooks run in the order they were made.
+        once = iter([True])
+        made.gradient = LargestGradient([])
+        for parameter in made.actor.parameters():
+            parameter.register_hook(lambda g: g * float("inf") if next(once, False) else g)
+        made.gradient = LargestGradient(made.actor.parameters())
+    metrics = made.ppo_train(GROUPS)
+    assert metrics == {"policy/updates": 0.0, f"skipped/{reason}": 1.0, "policy/skipped_updates": 1.0}
+    assert all(torch.equal(a, b) for a, b in zip(before, made.actor.parameters()))
+    assert all(p.grad is None for p in made.actor.parameters())
+
+
+def test_the_largest_gradient() -> None:
+    """Against the maximum over all of autograd's gradients."""
+    parameters = [torch.nn.Parameter(torch.tensor([1.0, -2.0])), torch.nn.Parameter(torch.ones(1))]
+    frozen = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+    largest = LargestGradient([*parameters, frozen])
+    assert largest.finite
+    (parameters[0] ** 2).sum().backward()
+    (parameters[1] * 3).sum().backward()
+    assert largest._largest is not None and float(largest._largest) == 4.0 and largest.finite
+    (parameters[1] * float("nan")).sum().backward()
+    (parameters[1] * 3).sum().backward()
+    assert not largest.finite
+    largest.reset()
+    assert largest.finite

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from real_openrlhf.actors.sync.agreement import StaleWeights, check_agreement, sync_ranks, timed
+from real_openrlhf.actors.sync.agreement import StaleWeights, check_agreement, mean_change, sync_ranks, timed
 
 POLICY = [torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-0.5])]
 
@@ -59,7 +59,8 @@ def test_the_threshold_itself_passes() -> None:
 def test_what_is_not_finite_fails(value: float, side: str) -> None:
     bad, good = [torch.tensor([-1.0, value])], [torch.tensor([-1.0, -2.0])]
     policy, engine = (good if side == "engine" else bad), (good if side == "policy" else bad)
-    with pytest.raises(StaleWeights):
+    says = "log-probs of engine 0 differ" if side == "engine" else "the policy's own log-probs are NaN or infinite"
+    with pytest.raises(StaleWeights, match=says):
         check_agreement(policy, [engine], 0, 1e9)
 
 
@@ -103,3 +104,11 @@ def test_ranks_of_the_sync_group(widths: list[int], offsets: list[int], world: i
     assert sync_ranks(widths) == (offsets, world)
     workers = [offset + worker for offset, width in zip(offsets, widths) for worker in range(width)]
     assert [0, *workers] == list(range(world))  # rank 0 is the policy's
+
+
+def test_the_change_since_the_last_sync_is_a_mean_over_tokens() -> None:
+    before = [torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-4.0])]
+    after = [torch.tensor([-1.5, -2.0, -2.5]), torch.tensor([-4.0])]
+    assert mean_change(None, before) is None
+    assert mean_change(before, before) == 0.0
+    assert mean_change(before, after) == 0.25  # (0.5 + 0 + 0.5 + 0) / 4
