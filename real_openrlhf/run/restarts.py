@@ -6,6 +6,7 @@ ends as an undisturbed run does. The controller's process must live; if it dies,
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -92,7 +93,9 @@ def launch_until_done(
         where = "the beginning" if newest is None else str(newest.path)
         again = Again(why=_in_words(fault, step), where=where)
         logger.error("%s; start %d of %d from %s", again.why, restarts, limit, where, exc_info=fault)
-        del fault  # with its frames, and what they hold
+        # Its frames hold handles of actors that are gone: they go before another cluster is there.
+        del fault
+        gc.collect()
         # The first one comes at once. When it did not help, what was lost needs time to come back.
         time.sleep(_PAUSE_S * (restarts - 1))
 
