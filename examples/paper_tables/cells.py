@@ -45,11 +45,12 @@ SIZES = {
     "tiny": Size(
         seeds=(0,), base_steps=2, warmup_steps=2, warmup_rows=128, steps=2, curve_every=1, rows=8, rates=(1e-4,)
     ),
+    # Without seed 2, whose base did not learn to read in 800 updates; see README.
     "small": Size(
-        seeds=(0, 1, 2), base_steps=800, warmup_steps=200, warmup_rows=6400, steps=60, curve_every=20, rows=250
+        seeds=(0, 1, 3), base_steps=800, warmup_steps=200, warmup_rows=6400, steps=60, curve_every=20, rows=250
     ),
     "full": Size(
-        seeds=(0, 1, 2, 3, 4), base_steps=800, warmup_steps=200, warmup_rows=6400, steps=300, curve_every=50, rows=2000
+        seeds=(0, 1, 3, 4, 5), base_steps=800, warmup_steps=200, warmup_rows=6400, steps=300, curve_every=50, rows=2000
     ),
 }
 

@@ -113,13 +113,19 @@ class Runner:
         flags = self._flags(cell, seed, model, output)
         log = output.with_suffix(output.suffix + ".log")
         start = time.perf_counter()
+        ended: Any = None
         with _to_file(log):
-            config = parse_args(flags, warmup=cell.warmup)
-            code = (run_tract if config.warmup.method == "tract" else run)(config, kept=self.cluster.engines())
-        if code:
+            try:
+                config = parse_args(flags, warmup=cell.warmup)
+                code = (run_tract if config.warmup.method == "tract" else run)(config, kept=self.cluster.engines())
+                ended = f"exit code {code}" if code else None
+            except Exception as error:  # a bug, or Ray lost an actor: the other cells go on
+                logging.exception("the cell failed")
+                ended = repr(error)
+        if ended:
             # What is left of it would hold places of the cluster.
             self.cluster.close()
-            raise CellFailed(f"{cell.name} of seed {seed} ended with exit code {code}; see {log}")
+            raise CellFailed(f"{cell.name} of seed {seed} ended with {ended}; see {log}")
         found = {
             "cell": cell.name,
             "seed": seed,

@@ -68,7 +68,10 @@ def load(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
 
 
 def rows_of(table: str, cells: Mapping[str, dict[int, dict[str, Any]]], rates: Mapping[str, float]) -> list[Row]:
-    """The table's rows that were run. Tables that compare with the start have its row first."""
+    """The table's rows that were run, if these are two at least; before them the row of what they begin with."""
+    own = [cell for cell in plan.tables(rates)[table].values() if cell.name in cells]
+    if len(own) < 2:
+        return []
     rows = []
     raft = cells.get(plan.START, {})
     if table == "2":
@@ -231,7 +234,7 @@ def write_tables(folder: Path) -> str:
     text: list[str] = []
     for table, title in sorted(TITLES.items()):
         rows = rows_of(table, cells, rates)
-        if len(rows) < 2:
+        if not rows:
             continue
         text += [f"### Table {table}: {title}", "", *(table_2(rows) if table == "2" else table_of(rows)), ""]
         main = next(name for name, cell in plan.tables(rates)[table].items() if cell == plan.rl("real", rates["real"]))
