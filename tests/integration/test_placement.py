@@ -88,7 +88,7 @@ def every_group_is_given_back(nodes: Nodes) -> Iterator[None]:
 
 
 def places(actors: list[Any]) -> list[tuple[str, tuple[int, ...]]]:
-    return ray.get([actor.where.remote() for actor in actors], timeout=120)
+    return ray.get([actor.where.remote() for actor in actors], timeout=300)
 
 
 def start(bundle: Bundle, share: float | None = 1.0) -> Any:
@@ -230,7 +230,9 @@ def check_places(config: Config, kinds: dict[str, list[Bundle]]) -> None:
         assert kinds["policy"] == kinds["rollout"]
 
 
-@pytest.mark.parametrize("gpus", [(8,), (8, 4), (8, 4, 8), (8, 8), (8, 8, 8, 8)], ids=str)
+@pytest.mark.parametrize(
+    "gpus", [(8,), (8, 4), pytest.param((8, 4, 8), marks=pytest.mark.slow), (8, 8), (8, 8, 8, 8)], ids=str
+)
 def test_every_recipe_on_this_cluster(nodes: Nodes, gpus: tuple[int, ...]) -> None:
     nodes.become(*gpus)
     for recipe in RECIPES:
@@ -255,14 +257,9 @@ def recipe_named(name: str) -> Recipe:
     return next(recipe for recipe in RECIPES if str(recipe) == name)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "qwen3_32b/separate",
-        # An actor for every rank, engine and worker: up to 40 processes.
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_32b/colocated", "qwen3_8b/config")),
-    ],
-)
+# An actor for every rank, engine and worker: up to 40 processes.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_32b/separate", "qwen3_32b/colocated", "qwen3_8b/config"])
 def test_stand_ins_have_the_gpus_that_the_recipe_says(nodes: Nodes, name: str) -> None:
     recipe = recipe_named(name)
     config = config_of(recipe)
