@@ -192,6 +192,7 @@ def test_a_failure_is_answered_and_the_next_step_is_whole(answers: dict[str, dic
     assert again["loss"] == pytest.approx(before["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_end_to_end_on_a_cpu(tmp_path: Path) -> None:
     """Two depths of a tiny model, both contestants, with a profile: the program is whole, its numbers say nothing."""
     shapes = ["--models", "tiny", "--prompts", "24", "--responses", "8", "--samples", "4", "--centre", "24,8,4"]

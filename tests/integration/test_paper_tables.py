@@ -57,6 +57,7 @@ def test_a_cell_keeps_its_judgements(runner: Runner) -> None:
     assert runner.cell(REAL, 0) == cell
 
 
+@pytest.mark.slow
 def test_a_kept_engine_gives_what_a_new_one_gives(runner: Runner, tmp_path: Path) -> None:
     folder = runner.place.seed(0)
     flags = runner._flags(REAL, 0, folder / "sft/model", tmp_path / "out")
