@@ -50,7 +50,7 @@ def share_on_grid(stack: Stack) -> float:
 @pytest.mark.parametrize(
     ("stack", "kind"),
     [
-        pytest.param(options, name, id=name, marks=[pytest.mark.slow] if name in ("untied", "tied") else [])
+        pytest.param(options, name, id=name, marks=[pytest.mark.slow] if name != "tied" else [])
         for name, options in KINDS.items()
     ],
     indirect=["stack"],
