@@ -135,6 +135,7 @@ def test_no_key_is_in_what_a_run_writes(narrow: Path) -> None:
     assert holding == []
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_run_also_beside_other_load(judges: Path, tmp_path: Path) -> None:
     """Bit for bit: what was sampled, what was learned, which weights were the best."""
     # Nicer than the run, so that it still ends soon.

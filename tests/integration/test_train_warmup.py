@@ -110,6 +110,7 @@ def test_the_loss_is_transformers_own_and_falls(folder: Path, tmp_path: Path, me
     assert saved.generation_config.eos_token_id == AutoTokenizer.from_pretrained(folder / "m").eos_token_id
 
 
+@pytest.mark.slow
 def test_tract_on_rows_some_of_which_have_no_feedback(folder: Path, tmp_path: Path) -> None:
     """Stage 1 completes the data, its judge writes the feedback of stage 2, which begins from the start again."""
     out = tmp_path / "out"
@@ -156,6 +157,7 @@ def test_two_ranks_with_zero_3_and_adapters(folder: Path, tmp_path: Path) -> Non
     assert (tmp_path / "two/model/adapter/adapter_config.json").is_file()
 
 
+@pytest.mark.faults
 def test_it_goes_on_after_a_signal_and_after_a_fault(folder: Path, tmp_path: Path) -> None:
     """SIGTERM in the middle, the same command again, and its policy killed: bit for bit the weights of an unbroken run.
 
