@@ -48,8 +48,8 @@ def mean_quality(model: Path, prompts: Sequence[str], *, seed: int, n: int = 256
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False).eval()
     asked = [prompts[i % len(prompts)] for i in range(n)]
     given = tokenizer(asked, return_tensors="pt", add_special_tokens=False)  # all prompts have four words
     out = network.generate(
