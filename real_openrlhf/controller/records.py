@@ -7,9 +7,11 @@ from typing import Any, Literal, Protocol
 
 from real_openrlhf.algo.types import TrainGroup
 
+Phase = Literal["train", "eval", "sync"]
+
 
 class Log(Protocol):
-    def log(self, step: int, phase: Literal["train", "eval", "sync"], metrics: Mapping[str, Any]) -> None: ...
+    def log(self, step: int, phase: Phase, metrics: Mapping[str, Any]) -> None: ...
 
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None: ...
 

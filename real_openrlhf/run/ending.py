@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from real_openrlhf.common.jsonl import read_lines
-from real_openrlhf.controller.run_log import LIBRARIES_FILE, METRICS_FILE
+from real_openrlhf.controller.output_folder import LIBRARIES_FILE, METRICS_FILE
 from real_openrlhf.evals.plots import learning_curve
 from real_openrlhf.run.export import exported_step
 from real_openrlhf.run.plan import RunPlan

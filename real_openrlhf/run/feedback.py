@@ -23,7 +23,7 @@ from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.common.errors import RunError
 from real_openrlhf.common.jsonl import JsonLines, JsonLinesError, keep_lines, read_lines
 from real_openrlhf.config.flags import ConfigError
-from real_openrlhf.controller.run_log import FEEDBACK_FILE, LIBRARIES_FILE
+from real_openrlhf.controller.output_folder import FEEDBACK_FILE, LIBRARIES_FILE
 from real_openrlhf.data.completed import EMPTY, Completed, complete, tail_tokens
 from real_openrlhf.data.given import with_responses
 from real_openrlhf.data.prompt import Prompt

@@ -15,7 +15,7 @@ from real_openrlhf.common.versions import warn_of_versions
 from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.config.schema import Config
 from real_openrlhf.controller.loop import Stopped
-from real_openrlhf.controller.run_log import LIBRARIES_FILE, RunLogError, check_output_dir
+from real_openrlhf.controller.output_folder import LIBRARIES_FILE, RunLogError, check_output_dir
 from real_openrlhf.run.ending import ending
 from real_openrlhf.run.feedback import rows_without_feedback, with_feedback
 from real_openrlhf.run.inputs import load_inputs

@@ -7,7 +7,7 @@ from pathlib import Path
 from real_openrlhf.checkpoint.manifest import Checkpoint
 from real_openrlhf.config.schema import CkptConfig
 from real_openrlhf.controller.checkpointing import find_checkpoint, make_store
-from real_openrlhf.controller.run_log import BEFORE_RECORDS, CONFIG_FILE, check_output_dir
+from real_openrlhf.controller.output_folder import BEFORE_RECORDS, CONFIG_FILE, check_output_dir
 from real_openrlhf.run.plan import RunPlan
 
 

@@ -18,8 +18,9 @@ from real_openrlhf.controller.controller import Controller
 from real_openrlhf.controller.guards import Guards
 from real_openrlhf.controller.judge_export import JudgeExport
 from real_openrlhf.controller.loop import TrainingLoop
+from real_openrlhf.controller.output_folder import LIBRARIES_FILE
 from real_openrlhf.controller.progress import SHOWN, WARMUP_SHOWN, PhaseTimer, Progress
-from real_openrlhf.controller.run_log import LIBRARIES_FILE, RunLog
+from real_openrlhf.controller.run_log import RunLog
 from real_openrlhf.controller.warmup import WarmupController
 from real_openrlhf.data.given import given_group
 from real_openrlhf.data.prompt import Prompt

@@ -16,7 +16,7 @@ from typing import Any
 
 from real_openrlhf.config.cli import config_to_dict
 from real_openrlhf.config.schema import Config
-from real_openrlhf.controller.run_log import CONFIG_FILE, STAGE_1
+from real_openrlhf.controller.output_folder import CONFIG_FILE, STAGE_1
 from real_openrlhf.run.export import exported_step
 from real_openrlhf.run.kept_engines import KeptEngines
 from real_openrlhf.run.main import run

@@ -18,7 +18,9 @@ from PIL import Image
 
 from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.config.schema import WandbConfig
-from real_openrlhf.controller.run_log import REDACTED, RunLog, RunLogError, redact
+from real_openrlhf.controller.output_folder import RunLogError
+from real_openrlhf.controller.redaction import REDACTED, redact
+from real_openrlhf.controller.run_log import RunLog
 
 OFF = WandbConfig()
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -330,8 +332,9 @@ OUTAGE = """
 import logging, subprocess, sys
 from pathlib import Path
 from real_openrlhf.config.schema import WandbConfig
-from real_openrlhf.controller import run_log as module
-from real_openrlhf.controller.run_log import RunLog, RunLogError
+from real_openrlhf.controller import log_sinks as module
+from real_openrlhf.controller.output_folder import RunLogError
+from real_openrlhf.controller.run_log import RunLog
 
 folder, key, server = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(message)s")

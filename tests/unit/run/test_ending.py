@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from real_openrlhf.algo.score_scale import ScoreScale
-from real_openrlhf.controller.run_log import LIBRARIES_FILE
+from real_openrlhf.controller.output_folder import LIBRARIES_FILE
 from real_openrlhf.export.settings import JudgeSettings
 from real_openrlhf.run.ending import ending, evaluations_of, table
 

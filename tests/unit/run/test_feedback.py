@@ -12,7 +12,7 @@ import pytest
 from real_openrlhf.common.errors import RunError
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.flags import ConfigError
-from real_openrlhf.controller.run_log import check_output_dir
+from real_openrlhf.controller.output_folder import check_output_dir
 from real_openrlhf.data.completed import Completed
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.run import feedback

@@ -20,7 +20,7 @@ from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.schema import Config
 from real_openrlhf.controller.checkpointing import make_store
 from real_openrlhf.controller.loop import Stopped
-from real_openrlhf.controller.run_log import LIBRARIES_FILE, RunLogError
+from real_openrlhf.controller.output_folder import LIBRARIES_FILE, RunLogError
 from real_openrlhf.data.tokenizer import end_token_ids, load_tokenizer
 from real_openrlhf.run import main as module
 from real_openrlhf.run.identity import run_identity
