@@ -336,20 +336,20 @@ from real_openrlhf.controller import log_sinks as module
 from real_openrlhf.controller.output_folder import RunLogError
 from real_openrlhf.controller.run_log import RunLog
 
-folder, key, server = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+folder, server, when = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(message)s")
 module._WANDB_END_S = 1.0
 
 def start(name, **more):
-    settings = WandbConfig(mode="online", project="p", key=key)
+    settings = WandbConfig(mode="online", project="p")
     return RunLog(folder / name, tensorboard_dir=None, wandb=settings, config={}, **more)
 
 run = start("run")
 run.log(1, "train", {"a": 1.0})
-if sys.argv[4] == "resumed":
+if when == "resumed":
     run.close()
 subprocess.run(["kill", "-9", str(server)], check=True)
-if sys.argv[4] == "lasts":
+if when == "lasts":
     for step in range(2, 30):
         run.log(step, "train", {"a": float(step)})
     run.close()  # would wait for ever
@@ -371,8 +371,9 @@ def outage(folder, when):
     command = [sys.executable, "-m", "tests.helpers.wandb_server"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
-        environment = {**os.environ, "WANDB_BASE_URL": f"http://127.0.0.1:{server.stdout.readline().strip()}"}
-        words = [sys.executable, "-c", OUTAGE, str(folder), f"local-{KEY}", str(server.pid), when]
+        url = f"http://127.0.0.1:{server.stdout.readline().strip()}"
+        environment = {**os.environ, "WANDB_BASE_URL": url, "WANDB_API_KEY": f"local-{KEY}"}
+        words = [sys.executable, "-c", OUTAGE, str(folder), str(server.pid), when]
         done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
     finally:
         server.kill()
