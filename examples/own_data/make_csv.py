@@ -16,7 +16,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from real_openrlhf.data.sources import BadRow, DataError, read_rows
+from real_openrlhf.data.row import BadRow, DataError
+from real_openrlhf.data.sources import read_rows
 
 HUB_ID = "PhilipMay/stsb-multi-mt:en"
 QUESTION = "Say it in other words: "

@@ -28,7 +28,8 @@ from examples.quickstart import warmup
 from examples.quickstart.make_model import EOS, PAD, make_model
 from real_openrlhf.data.judge_prompt import JudgeTemplate
 from real_openrlhf.data.overlap_feedback import write_feedback
-from real_openrlhf.data.sources import BadRow, DataError, lookup, read_rows
+from real_openrlhf.data.row import BadRow, DataError, lookup
+from real_openrlhf.data.sources import read_rows
 
 TEMPLATE = "answer"
 

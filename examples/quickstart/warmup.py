@@ -35,7 +35,8 @@ from real_openrlhf.common.device import Device
 from real_openrlhf.common.folder_lock import FolderLock
 from real_openrlhf.common.home import use_writable_caches
 from real_openrlhf.common.paths import path_argument, text_argument
-from real_openrlhf.data.sources import BadRow, DataError, Row, lookup, read_rows, shorten
+from real_openrlhf.data.row import BadRow, DataError, Row, lookup, shorten
+from real_openrlhf.data.sources import read_rows
 from real_openrlhf.data.template import PromptError, PromptTemplate
 from real_openrlhf.data.tokenizer import load_tokenizer
 

@@ -26,7 +26,7 @@ from real_openrlhf.data.build import SFT, Settings, build
 from real_openrlhf.data.builders.stsb import BUILDER
 from real_openrlhf.data.judge_prompt import JudgeTemplate
 from real_openrlhf.data.rounding import ROUNDINGS
-from real_openrlhf.data.sources import DataError
+from real_openrlhf.data.row import DataError
 
 logger = logging.getLogger("stsb.prepare")
 

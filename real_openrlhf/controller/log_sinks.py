@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from real_openrlhf.config.schema import WandbConfig
+from real_openrlhf.config.logger_flags import WandbConfig
 from real_openrlhf.controller.output_folder import RunLogError, make_writable
 from real_openrlhf.controller.records import Phase
 from real_openrlhf.controller.redaction import redact

@@ -27,7 +27,7 @@ from typing import Any, get_args
 
 from real_openrlhf.algo.types import TrainGroup
 from real_openrlhf.common.jsonl import JsonLines, JsonLinesError, keep_lines
-from real_openrlhf.config.schema import WandbConfig
+from real_openrlhf.config.logger_flags import WandbConfig
 from real_openrlhf.controller.kept_batch import keep_batch
 from real_openrlhf.controller.log_sinks import TensorBoardSink, WandbSink, wandb_sinks
 from real_openrlhf.controller.output_folder import (

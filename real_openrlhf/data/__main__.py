@@ -21,7 +21,7 @@ from real_openrlhf.data.builders import BUILDERS, PAIR_BUILDERS, get_builder
 from real_openrlhf.data.judge_prompt import JudgeTemplate, template_names
 from real_openrlhf.data.pairs import pairs_summary, write_pairs
 from real_openrlhf.data.rounding import ROUNDINGS
-from real_openrlhf.data.sources import DataError
+from real_openrlhf.data.row import DataError
 from real_openrlhf.data.splits import parse_fractions
 from real_openrlhf.data.table import MESSAGES, TEXT
 

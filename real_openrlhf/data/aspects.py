@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.data.builders.base import Builder
-from real_openrlhf.data.sources import DataError, nearest
+from real_openrlhf.data.row import DataError, nearest
 
 
 def choose_aspects(

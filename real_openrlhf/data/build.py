@@ -16,8 +16,8 @@ from real_openrlhf.data.agreement import agreement, spread
 from real_openrlhf.data.builders.base import Builder, FieldError, Item, Options, Parts
 from real_openrlhf.data.judge_prompt import JudgeTemplate, Rubric
 from real_openrlhf.data.rounding import written_label
+from real_openrlhf.data.row import BadRow, DataError, Place, Row
 from real_openrlhf.data.source_rows import LISTED, no_rows, read_sources, shown
-from real_openrlhf.data.sources import BadRow, DataError, Place, Row
 from real_openrlhf.data.splits import PRECEDENCE, check_split, keep_one_split, split_of
 from real_openrlhf.data.table import MESSAGES, SCHEMA_VERSION, TEXT, prepare_folder, write_manifest, write_table
 from real_openrlhf.data.template import PromptError

@@ -14,7 +14,8 @@ from typing import TypeVar
 
 from real_openrlhf.algo.score_scale import ScaleError, ScoreScale
 from real_openrlhf.data.prompt import Prompt
-from real_openrlhf.data.sources import BadRow, DataError, Row, lookup, read_rows, shorten
+from real_openrlhf.data.row import BadRow, DataError, Row, lookup, shorten
+from real_openrlhf.data.sources import read_rows
 from real_openrlhf.data.template import ChatTokenizer, PromptError, PromptTemplate
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from real_openrlhf.algo.score_rows import ScoreRows
 from real_openrlhf.algo.types import Group, Rollout, ScoreReading
 from real_openrlhf.data.dataset import JudgeDataset, load_rows, read_prompt
 from real_openrlhf.data.prompt import Prompt
-from real_openrlhf.data.sources import BadRow, DataError, Row, lookup, shorten
+from real_openrlhf.data.row import BadRow, DataError, Row, lookup, shorten
 from real_openrlhf.data.template import PromptError, PromptTemplate
 
 

@@ -37,7 +37,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from real_openrlhf.algo.score_scale import DEFAULT_ANCHOR, ScoreScale
 from real_openrlhf.common.paths import expand
-from real_openrlhf.data.sources import nearest, shorten
+from real_openrlhf.data.row import nearest, shorten
 from real_openrlhf.data.template import PromptError, TemplateError
 
 FOLDER = Path(__file__).parent / "templates"

@@ -27,8 +27,8 @@ from real_openrlhf.common.folder_lock import FolderLock
 from real_openrlhf.data.builders.base import FieldError
 from real_openrlhf.data.builders.pairs.base import Pair, PairBuilder
 from real_openrlhf.data.preferences import PREFERENCES, majority, vote_agreement
+from real_openrlhf.data.row import BadRow, DataError, Place, Row
 from real_openrlhf.data.source_rows import LISTED, no_rows, read_sources, shown
-from real_openrlhf.data.sources import BadRow, DataError, Place, Row
 from real_openrlhf.data.table import prepare_folder, write_manifest, write_parquet
 
 PAIRS = "pairs.parquet"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from real_openrlhf.common.paths import expand
-from real_openrlhf.data.sources import BadRow, DataError, Row
+from real_openrlhf.data.row import BadRow, DataError, Row
 from real_openrlhf.data.splits import check_split
 
 LISTED = 20

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Hashable, Mapping, Sequence
 
-from real_openrlhf.data.sources import SPLIT_WORDS, DataError, nearest
+from real_openrlhf.data.row import DataError, nearest
+from real_openrlhf.data.sources import SPLIT_WORDS
 
 # If a group occurs in several named splits, the first of these keeps it, so that evaluation data stay complete.
 PRECEDENCE = ("test", "eval", "validation", "valid", "val", "dev", "train")

@@ -10,7 +10,7 @@ import numpy as np
 
 from real_openrlhf.data.dataset import content_hash
 from real_openrlhf.data.prompt import Prompt
-from real_openrlhf.data.sources import DataError
+from real_openrlhf.data.row import DataError
 
 
 class StreamExhausted(Exception):

@@ -29,7 +29,8 @@ import pyarrow.parquet as pq
 from real_openrlhf.common.atomic_file import atomic_file, write_text
 from real_openrlhf.common.paths import expand
 from real_openrlhf.data.judge_prompt import JudgeTemplate
-from real_openrlhf.data.sources import MANIFEST, DataError
+from real_openrlhf.data.row import DataError
+from real_openrlhf.data.sources import MANIFEST
 
 SCHEMA_VERSION = 1
 TEXT, MESSAGES = "text", "messages"

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from jinja2 import TemplateError as JinjaError
 
 from real_openrlhf.data.literal import BREAK, encode_literal, literal
-from real_openrlhf.data.sources import DataError, shorten
+from real_openrlhf.data.row import DataError, shorten
 
 logger = logging.getLogger(__name__)
 SLOT = "{}"

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import IO
 
 from real_openrlhf.common.paths import expand
-from real_openrlhf.data.sources import BadRow, DataError, Place, Row, read_rows
+from real_openrlhf.data.row import BadRow, DataError, Place, Row
+from real_openrlhf.data.sources import read_rows
 
 SUFFIXES = (".tsv", ".txt")
 

@@ -11,7 +11,8 @@ from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.common.paths import expand
 from real_openrlhf.data.dataset import JudgeDataset
 from real_openrlhf.data.prompt import Prompt
-from real_openrlhf.data.sources import Row, lookup, nearest, read_rows
+from real_openrlhf.data.row import Row, lookup, nearest
+from real_openrlhf.data.sources import read_rows
 from real_openrlhf.data.template import ChatTokenizer, PromptTemplate
 from real_openrlhf.evals.predictions import EvaluationError
 from real_openrlhf.evals.results import AVERAGE, READINGS

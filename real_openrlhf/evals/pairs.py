@@ -16,7 +16,7 @@ from real_openrlhf.data.dataset import content_hash, load_rows
 from real_openrlhf.data.judge_prompt import Rubric
 from real_openrlhf.data.preferences import PREFERENCES, A, B
 from real_openrlhf.data.prompt import Prompt
-from real_openrlhf.data.sources import BadRow, Row, lookup, shorten
+from real_openrlhf.data.row import BadRow, Row, lookup, shorten
 from real_openrlhf.data.template import PromptError
 from real_openrlhf.evals.benchmarks import GROUP, Benchmark
 from real_openrlhf.evals.predictions import EvaluationError

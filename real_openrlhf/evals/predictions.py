@@ -19,7 +19,7 @@ from typing import Any
 from real_openrlhf.common.errors import FolderError
 from real_openrlhf.common.folder_lock import FolderLock
 from real_openrlhf.common.jsonl import JsonLines, JsonLinesError, keep_lines, read_lines
-from real_openrlhf.data.sources import shorten
+from real_openrlhf.data.row import shorten
 
 FORMAT = "real_openrlhf.predictions"
 FORMAT_VERSION = 1

@@ -10,7 +10,7 @@ from typing import Any
 from real_openrlhf.algo.score_scale import ScaleError, ScoreScale
 from real_openrlhf.common.atomic_file import write_text
 from real_openrlhf.data.judge_prompt import JudgeTemplate
-from real_openrlhf.data.sources import DataError
+from real_openrlhf.data.row import DataError
 from real_openrlhf.data.template import PromptTemplate, TemplateError
 
 SETTINGS_FILE = "real_openrlhf.json"

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from real_openrlhf.common.plain import NotPlainError, plain
 from real_openrlhf.common.progress_bar import BAR_FORMAT
-from real_openrlhf.data.sources import BadRow, DataError, Row, lookup, read_json_lines, read_rows
+from real_openrlhf.data.row import BadRow, DataError, Row, lookup
+from real_openrlhf.data.sources import read_json_lines, read_rows
 from real_openrlhf.data.template import PromptError
 from real_openrlhf.export.fingerprint import weights_sha256
 from real_openrlhf.judge.cli_args import read_key

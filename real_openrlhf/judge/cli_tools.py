@@ -10,7 +10,8 @@ from real_openrlhf.actors.engine.spec import logprobs_mode_for
 from real_openrlhf.common.device import Device
 from real_openrlhf.common.versions import ENGINE, warn_of_versions
 from real_openrlhf.data.dataset import read_label
-from real_openrlhf.data.sources import BadRow, DataError, lookup, read_rows
+from real_openrlhf.data.row import BadRow, DataError, lookup
+from real_openrlhf.data.sources import read_rows
 from real_openrlhf.data.tokenizer import load_tokenizer
 from real_openrlhf.judge.calibration import Calibration
 from real_openrlhf.judge.cli_args import read_key

@@ -7,7 +7,8 @@ from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.config.sampling import evaluation_sampling, rollout_sampling
 from real_openrlhf.config.schema import Config
 from real_openrlhf.config.validate import validate
-from real_openrlhf.data.sources import DataError, locate, nearest
+from real_openrlhf.data.row import DataError, nearest
+from real_openrlhf.data.sources import locate
 from real_openrlhf.run.assumed_gpus import AssumedGpus
 
 

@@ -18,7 +18,7 @@ from real_openrlhf.data.builders import (
 )
 from real_openrlhf.data.builders.base import Builder
 from real_openrlhf.data.builders.pairs import PAIR_BUILDERS
-from real_openrlhf.data.sources import DataError, nearest
+from real_openrlhf.data.row import DataError, nearest
 
 _MODULES = (
     feedback_collection,

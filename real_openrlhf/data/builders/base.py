@@ -13,7 +13,8 @@ from typing import Any
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.data.dataset import read_label
 from real_openrlhf.data.judge_prompt import Rubric
-from real_openrlhf.data.sources import BadRow, Row, lookup, read_rows, shorten
+from real_openrlhf.data.row import BadRow, Row, lookup, shorten
+from real_openrlhf.data.sources import read_rows
 
 
 class FieldError(ValueError):

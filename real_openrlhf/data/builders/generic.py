@@ -19,7 +19,7 @@ from real_openrlhf.data.builders.base import (
 )
 from real_openrlhf.data.builders.prometheus import asked
 from real_openrlhf.data.judge_prompt import Rubric
-from real_openrlhf.data.sources import DataError, nearest, shorten
+from real_openrlhf.data.row import DataError, nearest, shorten
 
 FIELDS = (
     "prompt", "label", "group", "id", "split", "feedback", "n",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from typing import Any
 
 from real_openrlhf.data.builders.base import FieldError
-from real_openrlhf.data.sources import BadRow, DataError, Row
+from real_openrlhf.data.row import BadRow, DataError, Row
 
 
 def merge_rows(

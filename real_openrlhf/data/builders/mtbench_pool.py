@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from real_openrlhf.data.builders.base import Builder, FieldError, Item, Options, Parts, get, label, optional_text, text
-from real_openrlhf.data.sources import shorten
+from real_openrlhf.data.row import shorten
 
 
 def read(values: Mapping[str, Any], options: Options) -> Item:

@@ -11,7 +11,7 @@ from typing import Any
 
 from real_openrlhf.data.builders.base import Builder, FieldError, Item, Options, get, group_of, label
 from real_openrlhf.data.builders.prometheus import asked, parts_of
-from real_openrlhf.data.sources import shorten
+from real_openrlhf.data.row import shorten
 
 LABEL = "reward_model.ground_truth"
 

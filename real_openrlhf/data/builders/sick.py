@@ -12,7 +12,7 @@ from typing import Any
 
 from real_openrlhf.data.builders.base import Builder, FieldError, Item, Options, Parts, group_of, label, text
 from real_openrlhf.data.judge_prompt import Rubric
-from real_openrlhf.data.sources import shorten
+from real_openrlhf.data.row import shorten
 from real_openrlhf.data.tsv import read_tsv_or_rows
 
 SPLITS = {"TRAIN": "train", "TRIAL": "dev", "TEST": "test"}

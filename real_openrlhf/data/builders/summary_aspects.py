@@ -8,7 +8,7 @@ from typing import Any
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.data.builders.base import FieldError, get, ratings
 from real_openrlhf.data.judge_prompt import Rubric
-from real_openrlhf.data.sources import shorten
+from real_openrlhf.data.row import shorten
 
 SCALE = "1-5"
 RUBRICS = {

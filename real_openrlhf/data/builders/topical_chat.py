@@ -26,7 +26,7 @@ from real_openrlhf.data.builders.base import (
     text,
 )
 from real_openrlhf.data.judge_prompt import Rubric
-from real_openrlhf.data.sources import shorten
+from real_openrlhf.data.row import shorten
 
 ASPECTS = {
     "Overall": "1-5",

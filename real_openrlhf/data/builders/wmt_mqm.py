@@ -28,7 +28,7 @@ from real_openrlhf.data.builders.base import (
 )
 from real_openrlhf.data.builders.merge import merge_rows
 from real_openrlhf.data.judge_prompt import Rubric
-from real_openrlhf.data.sources import BadRow, Row, shorten
+from real_openrlhf.data.row import BadRow, Row, shorten
 from real_openrlhf.data.tsv import read_tsv_or_rows
 
 NOTHING, NEUTRAL, MINOR, MAJOR, ATTENTION_TEST = "no-error", "neutral", "minor", "major", "hotw-test"

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from real_openrlhf.config.flags import ConfigError
-from real_openrlhf.config.schema import WandbConfig
+from real_openrlhf.config.logger_flags import WandbConfig
 from real_openrlhf.controller.output_folder import RunLogError
 from real_openrlhf.controller.redaction import REDACTED, redact
 from real_openrlhf.controller.run_log import RunLog
@@ -331,7 +331,7 @@ def test_wandb_offline_keeps_no_key(tmp_path, monkeypatch, caplog):
 OUTAGE = """
 import logging, subprocess, sys
 from pathlib import Path
-from real_openrlhf.config.schema import WandbConfig
+from real_openrlhf.config.logger_flags import WandbConfig
 from real_openrlhf.controller import log_sinks as module
 from real_openrlhf.controller.output_folder import RunLogError
 from real_openrlhf.controller.run_log import RunLog

@@ -14,7 +14,7 @@ import pytest
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.data.dataset import JudgeDataset, content_hash, read_label
 from real_openrlhf.data.prompt import Prompt
-from real_openrlhf.data.sources import DataError
+from real_openrlhf.data.row import DataError
 from real_openrlhf.data.template import PromptTemplate, TemplateError
 from tests.helpers.tokenizers import CHAT_TEMPLATE, word_tokenizer
 

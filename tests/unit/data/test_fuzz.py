@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 
 from real_openrlhf.algo.score_scale import ScaleError, ScoreScale
 from real_openrlhf.data.dataset import read_label
-from real_openrlhf.data.sources import BadRow, DataError, Row, read_rows
+from real_openrlhf.data.row import BadRow, DataError, Row
+from real_openrlhf.data.sources import read_rows
 
 FUZZ = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 NAMES = ("d.jsonl", "d.json", "d.csv", "d.jsonl.gz", "d.parquet")

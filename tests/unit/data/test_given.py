@@ -12,7 +12,7 @@ from real_openrlhf.algo.score_position import ScoreReader
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.data.dataset import JudgeDataset
 from real_openrlhf.data.given import GivenDataset, encode_response, given_group, with_responses
-from real_openrlhf.data.sources import DataError
+from real_openrlhf.data.row import DataError
 from real_openrlhf.data.template import PromptError, PromptTemplate
 from tests.helpers.tokenizers import word_tokenizer
 

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from real_openrlhf.data.sources import BadRow, DataError, Place, Row, _row, lookup, read_rows
+from real_openrlhf.data.row import BadRow, DataError, Place, Row, lookup
+from real_openrlhf.data.sources import _row, read_rows
 
 ROWS = [{"input": "rate this", "label": 3}, {"input": 'two\nlines, "quoted" \u2028 é', "label": 4.5}]
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from real_openrlhf.data.sources import DataError
+from real_openrlhf.data.row import DataError
 from real_openrlhf.data.splits import keep_one_split, parse_fractions, split_of
 
 SHARES = {"train": 0.8, "dev": 0.1, "test": 0.1}

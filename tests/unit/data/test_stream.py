@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from real_openrlhf.data.prompt import Prompt
-from real_openrlhf.data.sources import DataError
+from real_openrlhf.data.row import DataError
 from real_openrlhf.data.stream import PromptStream, StreamExhausted
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from real_openrlhf.data.sources import BadRow, DataError, Row
+from real_openrlhf.data.row import BadRow, DataError, Row
 from real_openrlhf.data.tsv import read_tsv, read_tsv_or_rows
 
 

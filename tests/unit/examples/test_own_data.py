@@ -14,7 +14,7 @@ from real_openrlhf.algo.bound_scale import bind_scale
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.data.__main__ import main as build
 from real_openrlhf.data.overlap_feedback import write_feedback
-from real_openrlhf.data.sources import DataError
+from real_openrlhf.data.row import DataError
 
 PAIRS = [("A man plays.", "A man is playing.", 4.8), ("A dog runs.", "It rains.", 0.2)]
 

@@ -22,7 +22,7 @@ from examples.quickstart.warmup import (
     summed_loss,
     train,
 )
-from real_openrlhf.data.sources import DataError
+from real_openrlhf.data.row import DataError
 from real_openrlhf.data.template import PromptTemplate
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "b", "c", "d", "score", "1", "2", "3"]

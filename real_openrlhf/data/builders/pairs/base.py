@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from real_openrlhf.data.sources import BadRow, Row, read_rows
+from real_openrlhf.data.row import BadRow, Row
+from real_openrlhf.data.sources import read_rows
 
 
 @dataclass(frozen=True, kw_only=True)

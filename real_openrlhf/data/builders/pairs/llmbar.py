@@ -12,7 +12,7 @@ from typing import Any
 from real_openrlhf.data.builders.base import FieldError, get, group_of, optional_text, text
 from real_openrlhf.data.builders.pairs.base import Pair, PairBuilder
 from real_openrlhf.data.preferences import A, B
-from real_openrlhf.data.sources import shorten
+from real_openrlhf.data.row import shorten
 
 LABELS = {"1": A, "2": B}
 

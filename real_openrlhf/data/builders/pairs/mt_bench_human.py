@@ -18,7 +18,8 @@ from real_openrlhf.data.builders.base import FieldError, get, text
 from real_openrlhf.data.builders.merge import merge_rows
 from real_openrlhf.data.builders.pairs.base import Pair, PairBuilder
 from real_openrlhf.data.preferences import TIE, A, B
-from real_openrlhf.data.sources import BadRow, Row, read_rows, shorten
+from real_openrlhf.data.row import BadRow, Row, shorten
+from real_openrlhf.data.sources import read_rows
 
 OTHER = {A: B, B: A, TIE: TIE}
 

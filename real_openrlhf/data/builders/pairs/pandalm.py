@@ -13,7 +13,7 @@ from typing import Any
 from real_openrlhf.data.builders.base import FieldError, group_of, optional_text, text
 from real_openrlhf.data.builders.pairs.base import Pair, PairBuilder
 from real_openrlhf.data.preferences import TIE, A, B
-from real_openrlhf.data.sources import shorten
+from real_openrlhf.data.row import shorten
 
 LABELS = {"0": TIE, "1": A, "2": B}
 _ANNOTATOR = re.compile(r"annotator\d+")

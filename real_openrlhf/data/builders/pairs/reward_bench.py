@@ -13,7 +13,7 @@ from typing import Any
 from real_openrlhf.data.builders.base import FieldError, get, group_of, optional_text, question_of, text
 from real_openrlhf.data.builders.pairs.base import Pair, PairBuilder
 from real_openrlhf.data.preferences import A
-from real_openrlhf.data.sources import shorten
+from real_openrlhf.data.row import shorten
 
 
 def read(values: Mapping[str, Any]) -> Pair:

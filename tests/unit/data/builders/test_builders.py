@@ -11,7 +11,7 @@ from real_openrlhf.data.builders import BUILDERS, get_builder
 from real_openrlhf.data.builders.base import FieldError, Item, Options, question_of
 from real_openrlhf.data.builders.prometheus import parts_of
 from real_openrlhf.data.judge_prompt import JudgeTemplate, Rubric
-from real_openrlhf.data.sources import DataError
+from real_openrlhf.data.row import DataError
 
 RUBRIC = Rubric(criteria="Is it kind?", descriptions={score: f"Level {score}." for score in "12345"})
 PROMPT = JudgeTemplate.load("paper").render(
