@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from real_openrlhf.data.row import BadRow, DataError, Place, Row, lookup
+from real_openrlhf.data.row import BadRow, DataError, Place, Row
 from real_openrlhf.data.sources import _row, read_rows
 
 ROWS = [{"input": "rate this", "label": 3}, {"input": 'two\nlines, "quoted" \u2028 é', "label": 4.5}]
@@ -262,26 +262,6 @@ class TestHub:
             list(read_rows("owner/x"))
         with pytest.raises(DataError, match="empty"):
             list(read_rows("owner/empty"))
-
-
-class TestLookup:
-    VALUES = {"a": {"b": {"c": 1}}, "a.b": "literal", "x": 5}  # noqa: RUF012
-
-    @pytest.mark.parametrize(("key", "value"), [("x", 5), ("a.b", "literal"), ("a.b.c", 1), ("a", {"b": {"c": 1}})])
-    def test_found(self, key, value):
-        assert lookup(self.VALUES, key) == value
-
-    @pytest.mark.parametrize(
-        ("key", "message"),
-        [
-            ("X", r"the columns are \['a', 'a.b', 'x'\] \(did you mean 'x'\?\)"),
-            ("a.q", r"the columns in 'a' are \['a.b'\]"),
-            ("x.y", r"'x' holds 5, not an object"),
-        ],
-    )
-    def test_missing(self, key, message):
-        with pytest.raises(KeyError, match=message):
-            lookup(self.VALUES, key)
 
 
 def test_csv_fields_of_any_length(tmp_path: Path) -> None:
