@@ -15,7 +15,7 @@ from real_openrlhf.evals.pairs import load_pairs
 from real_openrlhf.evals.predictions import EvaluationError
 from real_openrlhf.evals.report import PREDICTIONS, settings_of, write_report
 from real_openrlhf.judge.cli_args import read_key
-from real_openrlhf.judge.cli_model import chosen_settings
+from real_openrlhf.judge.cli_model import judge_of
 from real_openrlhf.judge.judge import Judge
 from real_openrlhf.judge.types import JudgeBackend
 
@@ -39,22 +39,14 @@ def make_judge(args: argparse.Namespace, backend: JudgeBackend | None = None) ->
             "concurrency": args.concurrency,
             "api_key": read_key(args.api_key_env),
         }
-    return Judge(
-        args.model,
+    return judge_of(
+        args,
         server=args.server,
         server_options=options,
         backend=backend or (None if args.server else args.backend),
-        settings=chosen_settings(args),
-        template=args.template,
-        other_template=args.other_template,
-        n=args.n,
-        temperature=args.temperature,
         top_p=args.top_p,
-        seed=args.seed,
-        max_new_tokens=args.max_new_tokens,
         renormalise=args.renormalise,
         max_model_len=args.max_model_len,
-        force=not args.no_force,
         device=args.device,
     )
 

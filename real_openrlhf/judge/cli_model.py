@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from real_openrlhf.algo.score_scale import DEFAULT_ANCHOR
 from real_openrlhf.data.tokenizer import load_tokenizer
 from real_openrlhf.export.settings import SETTINGS_FILE, JudgeSettings
+from real_openrlhf.judge.judge import Judge
 from real_openrlhf.judge.resolve_settings import plain_settings
 from real_openrlhf.judge.types import JudgeError
 
@@ -30,6 +32,22 @@ def chosen_settings(args: argparse.Namespace) -> JudgeSettings | None:
         apply_chat_template=_truth(args.apply_chat_template),
         enable_thinking=_truth(args.enable_thinking),
         input_template=args.input_template,
+    )
+
+
+def judge_of(args: argparse.Namespace, **options: Any) -> Judge:
+    """The judge that the flags of every command name; options: what one command alone has flags for."""
+    return Judge(
+        args.model,
+        settings=chosen_settings(args),
+        template=args.template,
+        other_template=args.other_template,
+        n=args.n,
+        temperature=args.temperature,
+        seed=args.seed,
+        max_new_tokens=args.max_new_tokens,
+        force=not args.no_force,
+        **options,
     )
 
 

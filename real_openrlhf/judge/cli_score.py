@@ -18,7 +18,7 @@ from real_openrlhf.data.sources import read_json_lines, read_rows
 from real_openrlhf.data.template import PromptError
 from real_openrlhf.export.fingerprint import weights_sha256
 from real_openrlhf.judge.cli_args import read_key
-from real_openrlhf.judge.cli_model import chosen_settings
+from real_openrlhf.judge.cli_model import judge_of
 from real_openrlhf.judge.judge import Judge, Prepared
 from real_openrlhf.judge.output import STANDARD, open_output
 from real_openrlhf.judge.types import RESULT, JudgeError, Score
@@ -33,22 +33,14 @@ def score(args: argparse.Namespace) -> None:
     options: dict[str, Any] = {}
     if args.server is not None:
         options = {"model": args.server_model, "concurrency": args.concurrency, "api_key": read_key(args.api_key_env)}
-    judge = Judge(
-        args.model,
+    judge = judge_of(
+        args,
         server=args.server,
         server_options=options,
         backend=None if args.server else args.backend,
-        settings=chosen_settings(args),
-        template=args.template,
         template_suffix=args.template_suffix,
-        other_template=args.other_template,
-        n=args.n,
-        temperature=args.temperature,
         top_p=args.top_p,
-        seed=args.seed,
-        max_new_tokens=args.max_new_tokens,
         max_model_len=args.max_model_len,
-        force=not args.no_force,
         calibrated=args.calibrated,
         device=args.device,
     )

@@ -24,8 +24,7 @@ from real_openrlhf.actors.engine.owner_watch import own_engines
 from real_openrlhf.actors.sync.transfer import free_port
 from real_openrlhf.common.errors import RunError
 from real_openrlhf.judge.cli_args import read_key
-from real_openrlhf.judge.cli_model import chosen_settings
-from real_openrlhf.judge.judge import Judge
+from real_openrlhf.judge.cli_model import judge_of
 from real_openrlhf.judge.rewards.answers import Rewarding
 from real_openrlhf.judge.rewards.requests import Reading
 from real_openrlhf.judge.rewards.scorer import Scorer
@@ -69,7 +68,15 @@ def serve_rewards(args: argparse.Namespace, make_command: MakeCommand) -> None:
         sock = stack.enter_context(_listen(args.host, args.port))
         below = stack.enter_context(_below(args, make_command))
         options = {"model": args.server_model, "concurrency": args.concurrency, "api_key": below.key}
-        judge = stack.enter_context(_judge(args, below.url, options))
+        judge = stack.enter_context(
+            judge_of(
+                args,
+                server=below.url,
+                server_options=options,
+                template_suffix=args.template_suffix,
+                calibrated=args.calibrated,
+            )
+        )
         scorer = stack.enter_context(
             Scorer(judge, threads=args.concurrency, max_queue=args.max_queue, weights=args.weights)
         )
@@ -95,24 +102,6 @@ def serve_rewards(args: argparse.Namespace, make_command: MakeCommand) -> None:
         if not below.lives():
             assert below.process is not None
             raise RunError(f"the vLLM server ended with code {below.process.returncode}; its log is above")
-
-
-def _judge(args: argparse.Namespace, url: str, options: dict[str, object]) -> Judge:
-    return Judge(
-        args.model,
-        server=url,
-        server_options=options,
-        settings=chosen_settings(args),
-        template=args.template,
-        template_suffix=args.template_suffix,
-        other_template=args.other_template,
-        n=args.n,
-        temperature=args.temperature,
-        seed=args.seed,
-        max_new_tokens=args.max_new_tokens,
-        force=not args.no_force,
-        calibrated=args.calibrated,
-    )
 
 
 def is_loopback(host: str) -> bool:

@@ -156,6 +156,14 @@ def build(source: Path, target: Path, *more: str) -> int:
     return main([*words, "--template", "answer", "--sft", *more])
 
 
+def put(path: Path, content: bytes | Callable[[Path], None]) -> Path:
+    if callable(content):
+        content(path)
+    else:
+        path.write_bytes(content)
+    return path
+
+
 @pytest.mark.parametrize(("name", "content", "where", "says"), [c[1:] for c in BAD], ids=[c[0] for c in BAD])
 def test_a_fault_is_named_with_its_place(
     tmp_path: Path,
@@ -165,11 +173,7 @@ def test_a_fault_is_named_with_its_place(
     says: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = tmp_path / name
-    if callable(content):
-        content(path)
-    else:
-        path.write_bytes(content)
+    path = put(tmp_path / name, content)
     assert build(path, tmp_path / "out") == 2
     told = capsys.readouterr()
     assert told.out == ""
@@ -204,11 +208,7 @@ FINE: list[tuple[str, str, bytes | Callable[[Path], None], list[float]]] = [
 def test_what_is_merely_odd_is_read(
     tmp_path: Path, name: str, content: bytes | Callable[[Path], None], labels: list[float]
 ) -> None:
-    path = tmp_path / name
-    if callable(content):
-        content(path)
-    else:
-        path.write_bytes(content)
+    path = put(tmp_path / name, content)
     assert build(path, tmp_path / "out") == 0
     assert pq.read_table(tmp_path / "out/train.parquet")["label"].to_pylist() == labels
 
