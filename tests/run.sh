@@ -17,7 +17,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false RAY_US
 select=(-m "not slow and not slurm and not faults")
 case ${1:-} in
   --slow) select=(-m "not slurm and not faults"); shift ;;
-  --slurm) select=(-m slurm tests/slurm); export INSTALL_SLURM=1; shift ;;
+  --slurm) select=(tests/slurm); export INSTALL_SLURM=1; shift ;;
   --faults) select=(-m faults); shift ;;
 esac
 

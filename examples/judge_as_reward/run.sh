@@ -44,7 +44,7 @@ say "REAL trains the judge"
 say "the judge serves rewards"
 port=$("$python" $here/server.py port)
 "$python" -m real_openrlhf.judge serve --rewards --model "$out/judge/model" --template $here/template.txt \
-  --labels unused --max_new_tokens 24 --device cpu --port "${port:-8001}" >"$out/judge.log" 2>&1 &
+  --labels unused --max_new_tokens 24 --device cpu --port "$port" >"$out/judge.log" 2>&1 &
 server=$!
 trap 'kill "$server" 2>/dev/null && wait "$server" || true' EXIT
 "$python" $here/server.py wait "http://127.0.0.1:$port" "$server" || { tail -n 20 "$out/judge.log" >&2; exit 1; }
