@@ -115,6 +115,10 @@ def check(args: argparse.Namespace) -> None:
         for name in ("by_subset", "rubric", "template", "other_template"):
             if getattr(args, name):
                 raise EvaluationError(f"--{name} is of pairs; give --pairs, or drop it")
+    if args.server and args.backend != VLLM:
+        raise EvaluationError(
+            f"--backend {args.backend} runs the model in this process, --server elsewhere; give one of them"
+        )
     if args.rubric is not None:
         args.rubric = read_rubric(args.rubric, "--rubric")
     read_key(args.api_key_env)

@@ -132,6 +132,9 @@ def _follow(client: Any, job: str) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"\nno longer watching; job {job} goes on\n")
         return 130
+    except (RuntimeError, OSError) as error:  # of aiohttp and requests, too
+        sys.stderr.write(f"the connection to job {job} was lost: {error}; `ray job logs` shows it again\n")
+        return 1
     info = client.get_job_info(job)
     state = str(getattr(info.status, "value", info.status))
     if state == "SUCCEEDED":

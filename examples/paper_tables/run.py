@@ -5,8 +5,8 @@
     python -m examples.paper_tables.run --list
 
 One Ray cluster serves all cells, and one rollout engine most of them. Every cell that is done has a JSON in
-RESULTS/SIZE/cells and is not run again; models are kept in OUTPUT/SIZE/seed_N. A cell that fails is named at the end; in the search for
-rates it ends the run.
+RESULTS/SIZE/cells and is not run again; models are kept in OUTPUT/SIZE/seed_N. A cell that fails is named at the end;
+in the search for rates it ends the run.
 """
 
 from __future__ import annotations

@@ -140,6 +140,7 @@ class Controller(TrainingLoop):
             self.batches.wait()
         self.step_number += 1
         # 5. The engines get the new weights, and their log-probs are compared with the policy's.
+        self._finish_evaluation()  # what it stops for is no fault of the sync
         try:
             synced = self._sync()
         except RunError:

@@ -23,6 +23,7 @@ def keep_batch(output_dir: Path, step: int, groups: Sequence[TrainGroup], metric
 
     Tensors are named <group>/<name> and <group>/<rollout>/<name>, as in `algo.types`. OSError if it is not written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder = output_dir / FOLDER
@@ -32,7 +33,10 @@ def keep_batch(output_dir: Path, step: int, groups: Sequence[TrainGroup], metric
         return None
     # Copies: safetensors wants every tensor whole and in memory of its own.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _tensors(groups).items()}
-    save_file(tensors, path)
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # a full disk, too
+        raise OSError(str(error)) from error
     rows = [
         {
             "row": group.group.row,
@@ -40,10 +44,12 @@ def keep_batch(output_dir: Path, step: int, groups: Sequence[TrainGroup], metric
             "weight_version": group.group.weight_version,
             "texts": [rollout.text for rollout in group.group.rollouts],
             "not_finite": sorted(
-                name for name, tensor in _tensors([group]).items() if tensor.is_floating_point() and _bad(tensor)
+                name
+                for name, tensor in tensors.items()
+                if name.startswith(f"{g}/") and tensor.is_floating_point() and _bad(tensor)
             ),
         }
-        for group in groups
+        for g, group in enumerate(groups)
     ]
     facts = {
         "step": step,
@@ -62,8 +68,8 @@ def _tensors(groups: Sequence[TrainGroup]) -> dict[str, Tensor]:
             found[f"{g}/{name}"] = getattr(group.coefficients, name)
         for k, rollout in enumerate(group.group.rollouts):
             found[f"{g}/{k}/token_ids"] = rollout.token_ids
-            found[f"{g}/{k}/score_logprobs"] = rollout.score_logprobs
-            if rollout.logprobs is not None:
+            if rollout.logprobs is not None:  # else the response was given, and its score's log-probs are NaN
+                found[f"{g}/{k}/score_logprobs"] = rollout.score_logprobs
                 found[f"{g}/{k}/logprobs"] = rollout.logprobs
             if group.ref_logprobs is not None:
                 found[f"{g}/{k}/ref_logprobs"] = group.ref_logprobs[k]

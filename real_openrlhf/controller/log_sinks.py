@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -54,22 +55,29 @@ def wandb_sinks(
     settings: WandbConfig, output_dir: Path, config: Any, append: bool, secrets: Sequence[str], *, goes_on: bool
 ) -> list[WandbSink]:
     """The sink, or one that records offline, or none. RunLogError only for a run that has not begun."""
-    try:
-        return [WandbSink(settings, output_dir, config, append=append, secrets=secrets)]
-    except RunLogError as error:
-        if not goes_on:
-            raise
-        if settings.mode == "offline":
-            logger.warning("the run goes on without W&B: %s", error)
-            return []
-        logger.warning("the run goes on, and records for W&B offline: %s", error)
-    import wandb
+    offline = replace(settings, mode="offline")
+    # W&B's own process can hold the run's id for longer than teardown waits (wandb issue 9865).
+    for mode, same_run in ((settings, append), (offline, append), (offline, False)):
+        try:
+            sink = WandbSink(mode, output_dir, config, append=same_run, secrets=secrets)
+        except RunLogError as error:
+            if not goes_on:
+                raise
+            logger.warning("W&B is away: %s", error)
+            _teardown()
+            continue
+        if mode is not settings:
+            logger.warning("the run goes on, and records for W&B offline; later: wandb sync --append %s/wandb/offline-run-*", output_dir)
+        return [sink]
+    logger.warning("the run goes on without W&B")
+    return []
 
-    wandb.teardown()  # its process still holds the run's id
-    found = wandb_sinks(replace(settings, mode="offline"), output_dir, config, append, secrets, goes_on=True)
-    if found:
-        logger.warning("later: wandb sync --append %s/wandb/offline-run-*", output_dir)
-    return found
+
+def _teardown() -> None:
+    with contextlib.suppress(ImportError):
+        import wandb
+
+        wandb.teardown()
 
 
 class WandbSink:

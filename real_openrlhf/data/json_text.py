@@ -19,6 +19,8 @@ def read_json(text: str) -> Any:
 
     >>> read_json('[{"score": 1, "score": 5}, {"score": 2}]')
     [Doubled(key='score'), {'score': 2}]
+    >>> read_json('{"a": [[{"score": 1, "score": 5}]]}')
+    Doubled(key='score')
     """
     return json.loads(text, object_pairs_hook=_object)
 
@@ -28,8 +30,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Doubled:
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
         return Doubled(next(name for name in names if names.count(name) > 1))
-    for value in made.values():
-        for item in value if isinstance(value, list) else (value,):
-            if isinstance(item, Doubled):
-                return item
+    inside = list(made.values())
+    while inside:  # A stack of our own: lists may lie deeper than Python's calls go.
+        value = inside.pop()
+        if isinstance(value, Doubled):
+            return value
+        if isinstance(value, list):
+            inside += value
     return made

@@ -100,6 +100,9 @@ def _check_rewards(args: argparse.Namespace) -> None:
     if args.server is not None and (args.extra or args.tensor_parallel_size != 1):
         given = "flags behind --" if args.extra else "--tensor_parallel_size"
         raise JudgeError(f"{given} are for a vLLM server that is started here; leave them out with --server")
+    if args.server is None and (args.api_key_env or args.server_model):
+        given = "--api_key_env" if args.api_key_env else "--server_model"
+        raise JudgeError(f"{given} is of the server that --server names; requests to this one bring --token_env")
 
 
 def score_args(words: Sequence[str]) -> argparse.Namespace:

@@ -230,14 +230,18 @@ def _seed(prompt: Prompt, sampling: Sampling, sample: int) -> int | None:
 
 def _draw_one(probabilities: Tensor, generator: torch.Generator, top_p: float) -> int:
     """[V] -> a token. top_p: of the likeliest tokens, the fewest that have this mass together."""
+    if top_p >= 1:
+        mass = probabilities.cumsum(0)  # in any order: to sort a vocabulary costs more than to draw from it
+        return _place(mass, float(mass[-1]), generator)
     order = probabilities.argsort(descending=True, stable=True)
     mass = probabilities[order].cumsum(0)
-    most = float(mass[-1])
-    if top_p < 1:
-        most = float(mass[int((mass < top_p).sum())])
+    return int(order[_place(mass, float(mass[int((mass < top_p).sum())]), generator)])
+
+
+def _place(mass: Tensor, most: float, generator: torch.Generator) -> int:
+    """Where a draw from [0, most) falls. mass: [V], cumulative."""
     point = float(torch.rand((), generator=generator, dtype=torch.float64)) * most
-    place = int(torch.searchsorted(mass, torch.tensor(point, dtype=mass.dtype), right=True))
-    return int(order[min(place, len(order) - 1)])
+    return min(int(torch.searchsorted(mass, torch.tensor(point, dtype=mass.dtype), right=True)), len(mass) - 1)
 
 
 def _parts(prompts: Sequence[Prompt], n: int, room: int) -> Iterator[list[int]]:

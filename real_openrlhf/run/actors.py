@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import ray
+
+from real_openrlhf.common.errors import one_line
 from real_openrlhf.controller.protocols import ReferenceGroup
 from real_openrlhf.run.kept_engines import KeptEngines
 from real_openrlhf.run.placement import COLOCATED_SHARE, ROLLOUT, release, reserve
@@ -47,7 +50,7 @@ class Actors:
             engines.append(lasting)
         elif config.uses_engines:
             engines.append(
-                RayRolloutGroup(plan.engine, n_engines=config.vllm.num_engines, group=groups["rollout"], **shared)
+                RayRolloutGroup(plan.engine, n_engines=config.vllm.num_engines, group=groups[ROLLOUT], **shared)
             )
         # An engine sizes itself by the GPU's free memory: it comes first, then makes room.
         makes_room = engines[0] if colocated and engines else None
@@ -97,7 +100,7 @@ class Actors:
         """End the engines. Kept ones stay, but all else ends: the cluster lives on, and the next run needs room."""
         for group in self._engines:
             if self._kept is None or group is not self.rollouts:
-                group.shutdown()
+                _end(group)
         if self._kept is None:
             return
         frozen = self.reference if isinstance(self.reference, RayReferenceGroup) else None
@@ -105,3 +108,11 @@ class Actors:
             if part is not None:
                 part.end()
         release(self._places)
+
+
+def _end(engines: RayRolloutGroup) -> None:
+    """What goes wrong here is said only: the judge is exported, and the run has not failed."""
+    try:
+        engines.shutdown()
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        logger.warning("an engine did not end by itself: %s", one_line(error))

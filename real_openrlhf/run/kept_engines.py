@@ -52,6 +52,7 @@ class KeptEngines:
                 env=dict(env),
             )
             self._wanted = wanted
+        self._engines.call_timeout_s = config.ray.call_timeout
         return self._engines
 
     def shutdown(self) -> None:

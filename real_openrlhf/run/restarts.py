@@ -13,11 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from real_openrlhf.checkpoint.errors import CheckpointError
 from real_openrlhf.checkpoint.manifest import Checkpoint
 from real_openrlhf.common.device import DeviceError
 from real_openrlhf.common.errors import RunError
+from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.controller.checkpointing import make_store
 from real_openrlhf.controller.loop import Stopped
+from real_openrlhf.controller.output_folder import RunLogError
 from real_openrlhf.run.kept_engines import KeptEngines
 from real_openrlhf.run.plan import RunPlan
 from real_openrlhf.run.waiting import is_fault
@@ -74,6 +77,9 @@ def launch_until_done(
             fault, step, signal = interrupted.__cause__, interrupted.step, interrupted.signal
         except Exception as error:
             # A node that is gone may be missed here; the first start said that there are enough.
+            if again is not None and isinstance(error, (ConfigError, RunLogError, CheckpointError)):
+                # By itself it is a mistake of the input, of a run that has not begun.
+                raise RunError(f"the run cannot go on: {error}") from error
             if again is None or not (is_fault(error) or isinstance(error, DeviceError)):
                 raise
             fault, step, signal = error, None if checkpoint is None else checkpoint.step, None

@@ -168,7 +168,7 @@ def test_killed_again_and_again(judges: Path, tmp_path: Path) -> None:
         first = find(process, POLICY)
         first.kill()
         wait_until(lambda: "start 1 of 1 from the beginning" in said.read_text(), "no second start")
-        (out / "metrics.jsonl").unlink()
+        wait_until(lambda: '"train"' not in (out / "metrics.jsonl").read_text(), "the records were not begun anew")
         wait_for_step(process, out, 1)
         find(process, POLICY).kill()
         assert process.wait(timeout=200) == 1
@@ -250,7 +250,8 @@ def test_the_newest_checkpoint_is_truncated_at_a_random_byte(judges: Path, tmp_p
     os.truncate(victim, at)
     done = run(args)
     assert done.returncode == 0, f"{victim} at {at}: {done.stderr[-4000:]}"
-    assert f"skipping a checkpoint: {newest}" in done.stderr or str(newest) in done.stderr
+    assert any("skipping a checkpoint" in line and str(newest) in line for line in done.stderr.splitlines())
+    assert f"resumed from {newest}\n" not in done.stderr
     assert_same(undisturbed, out)
 
 
@@ -271,7 +272,7 @@ def test_a_signal_and_then_a_fault(judges: Path, tmp_path: Path) -> None:
 
 @pytest.mark.faults
 def test_soak(judges: Path, tmp_path: Path) -> None:
-    """Many steps with a random process killed every few of them; REAL_SOAK_STEPS sets how many, 200 for the README."""
+    """Many steps with a random process killed every few of them; REAL_SOAK_STEPS sets how many."""
     steps = int(os.environ.get("REAL_SOAK_STEPS", "24"))
     whole, out = tmp_path / "whole", tmp_path / "run"
 

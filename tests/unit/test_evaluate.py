@@ -251,6 +251,7 @@ def test_constant_labels_are_said_in_words(run, tmp_path: Path, capsys) -> None:
         (("--scale", "1-5"), "drop --scale"),
         (("--confidence", "1"), "--confidence must lie between 0 and 1"),
         (("--compare", "x", "y"), "drop --model and --benchmark"),
+        (("--server", "http://h:1", "--backend", "transformers"), "--backend transformers runs the model in this"),
     ],
 )
 def test_wrong_flags_are_named(run, capsys, flags: tuple[str, ...], message: str) -> None:

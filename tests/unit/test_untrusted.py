@@ -52,7 +52,7 @@ def test_code_of_models_is_never_run_unless_a_caller_says_so() -> None:
 def test_pickles_are_loaded_where_they_were_looked_through_and_nowhere_else() -> None:
     loads: dict[str, int] = {}
     for file, call, name in calls():
-        assert name not in ("pickle.load", "pickle.loads", "yaml.load", "numpy.load", "os.system", "eval"), file
+        assert name not in ("pickle.load", "pickle.loads", "yaml.load", "np.load", "os.system", "eval"), file
         given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
         assert given.get("shell", "False") == "False", (file, call.lineno)
         if name == "torch.load" and given.get("weights_only") != "True":
@@ -105,7 +105,7 @@ def test_weights_in_a_pickle_are_not_run(tmp_path: Path) -> None:
     LlamaConfig(**size, num_attention_heads=1).save_pretrained(tmp_path)
     marker = tmp_path / "ran"
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"lm_head.weight": Marks(marker)}, protocol=2))
-    with pytest.raises(Exception, match=r"."):
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False)
     assert not marker.exists()
     pickle.loads((tmp_path / "pytorch_model.bin").read_bytes())

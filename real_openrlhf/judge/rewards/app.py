@@ -10,7 +10,6 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -125,12 +124,12 @@ class RewardApp:
 
     async def _outcomes(self, items: Sequence[Item], request: Request) -> list[Outcome]:
         """One per item. If who asked goes away, what has not begun is dropped."""
-        futures = self._scorer.submit(items)
-        waiting: set[asyncio.Future[Score]] = {asyncio.wrap_future(future) for future in futures}
+        futures = [asyncio.wrap_future(future) for future in self._scorer.submit(items)]
+        waiting = set(futures)
         while waiting:
             _, waiting = await asyncio.wait(waiting, timeout=_POLL_S)
             if waiting and await request.is_disconnected():
-                for future in futures:
+                for future in waiting:
                     future.cancel()
                 self._metrics.items.labels("dropped").inc(len(waiting))
                 raise RequestError("the client has gone", _CLIENT_GONE)
@@ -181,7 +180,7 @@ def has_token(header: str, token: str) -> bool:
     return hmac.compare_digest(raw, token.encode())
 
 
-def _outcome(future: Future[Score]) -> Outcome:
+def _outcome(future: asyncio.Future[Score]) -> Outcome:
     error = future.exception()
     if error is None:
         return future.result()

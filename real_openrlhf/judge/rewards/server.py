@@ -96,7 +96,8 @@ def serve_rewards(args: argparse.Namespace, make_command: MakeCommand) -> None:
             logger.warning(
                 "whoever reaches %s:%d can use this judge; --token_env asks for a token", args.host, args.port
             )
-        where = f"http://{args.host}:{sock.getsockname()[1]}"
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        where = f"http://{host}:{sock.getsockname()[1]}"
         logger.info("rewards of %s: --reward.remote_url %s%s", args.model, where, OPENRLHF_ROUTE)
         server.run(sockets=[sock])
         if not below.lives():
@@ -156,7 +157,7 @@ def _wait_until_ready(below: Below) -> None:
             assert below.process is not None
             raise RunError(f"the vLLM server could not start, code {below.process.returncode}; its log is above")
         try:
-            if httpx.get(f"{below.url}/health", timeout=_EVERY_S * 10).status_code == 200:
+            if httpx.get(f"{below.url}/health", timeout=_EVERY_S * 10, trust_env=False).status_code == 200:
                 return
         except httpx.TransportError:
             pass

@@ -37,7 +37,7 @@ def test_it_is_read_back(tmp_path: Path) -> None:
     facts = json.loads(path.with_suffix(".json").read_text())
     assert facts["step"] == 7
     assert facts["metrics"] == {"loss/total": "nan", "skipped/rollouts": 1.0, "invalid/rate": None}
-    assert [row["not_finite"] for row in facts["groups"]] == [[], ["0/0/logprobs"], []]
+    assert [row["not_finite"] for row in facts["groups"]] == [[], ["1/0/logprobs"], []]
     assert [row["row"] for row in facts["groups"]] == [g.group.row for g in groups]
 
 
@@ -47,3 +47,9 @@ def test_there_are_not_more_than_a_few(tmp_path: Path, monkeypatch: pytest.Monke
     assert found[2] is None and len(list((tmp_path / "not_finite").iterdir())) == 4
     # A step that is made again after a restart.
     assert keep_batch(tmp_path, 2, GROUPS, {}) == found[1]
+
+
+def test_a_disk_that_does_not_take_it_is_an_oserror(tmp_path: Path) -> None:
+    (tmp_path / "not_finite" / "step_1.safetensors").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"."):
+        keep_batch(tmp_path, 1, GROUPS, {})

@@ -60,7 +60,9 @@ def plan_of(tmp_path: Path) -> PlanOf:
     bound = reader_of(merged_tokenizer()).bound
     cpu = Device(name="cpu", dtype_name="fp32")
 
-    def make(name: str, network: dict[str, Any], *, n: int = 1, colocate: bool = False, **spec: Any) -> Any:
+    def make(
+        name: str, network: dict[str, Any], *, n: int = 1, colocate: bool = False, timeout: float = 5.0, **spec: Any
+    ) -> Any:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps({"_name_or_path": name, **network}))
@@ -68,7 +70,7 @@ def plan_of(tmp_path: Path) -> PlanOf:
         config = SimpleNamespace(
             train=SimpleNamespace(colocate_all=colocate),
             vllm=SimpleNamespace(num_engines=n, enable_sleep=False),
-            ray=SimpleNamespace(placement_timeout=1.0),
+            ray=SimpleNamespace(placement_timeout=1.0, call_timeout=timeout),
         )
         request = Request(name=ROLLOUT, bundles=({"CPU": 1.0},) * n)
         other = Request(name="policy", bundles=({"CPU": 1.0},))
@@ -80,7 +82,9 @@ def plan_of(tmp_path: Path) -> PlanOf:
 def test_other_weights_and_seeds_use_the_same_engines(world: dict[str, list[Any]], plan_of: PlanOf) -> None:
     kept = KeptEngines()
     first = kept.take(plan_of("a", {"hidden_size": 8}), {"NAME": "value"})
-    assert kept.take(plan_of("b", {"hidden_size": 8, "dtype": "float32"}, seed=5), {}) is first
+    assert first.call_timeout_s == 5.0
+    assert kept.take(plan_of("b", {"hidden_size": 8, "dtype": "float32"}, seed=5, timeout=7.0), {}) is first
+    assert first.call_timeout_s == 7.0
     assert world == {"reserved": [[ROLLOUT]], "released": [], "killed": []}
     assert Engines.made[0].options["env"] == {"NAME": "value"} and Engines.made[0].options["group"] == [1]
 

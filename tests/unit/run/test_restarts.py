@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorUnavailableError
 
+from real_openrlhf.checkpoint.errors import CheckpointError
 from real_openrlhf.checkpoint.manifest import Checkpoint
 from real_openrlhf.common.device import DeviceError
 from real_openrlhf.common.errors import RunError
+from real_openrlhf.config.flags import ConfigError
 from real_openrlhf.controller.checkpointing import make_store
 from real_openrlhf.controller.loop import Stopped
+from real_openrlhf.controller.output_folder import RunLogError
 from real_openrlhf.run import restarts
 from real_openrlhf.run.kept_engines import KeptEngines
 from real_openrlhf.run.restarts import Interrupted, launch_until_done
@@ -71,6 +74,14 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     made: list[float] = []
     monkeypatch.setattr(restarts.time, "sleep", made.append)
     return made
+
+
+@pytest.mark.parametrize("error", [ConfigError("a flag"), RunLogError("the folder"), CheckpointError("the file")])
+def test_what_is_wrong_input_at_first_is_a_failed_run_later(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error)):
+        Run(tmp_path, fails(error)).go()
+    with pytest.raises(RunError, match=f"cannot go on: {error}"):
+        Run(tmp_path, dies(at=1), fails(error)).go()
 
 
 def test_without_a_fault_there_is_one_start(tmp_path: Path) -> None:

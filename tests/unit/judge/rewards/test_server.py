@@ -90,6 +90,8 @@ def test_flags() -> None:
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
+        (["--api_key_env", "HOME"], "--api_key_env is of the server that --server names"),
+        (["--server_model", "m"], "--server_model is of the server that --server names"),
         (["--max_queue", "0"], "--max_queue must be at least 1"),
         (["--max_items", "0"], "--max_items must be at least 1"),
         (["--max_request_mb", "nan"], "--max_request_mb must be a positive number"),
