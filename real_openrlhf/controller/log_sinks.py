@@ -67,7 +67,8 @@ def wandb_sinks(
             _teardown()
             continue
         if mode is not settings:
-            logger.warning("the run goes on, and records for W&B offline; later: wandb sync --append %s/wandb/offline-run-*", output_dir)
+            later = f"wandb sync --append {output_dir}/wandb/offline-run-*"
+            logger.warning("the run goes on, and records for W&B offline; later: %s", later)
         return [sink]
     logger.warning("the run goes on without W&B")
     return []
