@@ -167,7 +167,8 @@ def test_table_2_is_what_scipy_finds(tmp_path: Path) -> None:
     assert row[3] == f"{interval[0]:+.3f} to {interval[1]:+.3f}"
     low, high = (float(x) for x in row[4].split(" to "))
     assert low < less.mean() < high
-    stopped = line_of(markdown[markdown.index("if validation had chosen") :], "| REAL |")
+    start = markdown.index("if validation had chosen")
+    stopped = line_of(markdown[start : markdown.index("###", start)], "| REAL |")
     best = np.mean([cell["curve"]["5"]["expected"]["pearson"] for cell in real.values()])
     assert best > values.mean() and stopped[1] == f"{best:.3f}" and stopped[3].count(" (5)") == 3
     assert stopped[2] == f"{values.mean():.3f}" and stopped[4].split() == [f"{value:.3f}" for value in values]
