@@ -137,4 +137,7 @@ def _run(args: argparse.Namespace, backend: JudgeBackend | None) -> str:
         confidence=args.confidence,
         tie_margin=args.tie_margin,
     )
-    return write_report(args.output_dir, identity, predictions, settings, method=method, training=args.training)
+    raters = {benchmark.name: benchmark.raters for benchmark in benchmarks if benchmark.raters}
+    return write_report(
+        args.output_dir, identity, predictions, settings, method=method, training=args.training, raters=raters
+    )

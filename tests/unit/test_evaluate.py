@@ -290,3 +290,29 @@ def test_names_of_models(tmp_path: Path) -> None:
     assert name_of(str(tmp_path / "real-1" / "model")) == "real-1"
     assert name_of(str(tmp_path / "real-1") + "/") == "real-1"
     assert name_of("owner/model") == "owner/model"
+
+
+def test_the_raters_own_agreement_stands_beside_the_judge(run, tmp_path: Path, capsys) -> None:
+    ratings = [(3, 3, 2), (1, 2, 1), (2, 3, 3), (2, 2, 1), (1, 1, 3), (3, 3, 3)]
+    rows = [
+        {**row, "meta": json.dumps({"aspect": "Overall", "ratings": dict(zip(("ann", "bob", "cy"), each))})}
+        for row, each in zip(ROWS, ratings)
+    ]
+    rated = write(tmp_path / "rated.jsonl", [*rows, {**ROWS[0], "meta": "no JSON"}, {**ROWS[0], "meta": '{"n": 1}'}])
+    assert run("--benchmark", f"rated={rated}", f"plain={tmp_path / 'a.jsonl'}") == 0
+    found = json.loads((tmp_path / "out/results.json").read_text())["raters"]
+    assert list(found) == ["rated"] and list(found["rated"]) == ["Overall"]
+    columns = list(zip(*ratings))
+    alone = [
+        stats.pearsonr(own, [sum(other) / 2 for other in zip(*(c for c in columns if c is not own))]).statistic
+        for own in columns
+    ]
+    assert found["rated"]["Overall"]["pearson"] == pytest.approx(sum(alone) / 3)
+    assert found["rated"]["Overall"]["rows"] == 6
+    shown = capsys.readouterr().out
+    assert f"| rated, Overall | 6 | 3 | {found['rated']['Overall']['spread']:.3f} | {sum(alone) / 3:.3f} |" in shown
+    assert shown.split("| The raters themselves")[1] in (tmp_path / "out/results.md").read_text() + "\n"
+    # The finished run is read again for a comparison.
+    assert run("--benchmark", f"rated={rated}", "--max_samples", "4", out="few") == 0
+    few = json.loads((tmp_path / "few/results.json").read_text())
+    assert few["benchmarks"]["rated"]["n"] == 4 and few["raters"]["rated"]["Overall"]["rows"] <= 4
