@@ -111,7 +111,7 @@ def test_everything_is_written(run, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "12/12" in shown.err
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_stopped(run, tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(run, tmp_path: Path, capsys) -> None:
     assert run("--batch_size", "2") == 0
     path = tmp_path / "out" / "predictions.jsonl"
     whole = path.read_bytes()
@@ -123,8 +123,15 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(run, tmp_path: Path)
     assert run("--batch_size", "5") == 0
     assert len(run.server.requests) - before == 7
     assert path.read_bytes() == whole and (tmp_path / "out" / "results.json").read_text() == wanted
+    # The speed is that of the rows that this command judged.
+    speed = json.loads((tmp_path / "out/speed.json").read_text())
+    assert (speed["judgements"], speed["batch_size"], speed["backend"]) == (7, 5, "server")
+    assert speed["generated_tokens"] == sum(row["samples"][0]["n_generated"] for row in lines(path)[6:])
+    assert speed["judgements_per_second"] == pytest.approx(7 / speed["seconds"])
     # Finished: nothing is judged again.
+    capsys.readouterr()
     assert run() == 0 and len(run.server.requests) - before == 7
+    assert "judgements/s" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -311,7 +318,8 @@ def test_the_raters_own_agreement_stands_beside_the_judge(run, tmp_path: Path, c
     assert found["rated"]["Overall"]["rows"] == 6
     shown = capsys.readouterr().out
     assert f"| rated, Overall | 6 | 3 | {found['rated']['Overall']['spread']:.3f} | {sum(alone) / 3:.3f} |" in shown
-    assert shown.split("| The raters themselves")[1] in (tmp_path / "out/results.md").read_text() + "\n"
+    table = shown.split("| The raters themselves")[1].split("\n\n")[0]
+    assert table in (tmp_path / "out/results.md").read_text()
     # The finished run is read again for a comparison.
     assert run("--benchmark", f"rated={rated}", "--max_samples", "4", out="few") == 0
     few = json.loads((tmp_path / "few/results.json").read_text())
