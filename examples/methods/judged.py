@@ -34,7 +34,8 @@ def last_evaluation(output: Path) -> list[dict[str, Any]]:
 def texts(output: Path) -> list[dict[str, Any]]:
     """The first judgements as text: a rising number can hide feedback that has become gibberish."""
     return [
-        {"row": line["row"], "label": line["label"], "text": line["text"]} for line in last_evaluation(output)[:_SAMPLES]
+        {"row": line["row"], "label": line["label"], "text": line["text"]}
+        for line in last_evaluation(output)[:_SAMPLES]
     ]
 
 

@@ -2,8 +2,8 @@
 
     python -m examples.stsb.report examples/stsb/results/cpu
 
-Two kinds of spread stand apart. Over prompts: the 95% bootstrap interval of the mean over seeds, for these models; pairs,
-or questions with all their rows, are drawn. Over seeds: Student's t, where there are two or more.
+Two kinds of spread stand apart. Over prompts: the 95% bootstrap interval of the mean over seeds, for these models;
+pairs, or questions with all their rows, are drawn. Over seeds: Student's t, where there are two or more.
 """
 
 from __future__ import annotations
@@ -141,8 +141,7 @@ def over_prompts(
     )
     n = len(seeds)
     means = [
-        (mean(drawn.estimates[i : i + n]), np.mean(drawn.values[i : i + n], axis=0))
-        for i in range(0, len(judged), n)
+        (mean(drawn.estimates[i : i + n]), np.mean(drawn.values[i : i + n], axis=0)) for i in range(0, len(judged), n)
     ]
     averaged = replace(drawn, estimates=tuple(e for e, _ in means), values=tuple(v for _, v in means))
     interval = single_interval([averaged]) if len(sides) == 1 else paired_interval([averaged])

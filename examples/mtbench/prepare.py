@@ -109,9 +109,7 @@ def stretched(label: float) -> float:
     return 1.0 + 9.0 * (label - 1.0) / 4.0
 
 
-def write(
-    args: argparse.Namespace, name: str, rows: Rows, count: Callable[[str], int], **limits: int | None
-) -> None:
+def write(args: argparse.Namespace, name: str, rows: Rows, count: Callable[[str], int], **limits: int | None) -> None:
     """DataError when no row is short enough."""
     kept = short(rows, count, **limits)
     if not kept:
@@ -119,7 +117,9 @@ def write(
         raise DataError(f"{name}: no row of {len(rows)} is within {given or 'the split'}; raise it, or give more rows")
     write_jsonl(args.output_dir / f"{name}.jsonl", kept)
     questions = len({row["group"] for row in kept})
-    logger.info("%s: %d rows of %d questions (%d longer ones left out)", name, len(kept), questions, len(rows) - len(kept))
+    logger.info(
+        "%s: %d rows of %d questions (%d longer ones left out)", name, len(kept), questions, len(rows) - len(kept)
+    )
 
 
 if __name__ == "__main__":

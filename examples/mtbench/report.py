@@ -1,6 +1,6 @@
 """The tables and learning curves of this example, made again from the JSON files of its cells.
 
-    python -m examples.mtbench.report examples/mtbench/results/cpu
+python -m examples.mtbench.report examples/mtbench/results/cpu
 """
 
 from __future__ import annotations

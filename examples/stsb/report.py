@@ -1,6 +1,6 @@
 """The tables and learning curves of this example, made again from the JSON files of its cells.
 
-    python -m examples.stsb.report examples/stsb/results/cpu
+python -m examples.stsb.report examples/stsb/results/cpu
 """
 
 from __future__ import annotations

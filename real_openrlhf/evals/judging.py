@@ -114,8 +114,8 @@ class Speed:
     def __str__(self) -> str:
         found = self.to_json()
         return (
-            f"{self.judgements} rows judged in {self.seconds:.1f} s: {found['judgements_per_second']:.2f} judgements/s, "
-            f"{found['generated_tokens_per_second']:.0f} generated tokens/s"
+            f"{self.judgements} rows judged in {self.seconds:.1f} s: {found['judgements_per_second']:.2f} "
+            f"judgements/s, {found['generated_tokens_per_second']:.0f} generated tokens/s"
         )
 
 

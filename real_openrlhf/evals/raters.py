@@ -64,7 +64,8 @@ def raters_table(raters: Raters) -> str:
         return ""
     head = ["The raters themselves", "rows", "raters", "spread in a row", "r, each against the others", "ρ"]
     about = (
-        "Each rater against the mean of the row's other raters, on the rows that were judged: a yardstick for the judge's "
-        "r and ρ, and no bound, since a label averages one rater more. Spread: mean standard deviation of a row's ratings."
+        "Each rater against the mean of the row's other raters, on the rows that were judged: a yardstick for the "
+        "judge's r and ρ, and no bound, since a label averages one rater more. Spread: mean standard "
+        "deviation of a row's ratings."
     )
     return markdown(head, lines, n_text=1) + f"\n\n{about}"

@@ -24,7 +24,7 @@ def write_judgments(path: Path, questions: int = 24) -> None:
                 "response": answer,
                 "score": score + 0.5 * averaged,
                 "n": 1 + averaged,
-                "feedback": f"The answer is {'long' if number == 1 else 'short'} and says little. Rating: [[{score:g}]]",
+                "feedback": f"The answer is {('short', 'long')[number % 2]} and says little. Rating: [[{score:g}]]",
             }
             if number == 2:
                 row["context"] = "What is a whole?\n\nAll of it."
@@ -38,7 +38,12 @@ def write_vicuna(path: Path, first_question: str = "How do tides come about?") -
     scores = ([1, 1, 1], [3, 3, 3], [5, 5, 5], [4, 4, 5])
     questions = (first_question, "Why is the sky blue?", "What is rain?", "Who wrote it?")
     rows = [
-        {"idx": number, "instruction": _PROMPT.format(question=question), "gpt4_score": score, "gpt4_feedback": ["x"] * 3}
+        {
+            "idx": number,
+            "instruction": _PROMPT.format(question=question),
+            "gpt4_score": score,
+            "gpt4_feedback": ["x"] * 3,
+        }
         for number, (question, score) in enumerate(zip(questions, scores))
     ]
     path.write_text(json.dumps(rows), encoding="utf-8")

@@ -174,9 +174,7 @@ def test_without_evaluation_nothing_is_synced_and_the_last_weights_are_exported(
         ((0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8), 12),
     ],
 )
-def test_it_ends_when_validation_has_stopped_improving(
-    tmp_path: Path, scores: tuple[float, ...], trained: int
-) -> None:
+def test_it_ends_when_validation_has_stopped_improving(tmp_path: Path, scores: tuple[float, ...], trained: int) -> None:
     world = World(scores=scores)
     settings = replace(SETTINGS, total_steps=12, batch_size=1, patience=2)
     controller(world, tmp_path, settings).fit()

@@ -114,7 +114,10 @@ def write_cells(folder: Path, seeds: tuple[int, ...] = (0, 1)) -> dict[tuple[str
 def test_tables_say_what_the_cells_say(tmp_path: Path) -> None:
     cells = write_cells(tmp_path)
     text = tables.write_tables(EXAMPLES["stsb"], tmp_path)
-    r = {key: stats.pearsonr(*(cell["tests"]["test"][k] for k in ("expected", "label"))).statistic for key, cell in cells.items()}
+    r = {
+        key: stats.pearsonr(*(cell["tests"]["test"][k] for k in ("expected", "label"))).statistic
+        for key, cell in cells.items()
+    }
     row = next(line for line in text.splitlines() if line.startswith("| REAL | RAIL"))
     both = [r["real-0.0002", seed] for seed in (0, 1)]
     assert f"| {np.mean(both):.3f} |" in row and f"| {np.std(both, ddof=1):.3f} |" in row
