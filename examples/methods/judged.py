@@ -19,7 +19,7 @@ _SAMPLES = 3
 
 
 def judged_tests(output: Path) -> dict[str, dict[str, list[Any]]]:
-    """Test -> columns: row, group, label, expected, decoded, distribution. FileNotFoundError without an evaluation."""
+    """Test -> columns: row, group, label, expected, decoded, forced, distribution. FileNotFoundError without any."""
     lines = last_evaluation(output)
     return {name: _columns([line for line in lines if line["benchmark"] == name]) for name in _names(lines)}
 
@@ -77,6 +77,7 @@ def _prediction(
     label: float,
     expected: float | None,
     decoded: float | None,
+    forced: float,
     distribution: Sequence[float | None] | None,
 ) -> Prediction:
     probabilities = None if distribution is None else tuple(distribution)
@@ -88,7 +89,7 @@ def _prediction(
         expected=expected,
         decoded=decoded,
         reason=None,
-        forced=False,
+        forced=bool(forced),
         n_generated=0,
     )
     return Prediction(
@@ -122,7 +123,7 @@ def _columns(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
         return None if values is None else [_rounded(value, PROBABILITY_DECIMALS) for value in values]
 
     return {
-        **{name: [line[name] for line in lines] for name in ("row", "group", "label")},
+        **{name: [line[name] for line in lines] for name in ("row", "group", "label", "forced")},
         **{name: [_rounded(line[name], SCORE_DECIMALS) for line in lines] for name in ("expected", "decoded")},
         "distribution": [rounded(line["distribution"]) for line in lines],
     }

@@ -167,6 +167,8 @@ def judge_flags(example: Example, size: Size, place: Place, model: Path, folder:
         "data.prompt_dataset": place.data / "train.jsonl",
         "eval.dataset": ",".join(f"{name}={place.data / name}.jsonl" for name in example.tests),
         "train.max_steps": 0,
+        # A judge that writes no score has its score read after the anchor, as `evaluate` does.
+        "eval.force_anchor": True,
         "ckpt.output_dir": folder,
         "real.device": place.device,
     }

@@ -87,17 +87,17 @@ def _rates(folder: Path, found: Mapping[str, BySeed]) -> dict[str, float]:
 
 def metric_table(rows: Sequence[Row], test: str, settings: Settings, metrics: Sequence[str]) -> list[str]:
     """A line per row and reading: the mean over seeds of every metric, and Pearson's two spreads."""
-    titles = ["judge", "inference", *(SYMBOLS[metric] for metric in metrics), "no score"]
+    titles = ["judge", "inference", *(SYMBOLS[metric] for metric in metrics), "forced", "no score"]
     lines = [line([*titles, "r: seeds' sd", "r: 95% over prompts", "seeds"]), "|---" * (len(titles) + 3) + "|"]
     for row in rows:
         for reading, name in READINGS.items():
             values = [mean(row.values(test, (reading, metric), settings)) for metric in metrics]
-            rate = ("", "invalid_rate" if reading == "expected" else "undecoded_rate")
+            rates = ("forced_rate", "invalid_rate" if reading == "expected" else "undecoded_rate")
+            shares = [mean(row.values(test, ("", rate), settings)) for rate in rates]
             pearson = (reading, "pearson")
             low, high = over_prompts([row], row.seeds, test, pearson, settings)
             spread = [_sd(row.values(test, pearson, settings)), f"{number(low)} to {number(high)}", str(len(row.seeds))]
-            no_score = mean(row.values(test, rate, settings))
-            lines.append(line([row.title, name, *map(number, values), number(no_score), *spread]))
+            lines.append(line([row.title, name, *map(number, values), *map(number, shares), *spread]))
     return lines
 
 

@@ -86,6 +86,7 @@ def columns(rng: np.random.Generator, n: int, noise: float, labels: np.ndarray |
         "label": [float(x) for x in label],
         "expected": [float(x) for x in score],
         "decoded": [float(round(x)) for x in score],
+        "forced": [float(i < 3) for i in range(n)],
         "distribution": [[1 / 6] * 6 for _ in range(n)],
     }
 
@@ -159,7 +160,8 @@ def test_a_row_without_a_score_is_left_out_and_counted(tmp_path: Path) -> None:
     wanted = stats.pearsonr(test["expected"][6:], test["label"][6:]).statistic
     assert real.value(0, "test", ("expected", "pearson"), SETTINGS) == pytest.approx(wanted)
     lines = tables.metric_table([real], "test", SETTINGS, ("pearson",))
-    assert "| 0.100 |" in lines[-1]
+    # 3 of 60 after a forced anchor, 6 without a score.
+    assert "| 0.050 | 0.100 |" in lines[-1]
 
 
 def test_rates_without_a_choice_are_refused(tmp_path: Path) -> None:
@@ -243,14 +245,14 @@ def test_what_is_kept_of_an_evaluation(tmp_path: Path) -> None:
     folder = tmp_path / "eval"
     folder.mkdir()
     row = {"benchmark": "test", "row": 4, "group": "q", "label": 3.5, "expected": 3.123456, "decoded": 3.0,
-           "distribution": [0.123456, None], "text": "t", "mass": 1.0}  # fmt: skip
+           "forced": 1.0, "distribution": [0.123456, None], "text": "t", "mass": 1.0}  # fmt: skip
     (folder / "step_2.jsonl").write_text(json.dumps({**row, "row": 1}) + "\n")
     (folder / "step_10.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({**row, "benchmark": "b"}) + "\n")
     found = judged.judged_tests(tmp_path)
     assert list(found) == ["test", "b"] and found["test"]["row"] == [4]
     assert found["test"]["expected"] == [3.1235] and found["test"]["distribution"] == [[0.1235, None]]
     (p,) = judged.predictions(found["test"], "x")
-    assert (p.key, p.label, p.invalid_share) == (("x", 4), 3.5, 0.0)
+    assert (p.key, p.label, p.invalid_share, p.forced_share) == (("x", 4), 3.5, 0.0, 1.0)
     with pytest.raises(FileNotFoundError, match="no evaluation"):
         judged.judged_tests(tmp_path / "none")
 
