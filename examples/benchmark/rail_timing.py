@@ -9,9 +9,9 @@ program that has only the text, or with the batch still in the engine's prefix c
 
 The prompts are divided into rounds of the largest batch size, and in each round every batch size judges the same
 prompts in every way; the order changes from round to round. What counts are ratios within a round, since other programs
-load a shared machine. A first round warms the engine up and does not count. Takes the flags of `real_openrlhf.evaluate` beside
-its own two, but for --batch_size. If a judge does not write its score, a second pass after a forced anchor is needed in
-any case: the number of such judgements is printed, and the larger it is, the less can be saved.
+load a shared machine. A first round warms the engine up and does not count. Takes the flags of `real_openrlhf.evaluate`
+beside its own two, but for --batch_size. If a judge does not write its score, a second pass after a forced anchor is
+needed in any case: the number of such judgements is printed, and the larger it is, the less can be saved.
 """
 
 from __future__ import annotations
