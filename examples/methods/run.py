@@ -32,6 +32,7 @@ from real_openrlhf.config.cli import parse_args
 from real_openrlhf.data.row import DataError
 from real_openrlhf.evals.metrics import judge_metrics
 from real_openrlhf.run.main import run
+from real_openrlhf.run.signals import EXIT_RESUME
 
 EXAMPLES = ("stsb", "mtbench")
 RATES = "rates.json"
@@ -105,12 +106,14 @@ class Runner:
         return found
 
     def _run(self, flags: Sequence[str], folder: Path, *, warmup: bool = False) -> None:
-        log = folder.with_suffix(".log")
+        log = folder.with_name(f"{folder.name}.log")  # a name may hold a rate, with its point
         ended: Any = None
         with to_file(log):
             try:
                 kept = self.cluster.engines() if self.size.keep_engines else None
                 code = run(parse_args(flags, warmup=warmup), kept=kept)
+                if code == EXIT_RESUME:
+                    raise SystemExit(code)  # a signal: nothing else is begun, and the same command goes on
                 ended = f"exit code {code}" if code else None
             except Exception as error:  # a bug, or Ray lost an actor: other cells may go on
                 logging.exception("the cell failed")

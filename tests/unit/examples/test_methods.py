@@ -18,6 +18,7 @@ from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.validate import validate
 from real_openrlhf.data.row import DataError
 from real_openrlhf.evals.results import Settings
+from real_openrlhf.run.signals import EXIT_RESUME
 
 EXAMPLES = {name: run.load_example(name) for name in run.EXAMPLES}
 SIZES = [(name, size) for name, example in EXAMPLES.items() for size in example.sizes]
@@ -255,6 +256,28 @@ def test_what_is_kept_of_an_evaluation(tmp_path: Path) -> None:
     assert (p.key, p.label, p.invalid_share, p.forced_share) == (("x", 4), 3.5, 0.0, 1.0)
     with pytest.raises(FileNotFoundError, match="no evaluation"):
         judged.judged_tests(tmp_path / "none")
+
+
+class Cluster:
+    def close(self) -> None: ...
+
+
+def test_logs_of_cells_whose_names_hold_a_rate_are_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    example = EXAMPLES["stsb"]
+    size = replace(example.sizes["gpu"], keep_engines=False)
+    runner = run.Runner(example, size, place(tmp_path), Cluster())  # type: ignore[arg-type]
+    monkeypatch.setattr(run, "run", lambda config, kept: print(config.ckpt.output_dir) or 1)
+    for name in ("real-0.0002", "real-0.0004"):
+        folder = tmp_path / name
+        flags = run.judge_flags(example, size, place(tmp_path), tmp_path / "m", folder)
+        with pytest.raises(run.CellFailed, match=rf"{name} ended with exit code 1; see .*{name}\.log"):
+            runner._run(flags, folder)
+        assert (tmp_path / f"{name}.log").read_text().strip().endswith(name)
+    # A signal ends the whole command, not one cell.
+    monkeypatch.setattr(run, "run", lambda config, kept: EXIT_RESUME)
+    with pytest.raises(SystemExit) as caught:
+        runner._run(flags, folder)
+    assert caught.value.code == EXIT_RESUME
 
 
 def test_wrong_words_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
