@@ -49,5 +49,5 @@ def test_the_first_line_of_output_counts(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_judge_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_judgement.sys, "executable", judge(tmp_path, "cat > /dev/null; echo no >&2; exit 3"))
-    with pytest.raises(RuntimeError, match="(?s)vllm: exit code 3.*no"):
+    with pytest.raises(RuntimeError, match=r"(?s)vllm: exit code 3.*no"):
         first_judgement.first_judgement("m", "vllm", None)

@@ -165,6 +165,24 @@ def test_a_row_without_a_score_is_left_out_and_counted(tmp_path: Path) -> None:
     assert "| 0.050 | 0.100 |" in lines[-1]
 
 
+def test_a_start_that_scores_nothing_and_a_constant_judge_are_shown_as_undefined(tmp_path: Path) -> None:
+    written = write_cells(tmp_path)
+    for name, value in ((START, None), (RAFT, 2.0)):
+        cell = written[name, 0]
+        test = cell["tests"]["test"]
+        for column in ("expected", "decoded"):
+            test[column] = [value] * 60
+        test["distribution"] = [None] * 60
+        (tmp_path / f"cells/{name}-seed0.json").write_text(json.dumps(cell))
+    text = tables.write_tables(EXAMPLES["stsb"], tmp_path)
+    rail = {
+        title: next(x for x in text.splitlines() if x.startswith(f"| {title} | RAIL")) for title in ("Start", "RAFT")
+    }
+    assert rail["Start"].count("| – ") >= 8 and "| 1.000 | – | – to – | 1 |" in rail["Start"]
+    assert rail["RAFT"].startswith("| RAFT | RAIL | – | – | – | ")
+    assert "| Start | – | – – | – | – to – |" in text
+
+
 def test_rates_without_a_choice_are_refused(tmp_path: Path) -> None:
     written = write_cells(tmp_path, seeds=(0,))
     other = {**written["real-0.0002", 0], "cell": "real-0.0004", "rate": 4e-4}
