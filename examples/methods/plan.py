@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +91,15 @@ def cells(rates: Mapping[str, float]) -> list[Cell]:
     return [*first_cells(), *(rl(objective, rates[objective]) for objective in METHODS)]
 
 
-def all_trainings(size: Size) -> Iterator[tuple[int, str]]:
-    """(seed, name) of every cell that a run of this size makes; of the chosen rates, the first stands for them."""
+def all_cells(size: Size, chosen: Mapping[str, float] | None = None) -> Iterator[tuple[int, str]]:
+    """(seed, name) of every cell that a run of this size makes: on the first seed the start and all learning rates, on
+    the others the chosen one of each method. chosen None: not chosen yet, and the size's first rate stands for it."""
     for seed in size.seeds:
-        for cell in cells(dict.fromkeys(METHODS, size.rates[0])):
-            if cell.name != START or seed == size.seeds[0]:
-                yield seed, cell.name
-    for objective, rate in product(METHODS, size.rates[1:]):
-        yield size.seeds[0], rl(objective, rate).name
+        first = seed == size.seeds[0]
+        yield from ((seed, cell.name) for cell in first_cells() if first or cell.name != START)
+        for objective in METHODS:
+            rates = size.rates if first else [size.rates[0] if chosen is None else chosen[objective]]
+            yield from ((seed, rl(objective, rate).name) for rate in rates)
 
 
 def last_layers(first: int, rank: int) -> dict[str, Any]:

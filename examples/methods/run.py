@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.methods import judged
-from examples.methods.plan import METHODS, RAFT, START, Cell, Example, Size, all_trainings, cells, first_cells, rl
+from examples.methods.plan import METHODS, RAFT, START, Cell, Example, Size, all_cells, cells, first_cells, rl
 from examples.methods.tables import write_tables
 from examples.paper_tables.judged import chosen_rate
 from examples.paper_tables.run import CellFailed, Cluster, to_file
@@ -61,7 +61,7 @@ class Place:
 class Runner:
     def __init__(self, example: Example, size: Size, place: Place, cluster: Cluster) -> None:
         self.example, self.size, self.place, self.cluster = example, size, place, cluster
-        self._plan = list(all_trainings(size))
+        self._total = len(list(all_cells(size)))
         self._began = time.monotonic()
 
     def cell(self, cell: Cell, seed: int) -> dict[str, Any]:
@@ -70,9 +70,9 @@ class Runner:
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8"))
         began = time.monotonic()
-        done = sum(self.place.json(name, one).is_file() for one, name in self._plan)
+        done = len(list(path.parent.glob("*.json")))
         folder = self.place.folder(cell.name, seed)
-        self._say(f"[{done + 1}/{len(self._plan)}] {cell.name} of seed {seed}; its log: {folder}*.log")
+        self._say(f"[{done + 1}/{self._total}] {cell.name} of seed {seed}; its log: {folder}*.log")
         found: dict[str, Any] = {"cell": cell.name, "title": cell.title, "seed": seed, "rate": cell.rate}
         if cell.name != START:
             self._train(cell, seed)
@@ -270,7 +270,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=args.device,
     )
     if args.list:
-        for seed, name in all_trainings(size):
+        path = place.results / RATES
+        chosen = json.loads(path.read_text(encoding="utf-8"))["chosen"] if path.is_file() else None
+        for seed, name in all_cells(size, chosen):
             print(f"{name} of seed {seed}: {'done' if place.json(name, seed).is_file() else 'to do'}")
         return 0
     try:

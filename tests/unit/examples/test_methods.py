@@ -64,7 +64,7 @@ def test_lora_is_on_the_upper_layers_alone() -> None:
 
 def test_the_plan_names_every_cell_once() -> None:
     size = replace(EXAMPLES["stsb"].sizes["gpu"], seeds=(0, 1), rates=(1e-6, 2e-6))
-    planned = list(plan.all_trainings(size))
+    planned = list(plan.all_cells(size))
     assert len(planned) == len(set(planned)) == 1 + 2 * 4 + 3
     assert [name for seed, name in planned if seed == 1] == [
         "raft", "standard_rl-1e-06", "term2_only-1e-06", "real-1e-06",
@@ -235,7 +235,11 @@ def test_cells_are_made_once_and_the_rate_is_searched_on_the_first_seed(
     cell = json.loads((tmp_path / "results/cells/real-5e-06-seed2.json").read_text())
     assert cell["curve"]["9"]["expected/pearson"] == 0.6
     assert cell["phases"]["evaluate"] == {"times": 2, "mean": 3.0, "sum": 6.0}
-    assert "[1/19] start of seed 0" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "[1/19] start of seed 0" in said and "[19/19] real-5e-06 of seed 2" in said
+    assert run.main(["stsb", "--size", "gpu", "--list", "--results", str(tmp_path / "results")]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == 19 and all(line.endswith(": done") for line in listed)
     again = recorder(tmp_path, "gpu")
     assert run.run_all(again) == [] and again.made == []
 
