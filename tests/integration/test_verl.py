@@ -148,14 +148,37 @@ class Server:
         )
 
 
-def test_the_agent_loops_reward_is_that_of_the_models_own_logits(page: Any, judges: Path) -> None:
+class PlainServer:
+    """The same of transformers' logits: log-probs are those of the whole vocabulary, whatever may be sampled."""
+
+    def __init__(self, model: Any, end: int) -> None:
+        self.model, self.end = model, end
+
+    async def generate(self, request_id: str, prompt_ids: list[int], sampling_params: Any, **more: Any) -> Any:
+        allowed = sampling_params.get("allowed_token_ids")
+        ids, log_probs = list(prompt_ids), []
+        while len(log_probs) < sampling_params["max_tokens"] and ids[-1] != self.end:
+            with torch.no_grad():
+                logprobs = self.model(torch.tensor([ids])).logits[0, -1].log_softmax(0)
+            ids.append(allowed[0] if allowed else int(torch.multinomial(logprobs.exp(), 1)))
+            log_probs.append(float(logprobs[ids[-1]]))
+        token_ids = ids[len(prompt_ids) :]
+        return SimpleNamespace(
+            token_ids=token_ids, log_probs=log_probs, num_preempted=0, routed_experts=None, extra_fields={}
+        )
+
+
+@pytest.mark.parametrize("server", ["transformers", "vllm"])
+def test_the_agent_loops_reward_is_that_of_the_models_own_logits(page: Any, judges: Path, server: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = (kind.from_pretrained(judges / "tied") for kind in (AutoModelForCausalLM, AutoTokenizer))
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     rows = make_rows(8, seed=5)
+    torch.manual_seed(0)
+    plain = PlainServer(model, tokenizer.eos_token_id) if server == "transformers" else None
     readable = 0
-    for row, output in zip(rows, asyncio.run(outputs_of(page, judges, tokenizer, rows))):
+    for row, output in zip(rows, asyncio.run(outputs_of(page, judges, tokenizer, rows, plain))):
         ids, mask, label = output.prompt_ids + output.response_ids, output.response_mask, int(str(row["label"]))
         words = tokenizer.convert_ids_to_tokens(output.response_ids)
         if "score" not in words[:-1]:
@@ -174,30 +197,22 @@ def test_the_agent_loops_reward_is_that_of_the_models_own_logits(page: Any, judg
     assert readable >= 4
 
 
-async def outputs_of(page: Any, judges: Path, tokenizer: Any, rows: list[dict[str, Any]]) -> list[Any]:
+async def outputs_of(
+    page: Any, judges: Path, tokenizer: Any, rows: list[dict[str, Any]], server: Any = None
+) -> list[Any]:
+    """server: None for one on vLLM's engine."""
     from omegaconf import OmegaConf
     from verl.experimental.agent_loop.agent_loop import DictConfigWrap
-    from vllm import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
 
-    from real_openrlhf.common.device import Device
-
-    device = Device.resolve("cpu", "fp32")
-    os.environ.update(device.engine_env(1))
-    engine = AsyncLLM.from_engine_args(
-        AsyncEngineArgs(
-            model=str(judges / "tied"),
-            dtype="float32",
-            seed=1,
-            max_model_len=40,
-            enforce_eager=True,
-            logprobs_mode="raw_logprobs",
-            **device.engine_options(40),
-        )
-    )
+    engine = engine_of(judges) if server is None else None
     config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"prompt_length": 20, "response_length": 12}}})
     loop = page.RealAgentLoop(
-        DictConfigWrap(config), Server(engine), tokenizer, None, SimpleNamespace, DictConfigWrap(OmegaConf.create({}))
+        DictConfigWrap(config),
+        server or Server(engine),
+        tokenizer,
+        None,
+        SimpleNamespace,
+        DictConfigWrap(OmegaConf.create({})),
     )
     sampling = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 12, "logprobs": True}
     try:
@@ -210,7 +225,29 @@ async def outputs_of(page: Any, judges: Path, tokenizer: Any, rows: list[dict[st
             for row in rows
         ]
     finally:
-        engine.shutdown()
+        if engine is not None:
+            engine.shutdown()
+
+
+def engine_of(judges: Path) -> Any:
+    from vllm import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from real_openrlhf.common.device import Device
+
+    device = Device.resolve("cpu", "fp32")
+    os.environ.update(device.engine_env(1))
+    return AsyncLLM.from_engine_args(
+        AsyncEngineArgs(
+            model=str(judges / "tied"),
+            dtype="float32",
+            seed=1,
+            max_model_len=40,
+            enforce_eager=True,
+            logprobs_mode="raw_logprobs",
+            **device.engine_options(40),
+        )
+    )
 
 
 CHECK = """
