@@ -95,6 +95,8 @@ def test_an_engine_is_killed_while_it_generates(judges: Path, tmp_path: Path) ->
     out = tmp_path / "run"
     args = command(judges, out, *SAVING, "--logger.samples", "32")
     args[args.index("--train.max_steps") + 1] = "2"
+    # More prompts than two steps take: none comes again by itself.
+    args[args.index("--data.max_samples") + 1] = "200"
     with logged(args, tmp_path) as (process, said):
         wait_for_step(process, out, 1)
         core = find(process, CORE)
