@@ -176,8 +176,10 @@ def _svg(figure: Any, axes: Any, *, legend: bool) -> str:
     import matplotlib
 
     if legend:
-        handles, _ = axes.get_legend_handles_labels()
-        figure.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=7, frameon=False)
+        handles, names = axes.get_legend_handles_labels()
+        # The browser's font may be wider than the one that the picture was laid out with.
+        columns = 3 if sum(map(len, names)) <= 55 else 2
+        figure.legend(handles=handles, loc="outside upper center", ncols=columns, fontsize=7, frameon=False)
     if axes.get_xlabel() == "step":
         from matplotlib.ticker import MaxNLocator
 
