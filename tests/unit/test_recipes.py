@@ -137,7 +137,8 @@ def test_its_actors_fit_the_nodes_that_it_names_and_no_fewer(recipe: Recipe) -> 
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_the_warm_up_fits_too(folder: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_slurm", [False, True])
+def test_the_warm_up_fits_too(folder: str, by_slurm: bool, tmp_path: Path) -> None:
     recipe = next(recipe for recipe in RECIPES if recipe.folder == folder)
     longest = config_of(recipe).data.max_len
     prompt = " ".join(["fine"] * (longest - 20) + ["judge"])
@@ -148,6 +149,9 @@ def test_the_warm_up_fits_too(folder: str, tmp_path: Path) -> None:
     flags = ["--config", str(recipe.path / "warmup.yaml"), "--data.prompt_dataset", str(tmp_path / "sft.jsonl")]
     flags += ["--actor.model_name_or_path", recipe.model(tmp_path / "model"), "--real.anchor", "score "]
     flags += ["--dry_run", "--assume_gpus", recipe.gpus]
+    if by_slurm:
+        # warmup.sbatch's pass, where the recipe has none of its own.
+        flags = [*flags_that_count(["--train.max_tokens_per_gpu", "18432"], flags, warmup=True), *flags]
     config = parse_args(flags, warmup=True)
     assert config.actor.num_nodes * config.actor.num_gpus_per_node == recipe.nodes * recipe.per_node
     if config.warmup.method == "tract":
