@@ -100,6 +100,9 @@ class Runner:
         folder = self.place.seed(seed)
         if name == "base":
             make_base(folder, seed, self.size, tiny=self.place.size == "tiny")
+            record = self.place.results / self.place.size / f"base-seed{seed}.json"
+            record.parent.mkdir(parents=True, exist_ok=True)
+            write_text(record, (folder / "base.json").read_text(encoding="utf-8"))
             return folder / "stage_1"
         model = folder / name / "model"
         if not (model / "config.json").is_file():
@@ -184,9 +187,27 @@ def make_base(folder: Path, seed: int, size: Size, *, tiny: bool = False) -> Non
     if not (folder / "init/config.json").is_file():
         words = ("--words", str(folder / "data/words.txt"), "--output_dir", str(folder / "init"))
         warm_up.run(folder / "init.log", "examples/quickstart/make_model.py", *words, "--seed", str(seed))
-    steps = size.base_steps
-    stage = ("--learning_rate", "3e-3", "--warmup_steps", str(min(50, steps // 2)), "--max_steps", str(steps))
-    warm_up.train(folder, "stage_1", model="init", data="sft_careful", stage=stage, seed=seed)
+    teach_base(folder, seed, size)
+
+
+def teach_base(folder: Path, seed: int, size: Size) -> None:
+    """Stage 1, anew with twice as many updates until the model reads: seeds differ in when that begins.
+
+    The losses by number of updates go to base.json. RuntimeError after three attempts.
+    """
+    record = folder / "base.json"
+    losses = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    for steps in (size.base_steps * factor for factor in (1, 2, 4)):
+        if str(steps) not in losses:
+            stage = ("--learning_rate", "3e-3", "--warmup_steps", str(min(50, steps // 2)), "--max_steps", str(steps))
+            shutil.rmtree(folder / "stage_1", ignore_errors=True)
+            warm_up.train(folder, "stage_1", model="init", data="sft_careful", stage=stage, seed=seed)
+            *_, last = (folder / "stage_1/warmup_metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            losses[str(steps)] = json.loads(last)["loss"]
+            write_text(record, json.dumps(losses) + "\n")
+        if size.base_loss is None or losses[str(steps)] <= size.base_loss:
+            return
+    raise RuntimeError(f"the base of seed {seed} does not read: its losses by updates are {losses}")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from examples.judging_task import warm_up
 from examples.judging_task.task import TESTS
 from examples.paper_tables import cells as plan
 from examples.paper_tables import judged, run, tables
@@ -31,8 +33,8 @@ def test_a_name_means_one_cell() -> None:
     by_name: dict[str, Cell] = {}
     for cell in all_cells():
         assert by_name.setdefault(cell.name, cell) == cell
-    # 3 warm-ups, 9 of the search, of which 3 are the main cells, and 2 + 4 + 2 + 3 + 3 + 3 + 1 of the other tables.
-    assert len(by_name) == 30
+    # 3 warm-ups, 12 of the search, of which 3 are the main cells, and 2 + 4 + 2 + 3 + 3 + 3 + 1 of the other tables.
+    assert len(by_name) == 33
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -176,3 +178,30 @@ def test_the_committed_tables_are_those_of_the_committed_cells(tmp_path: Path) -
     (tmp_path / "cells").symlink_to(RESULTS / "small/cells")
     (tmp_path / "rates.json").symlink_to(RESULTS / "small/rates.json")
     assert tables.write_tables(tmp_path) == (RESULTS / "small/tables.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("losses", "made"), [([0.05], [8]), ([0.3, 0.05], [8, 16]), ([0.3, 0.2, 0.1], [8, 16, 32])])
+def test_a_base_that_does_not_read_is_made_anew_with_more_updates(tmp_path, monkeypatch, losses, made):
+    size, seen, left = replace(SIZES["small"], base_steps=8), [], list(losses)
+
+    def train(folder, name, *, model, data, stage, seed):
+        assert not (folder / name).exists() and (model, data, seed) == ("init", "sft_careful", 5)
+        seen.append(int(stage[stage.index("--max_steps") + 1]))
+        (folder / name).mkdir()
+        (folder / name / "warmup_metrics.jsonl").write_text(f'{{"loss": 9}}\n{{"loss": {left.pop(0)}}}\n')
+
+    monkeypatch.setattr(warm_up, "train", train)
+    run.teach_base(tmp_path, 5, size)
+    run.teach_base(tmp_path, 5, size)
+    assert seen == made
+    assert json.loads((tmp_path / "base.json").read_text()) == {str(n): x for n, x in zip(made, losses, strict=True)}
+
+
+def test_a_base_that_never_reads_ends_the_run(tmp_path, monkeypatch):
+    def train(folder, name, **_):
+        (folder / name).mkdir()
+        (folder / name / "warmup_metrics.jsonl").write_text('{"loss": 0.3}\n')
+
+    monkeypatch.setattr(warm_up, "train", train)
+    with pytest.raises(RuntimeError, match=r"the base of seed 5 does not read.*'3200': 0.3"):
+        run.teach_base(tmp_path, 5, SIZES["small"])
