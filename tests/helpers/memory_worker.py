@@ -1,7 +1,7 @@
 """What one rank of the real policy actor holds, tensor by tensor; run as a process of its own.
 
 python -m tests.helpers.memory_worker FOLDER --stage 2 --dtype bf16 --rank 0 --world 1 --port 29500
-Prints a JSON object: bytes by kind, and "rss": of the process when the last backward pass of the second update is through.
+Prints a JSON object: bytes by kind, and "rss", the process's memory after the backward passes of the second update.
 """
 
 from __future__ import annotations
