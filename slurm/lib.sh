@@ -81,7 +81,10 @@ kill_run() {
 # srun answers SIGTERM with SIGKILL for the tasks, which then cannot clean up; so the tasks get their SIGTERM from Slurm.
 end_step() {
   kill -0 "$step_pid" 2>/dev/null || return 0
-  if [ -s "$tmp/step" ] && scancel --signal=TERM "$job.$(cat "$tmp/step")" 2>/dev/null; then
+  local step=$job
+  # Not there while the nodes begin; without it every step of the job gets the signal, and this script does not.
+  [ ! -s "$tmp/step" ] || step+=.$(cat "$tmp/step")
+  if scancel --signal=TERM "$step" 2>/dev/null; then
     gone "$step_pid" 12 && return 0
   fi
   end_of "$step_pid" 3

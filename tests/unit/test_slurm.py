@@ -239,6 +239,17 @@ def test_usr1_before_the_cluster_is_complete_requeues_too(slurm: dict[str, str])
     assert nothing_is_left(slurm)
 
 
+def test_usr1_while_the_nodes_begin_lets_them_clean_up(slurm: dict[str, str], tmp_path: Path) -> None:
+    """srun would have them killed; the step's number is not known yet."""
+    setup = tmp_path / "slurm/env.sh"
+    setup.write_text('[ -z "${SLURM_STEP_ID:-}" ] || { echo begins >>"$NOTES"; while true; do sleep 0.1; done; }\n')
+    code, output = signalled({**slurm, "ENV_SETUP": str(setup), "NOT_READY": "1"}, signal.SIGUSR1, "begins")
+    assert code == 85, output
+    notes = Path(slurm["NOTES"]).read_text().splitlines()
+    assert "scancel --signal=TERM 123456" in notes and notes[-1] == REQUEUED
+    assert nothing_is_left(slurm)
+
+
 def test_usr1_before_the_run_began_requeues_no_more_than_twice(slurm: dict[str, str]) -> None:
     """A time limit that is shorter than the signal's lead would begin again for ever."""
     env = {**slurm, "NOT_READY": "1"}
