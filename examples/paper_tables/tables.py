@@ -191,7 +191,7 @@ def stopped_table(methods: Sequence[tuple[str, dict[int, dict[str, Any]]]]) -> l
     r is RAIL's mean over the tests, with the chosen step for each seed; beside it the last step's.
     """
     titles = ["method", "mean r, chosen", "mean r, last", "by seed, chosen (step)", "by seed, last"]
-    lines = [_line(titles), "|---" * len(titles) + "|"]
+    lines = [line(titles), "|---" * len(titles) + "|"]
     for title, by_seed in methods:
         chosen, last, steps = [], [], []
         for _, cell in sorted(by_seed.items()):
@@ -199,9 +199,9 @@ def stopped_table(methods: Sequence[tuple[str, dict[int, dict[str, Any]]]]) -> l
             steps.append(max(valid, key=lambda step: valid[step] if valid[step] is not None else -1.0))
             chosen.append(cell["curve"][steps[-1]]["expected"]["pearson"])
             last.append(cell["average"]["expected"]["pearson"])
-        with_steps = [f"{_number(value)} ({step})" for value, step in zip(chosen, steps, strict=True)]
-        shown = [_number(_mean(chosen)), _number(_mean(last)), " ".join(with_steps), " ".join(map(_number, last))]
-        lines.append(_line([title, *shown]))
+        with_steps = [f"{number(value)} ({step})" for value, step in zip(chosen, steps, strict=True)]
+        shown = [number(mean(chosen)), number(mean(last)), " ".join(with_steps), " ".join(map(number, last))]
+        lines.append(line([title, *shown]))
     return lines
 
 
