@@ -110,7 +110,7 @@ class TrainingLoop(ABC):
                 self.log.log(self.step_number, "sync", {**synced, **self.timer.pop()})
             self._evaluate()
         self.timer.pop()
-        while self.step_number < self.total_steps:
+        while self.step_number < self.total_steps and not self._enough():
             try:
                 self.step()
             except StreamExhausted as error:
@@ -126,6 +126,10 @@ class TrainingLoop(ABC):
         self._finish_evaluation()
         self.export.finish(self.step_number, self.last_eval)
         return self.last_eval
+
+    def _enough(self) -> bool:
+        """Whether training ends before its last step."""
+        return False
 
     def _save(self) -> None:
         signal, saver, step = self.stop_requested(), self._saver, self.step_number
