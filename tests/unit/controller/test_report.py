@@ -20,6 +20,7 @@ from real_openrlhf.controller.report.charts import MOST, Chart
 from real_openrlhf.controller.report.records import ReportError, read_run
 from real_openrlhf.controller.run_log import RunLog
 from real_openrlhf.report import main
+from tests.unit.controller.test_controller import World, controller
 from tests.unit.test_docs import metrics_of_the_code
 
 SCALE = ScoreScale.parse("1-3")
@@ -310,3 +311,17 @@ def test_a_run_writes_its_page_not_too_often_and_never_fails_for_it(
         assert clock[0] == 164.0
         log.page(last=True)
         assert clock[0] == 167.0
+
+
+def test_the_page_of_what_the_loop_itself_records(tmp_path: Path) -> None:
+    """The controller with its real log: names and forms of records are those that the page reads."""
+    with RunLog(tmp_path / "run", tensorboard_dir=None, wandb=WandbConfig(), config={"real": {"scale": "1-3"}}) as log:
+        run = controller(World(), total_steps=3, eval_steps=1)
+        run.log = log
+        run.fit()
+        log.page(last=True)
+    found = Page((tmp_path / "run" / "report.html").read_text())
+    for chart in panels.STILL_JUDGING:
+        assert chart.title in found.text
+    assert "Rollouts of the first step, 1" in found.text and "Rollouts of the last step, 3" in found.text
+    assert "Pearson of E[score] 0.0000 0.3000" in found.text and "<3 ids>" in found.text
