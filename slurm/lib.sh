@@ -5,6 +5,8 @@
 #   on_cluster ARGUMENT ...    runs Python with these arguments on that cluster and ends the job with its exit code
 #   alone ARGUMENT ...         the same without a cluster, for what needs one node only
 #   flag NAME VALUE            adds both to the array `given` unless VALUE is empty
+#   own_flags COMMAND FLAG ... -- ARGUMENT ...
+#                              the script's flags, in the array `own`, but for those that ARGUMENTs or a --config give
 #
 # However the job ends, its processes, its token and its temporary folders go: `finish` below, `end` on every node.
 set -euo pipefail
@@ -26,7 +28,7 @@ say() { echo "slurm [${SECONDS} s]: $*"; }
 fail() { echo "slurm: $*" >&2; exit 1; }
 
 # ---- clean-up, whatever the reason for the end: only our own processes and files ---------------------------
-probe_pid='' run_pid='' step_pid='' status=1 stopping='' made=''
+python='' probe_pid='' run_pid='' step_pid='' status=1 stopping='' made=''
 trap 'finish' EXIT
 trap 'status=143; finish' TERM INT
 trap 'stop' USR1
@@ -79,7 +81,10 @@ kill_run() {
 # srun answers SIGTERM with SIGKILL for the tasks, which then cannot clean up; so the tasks get their SIGTERM from Slurm.
 end_step() {
   kill -0 "$step_pid" 2>/dev/null || return 0
-  if [ -s "$tmp/step" ] && scancel --signal=TERM "$job.$(cat "$tmp/step")" 2>/dev/null; then
+  local step=$job
+  # Not there while the nodes begin; without it every step of the job gets the signal, and this script does not.
+  [ ! -s "$tmp/step" ] || step+=.$(cat "$tmp/step")
+  if scancel --signal=TERM "$step" 2>/dev/null; then
     gone "$step_pid" 12 && return 0
   fi
   end_of "$step_pid" 3
@@ -112,6 +117,7 @@ make_tmp() {
 
 # ---- Python: a venv, whatever ENV_SETUP activates, or a container ---------------------------------------------
 find_python() {
+  [ -z "$python" ] || return 0
   read -ra container <<<"${CONTAINER:-}"
   # Scripts of conda and of modules use variables that are not set.
   set +u
@@ -328,6 +334,15 @@ alone() {
 
 given=()
 flag() { [ -z "$2" ] || given+=("$1" "$2"); }
+
+own=()
+own_flags() {
+  local command=$1 words; shift
+  find_python
+  words=$(cd "$root" && py -m real_openrlhf.config.script_flags "$command" $((nodes * gpus)) "$@") || { status=$?; finish; }
+  # shellcheck disable=SC2034  # of the script that sources this
+  [ -z "$words" ] || mapfile -t own <<<"$words"
+}
 
 # Flags, in the array `layout`, with which the policy and the engines share all GPUs and take turns; an engine takes two,
 # or one where a node has an odd number. Without GPUs, half of the processes train and the others generate.

@@ -185,6 +185,26 @@ def line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def stopped_table(methods: Sequence[tuple[str, dict[int, dict[str, Any]]]]) -> list[str]:
+    """What Table 2 would be if validation chose the weights: of the evaluated steps, the best on the validation split.
+
+    r is RAIL's mean over the tests, with the chosen step for each seed; beside it the last step's.
+    """
+    titles = ["method", "mean r, chosen", "mean r, last", "by seed, chosen (step)", "by seed, last"]
+    lines = [line(titles), "|---" * len(titles) + "|"]
+    for title, by_seed in methods:
+        chosen, last, steps = [], [], []
+        for _, cell in sorted(by_seed.items()):
+            valid = {step: found["expected"]["pearson"] for step, found in cell["valid_curve"].items()}
+            steps.append(max(valid, key=lambda step: valid[step] if valid[step] is not None else -1.0))
+            chosen.append(cell["curve"][steps[-1]]["expected"]["pearson"])
+            last.append(cell["average"]["expected"]["pearson"])
+        with_steps = [f"{number(value)} ({step})" for value, step in zip(chosen, steps, strict=True)]
+        shown = [number(mean(chosen)), number(mean(last)), " ".join(with_steps), " ".join(map(number, last))]
+        lines.append(line([title, *shown]))
+    return lines
+
+
 def feedback_table(rows: Sequence[tuple[str, list[dict[str, Any]]]]) -> list[str]:
     """What the feedback does, mean over seeds: shares over the four tests, and on each."""
     lines = [line(["method", *(f"`{split}`" for split in TESTS)]), "|---" * (1 + len(TESTS)) + "|"]
@@ -239,6 +259,9 @@ def write_tables(folder: Path) -> str:
         text += [f"### Table {table}: {title}", "", *(table_2(rows) if table == "2" else table_of(rows)), ""]
         main = next(name for name, cell in plan.tables(rates)[table].items() if cell == plan.rl("real", rates["real"]))
         text += [*differences(rows, main), ""]
+    curves = [(t, cells[c.name]) for t, c in plan.tables(rates)["2"].items() if c.curve and c.name in cells]
+    if curves:
+        text += ["### Table 2, if validation had chosen the weights", "", *stopped_table(curves), ""]
     means = [(title, list(cells[cell.name].values())) for title, cell in _all_rows(rates) if cell.name in cells]
     text += ["### What the feedback does: share of lines read / of right tallies", "", *feedback_table(means), ""]
     text += ["### The search for learning rates: Pearson on the first seed's validation split", ""]

@@ -107,6 +107,11 @@ def parse_args(argv: Sequence[str], *, warmup: bool = False) -> Config:
 
     Contradictions between flags are left to `validate`. warmup: the flags of train_warmup.
     """
+    return resolve(*given_values(argv, warmup=warmup), warmup=warmup)
+
+
+def given_values(argv: Sequence[str], *, warmup: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the command line gives, and what its --config files give: flag name -> typed value. Raises ConfigError."""
     try:
         namespace, rest = build_parser(warmup=warmup).parse_known_args(list(argv))
     except argparse.ArgumentError as error:
@@ -126,7 +131,7 @@ def parse_args(argv: Sequence[str], *, warmup: bool = False) -> Config:
     from_files: dict[str, Any] = {}
     for path in paths:
         from_files.update(read_config_file(path))
-    return resolve(explicit, from_files, warmup=warmup)
+    return explicit, from_files
 
 
 def _many(item: Flag, value: Any) -> Any:

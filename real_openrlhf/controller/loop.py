@@ -140,6 +140,7 @@ class TrainingLoop(ABC):
         saved = False
         if saver is not None and (signal is not None or saver.is_due(step, evaluation)):
             saved = saver.save(step, evaluation)
+            self.log.page()
         if signal is not None:
             raise Stopped(self.step_number, signal, saved)
 
@@ -233,6 +234,7 @@ class TrainingLoop(ABC):
         self.export.evaluated(step, report.metrics)
         if self.guards is not None:
             self._heed(self.guards.evaluation(report.metrics, report.changes))
+        self.log.page()
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {

@@ -5,6 +5,7 @@ What these programs leave behind is worse than what Ray does: processes of their
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.slurm.conftest import Slurm
 
 # A node: orphans that ignore SIGTERM. The run: waits for USR1; in its second attempt it is done.
 PYTHON = r"""#!/bin/bash
+[ "$2" != real_openrlhf.config.script_flags ] || exec @PYTHON@ "$@"
 if [ "$2" = ray.scripts.scripts ]; then
   setsid bash -c 'trap "" TERM; while true; do sleep 1; done' &
   (setsid bash -c 'trap "" TERM; while true; do sleep 1; done' &)
@@ -36,7 +38,7 @@ exec python3 "$@"
 @pytest.fixture
 def python(tmp_path: Path) -> Path:
     path = tmp_path / "python"
-    path.write_text(PYTHON)
+    path.write_text(PYTHON.replace("@PYTHON@", sys.executable))
     path.chmod(0o755)
     return path
 

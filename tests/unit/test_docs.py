@@ -82,7 +82,9 @@ def test_the_commands_of_readme_and_slurm_parse() -> None:
     for argv in found:
         config = parse_args(argv)
         assert config.actor.model_name_or_path and config.data.prompt_dataset and config.ckpt.output_dir
-    (batch,) = commands((ROOT / "slurm/train_real.sbatch").read_text(encoding="utf-8"))
+    script = (ROOT / "slurm/train_real.sbatch").read_text(encoding="utf-8")
+    (batch,) = commands(script, "own_flags train_real")
+    batch = batch[: batch.index("--")]
     assert parse_args(batch).ds.zero_stage == 3
     submit, by_settings = blocks((ROOT / "slurm/README.md").read_text(encoding="utf-8"), "bash")
     words = shlex.split(submit.replace("\\\n", " "))
@@ -90,7 +92,6 @@ def test_the_commands_of_readme_and_slurm_parse() -> None:
     config = parse_args([*batch, *user])
     # Both commands give the same paths.
     settings = dict(re.findall(r"(REAL_\w+)=(\S+)", by_settings))
-    script = (ROOT / "slurm/train_real.sbatch").read_text(encoding="utf-8")
     flag_of = {name: flag for flag, name in re.findall(r'^flag --(\S+) "\$\{(\w+):-\}"', script, flags=re.MULTILINE)}
     assert set(settings) == set(flag_of)
     assert all(get_value(config, flag_of[name]) == value for name, value in settings.items())

@@ -16,6 +16,7 @@ import pytest
 from real_openrlhf.common.device import Device
 from real_openrlhf.config.cli import parse_args
 from real_openrlhf.config.schema import Config
+from real_openrlhf.config.script_flags import flags_that_count
 from real_openrlhf.config.validate import validate
 from real_openrlhf.evaluate import parse_args as evaluate_args
 from real_openrlhf.run import forecast as forecast_module
@@ -136,7 +137,8 @@ def test_its_actors_fit_the_nodes_that_it_names_and_no_fewer(recipe: Recipe) -> 
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_the_warm_up_fits_too(folder: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_slurm", [False, True])
+def test_the_warm_up_fits_too(folder: str, by_slurm: bool, tmp_path: Path) -> None:
     recipe = next(recipe for recipe in RECIPES if recipe.folder == folder)
     longest = config_of(recipe).data.max_len
     prompt = " ".join(["fine"] * (longest - 20) + ["judge"])
@@ -147,6 +149,9 @@ def test_the_warm_up_fits_too(folder: str, tmp_path: Path) -> None:
     flags = ["--config", str(recipe.path / "warmup.yaml"), "--data.prompt_dataset", str(tmp_path / "sft.jsonl")]
     flags += ["--actor.model_name_or_path", recipe.model(tmp_path / "model"), "--real.anchor", "score "]
     flags += ["--dry_run", "--assume_gpus", recipe.gpus]
+    if by_slurm:
+        # warmup.sbatch's pass, where the recipe has none of its own.
+        flags = [*flags_that_count(["--train.max_tokens_per_gpu", "18432"], flags, warmup=True), *flags]
     config = parse_args(flags, warmup=True)
     assert config.actor.num_nodes * config.actor.num_gpus_per_node == recipe.nodes * recipe.per_node
     if config.warmup.method == "tract":
@@ -171,13 +176,12 @@ def words_of(block: str) -> list[str]:
 
 @pytest.mark.parametrize("placement", ["colocated", "separate"])
 def test_the_job_of_the_index_is_the_recipe(placement: str) -> None:
-    (submit,) = (words_of(block) for block in bash_blocks() if "sbatch" in block)
-    (taken_back,) = (words_of(block) for block in bash_blocks() if block.lstrip().startswith("--"))
+    (submit,) = (words_of(block) for block in bash_blocks() if "slurm/train_real.sbatch" in block)
     user = submit[submit.index("slurm/train_real.sbatch") + 1 :]
-    if placement == "separate":
-        user = [word.replace("colocated.yaml", "separate.yaml") for word in user] + taken_back
-    # Its own flags come first, and count before --config.
-    job = parse_args([*SLURM, "--no-logger.progress", "--ckpt.load", "auto", *user])
+    assert submit[:2] == ["sbatch", "--nodes=2"] and any(word.endswith("colocated.yaml") for word in user)
+    user = [word.replace("colocated.yaml", f"{placement}.yaml") for word in user]
+    script = [*SLURM, "--no-logger.progress", "--ckpt.load", "auto"]
+    job = parse_args([*flags_that_count(script, user), *user])
     recipe = next(recipe for recipe in RECIPES if recipe.config == placement)
     own = config_of(recipe)
     given = {"model_name_or_path": job.actor.model_name_or_path}
@@ -192,7 +196,25 @@ def test_the_job_of_the_index_is_the_recipe(placement: str) -> None:
 def test_the_steps_of_the_index_are_the_recipes() -> None:
     text = "\n".join(bash_blocks())
     steps = set(re.findall(r"examples/qwen3_32b/run.sh (\w+)", text))
-    assert steps == {"data", "plan", "warmup"}
+    assert steps == {"data", "plan"}
+
+
+def test_the_warm_up_of_the_index_is_the_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (submit,) = (words_of(block) for block in bash_blocks() if "slurm/warmup.sbatch" in block)
+    user = submit[submit.index("slurm/warmup.sbatch") + 1 :]
+    script = [*SLURM, "--no-logger.progress", "--ckpt.load", "auto"]
+    job = parse_args([*flags_that_count(script, user, warmup=True), *user], warmup=True)
+    ((_, _, *words),), code, _ = calls_of("qwen3_32b", tmp_path, "warmup")
+    monkeypatch.chdir(ROOT)
+    own = parse_args(words, warmup=True)
+    assert code == 0 and validate(job, device="cuda") == [NO_EVALUATION]
+    assert replace(job.actor, model_name_or_path="") == replace(own.actor, model_name_or_path="")
+    assert replace(job.data, prompt_dataset="") == replace(own.data, prompt_dataset="")
+    for section in ("vllm", "ds", "rollout", "real", "warmup"):
+        assert getattr(job, section) == getattr(own, section), section
+    # The job's pass is longer; nothing else differs.
+    assert replace(job.train, max_tokens_per_gpu=own.train.max_tokens_per_gpu) == own.train
+    assert job.ckpt.output_dir.endswith("runs/qwen3_32b/warmup")
 
 
 # -- the scripts ------------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
         'stat -c %a "$RAY_AUTH_TOKEN_PATH" "${RAY_AUTH_TOKEN_PATH%/*}" >"$NOTES.mode"\n'
         'env >"$NOTES.env"\n[ -z "$NODE_DIES" ] || { echo no room on this node; exit 1; }\nexec sleep 60',
         "python": 'if [ "$2" = ray.scripts.scripts ]; then shift 2; exec ray "$@"; fi\n'
+        f'[ "$2" != real_openrlhf.config.script_flags ] || PYTHONPATH="{ROOT}" exec "{sys.executable}" "$@"\n'
         'if [ "$1" = -m ]; then echo "$RAY_ADDRESS $*" >>"$NOTES"; exec $RUN; fi\n'
         'if [ "$1" = - ] && [ "$#" = 3 ]; then echo "1 of 1 nodes"; exit "$NOT_READY"; fi\n'
         'if [ "$1" = -c ] && [ "${2#import ray}" != "$2" ]; then echo 127.0.0.1; exit; fi\n'
@@ -141,6 +142,34 @@ def test_engines_share_out_the_gpus_of_a_node(
     assert (config.ranks, config.vllm.num_engines, config.vllm.tensor_parallel_size) == (ranks, engines, width)
 
 
+SEPARATE = (
+    "actor: {num_nodes: 1, num_gpus_per_node: 8}\nvllm: {num_engines: 3, tensor_parallel_size: 2}\nds.zero_stage: 2\n"
+)
+
+
+@pytest.mark.parametrize("script", ["train_real.sbatch", "train_32b.sbatch"])
+def test_what_a_configuration_gives_counts_before_the_scripts_flags(
+    slurm: dict[str, str], tmp_path: Path, script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "slurm/separate.yaml"
+    file.write_text(SEPARATE)
+    env = {**slurm, **SETTINGS, "SLURM_JOB_NUM_NODES": "2"}
+    # Relative to the checkout, where the run is started too.
+    monkeypatch.chdir(tmp_path)
+    config = parse_args(arguments(env, script, MODULE, "--config", "slurm/separate.yaml"))
+    assert (config.actor.num_nodes, config.vllm.num_engines, config.vllm.tensor_parallel_size) == (1, 3, 2)
+    assert not (config.train.colocate_all or config.vllm.enable_sleep or config.ds.enable_sleep)
+    # What it leaves open is the script's.
+    assert (config.ds.zero_stage, config.train.max_tokens_per_gpu, config.ckpt.load) == (2, 18432, "auto")
+    validate(config, device="cuda")
+
+
+def test_a_flag_that_there_is_not_ends_the_job_before_a_cluster_starts(slurm: dict[str, str]) -> None:
+    result = run_batch(slurm, "--rollout.batchsize", "8")
+    assert result.returncode == 2 and "--rollout.batch_size" in result.stderr
+    assert not Path(slurm["NOTES"]).exists() and "end, exit code 2" in result.stdout
+
+
 def test_without_gpus_nothing_is_shared(slurm: dict[str, str]) -> None:
     config = layout({**slurm, "GPUS_PER_NODE": "0", "SLURM_JOB_NUM_NODES": "2"})
     assert (config.ranks, config.vllm.num_engines, config.train.colocate_all) == (2, 2, False)
@@ -207,6 +236,17 @@ def test_usr1_before_the_cluster_is_complete_requeues_too(slurm: dict[str, str])
     assert code == 85, output
     notes = Path(slurm["NOTES"]).read_text()
     assert notes.splitlines()[-1] == REQUEUED and MODULE not in notes
+    assert nothing_is_left(slurm)
+
+
+def test_usr1_while_the_nodes_begin_lets_them_clean_up(slurm: dict[str, str], tmp_path: Path) -> None:
+    """srun would have them killed; the step's number is not known yet."""
+    setup = tmp_path / "slurm/env.sh"
+    setup.write_text('[ -z "${SLURM_STEP_ID:-}" ] || { echo begins >>"$NOTES"; while true; do sleep 0.1; done; }\n')
+    code, output = signalled({**slurm, "ENV_SETUP": str(setup), "NOT_READY": "1"}, signal.SIGUSR1, "begins")
+    assert code == 85, output
+    notes = Path(slurm["NOTES"]).read_text().splitlines()
+    assert "scancel --signal=TERM 123456" in notes and notes[-1] == REQUEUED
     assert nothing_is_left(slurm)
 
 
@@ -322,6 +362,7 @@ SETTINGS = {"REAL_MODEL": "/m", "REAL_DATA": "/d", "REAL_TEST": "/t", "REAL_OUT"
 
 
 def arguments(env: dict[str, str], script: str, module: str, *more: str) -> list[str]:
+    """What the script starts the module with. more: what the user gives; files are named from the checkout."""
     result = run_batch(env, *more, script=script)
     assert result.returncode == 0, result.stderr
     line = next(line for line in Path(env["NOTES"]).read_text().splitlines() if module in line)

@@ -104,6 +104,8 @@ class World:
 
     def log_evaluation(self, *args: Any) -> None: ...
 
+    def page(self, *, last: bool = False) -> None: ...
+
     def warn(self, step: int, watch: str, message: str) -> None:
         self.warnings.append(f"{step} {watch}: {message}")
 
