@@ -36,13 +36,14 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["real_openrlhf", "real_openrlhf.*"]),
-    package_data={"real_openrlhf": ["py.typed", "data/templates/*.txt"]},
+    package_data={"real_openrlhf": ["py.typed", "data/templates/*.txt", "controller/report/*.html"]},
     entry_points={
         "console_scripts": [
             "real-train = real_openrlhf.train_real:main",
             "real-warmup = real_openrlhf.train_warmup:main",
             "real-evaluate = real_openrlhf.evaluate:main",
             "real-judge = real_openrlhf.judge.cli:main",
+            "real-report = real_openrlhf.report:main",
             "real-data = real_openrlhf.data.__main__:main",
         ]
     },

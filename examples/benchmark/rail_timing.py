@@ -1,23 +1,31 @@
-"""How much one-pass RAIL saves compared with generate-then-rescore: both in one run, in turns, on the same engine.
+"""Judgements and tokens per second: one-pass RAIL against generate-then-rescore, at several batch sizes, in one run.
 
-    python examples/benchmark/rail_timing.py --model JUDGE --benchmark vicuna_bench=FILE --max_samples 16 --batch_size 4
+    python -m examples.benchmark.rail_timing --batch_sizes 1 8 32 --output FILE \\
+        --model JUDGE --benchmark vicuna_bench=FILE --max_samples 160
 
 One pass reads the score distribution while the feedback is generated. The two other ways generate the same feedback
 (same seeds) and then send prompt and feedback again to read the distribution: either computed again, as by a second
-program that has only the text, or with the batch still in the engine's prefix cache. The order of the ways changes from
-batch to batch; a first batch warms the engine up and does not count. Takes the flags of `real_openrlhf.evaluate`. If a
-judge does not write its score, a second pass after a forced anchor is needed in any case: the share of such judgements
-is printed, and the larger it is, the less can be saved.
+program that has only the text, or with the batch still in the engine's prefix cache.
+
+The prompts are divided into rounds of the largest batch size, and in each round every batch size judges the same
+prompts in every way; the order changes from round to round. What counts are ratios within a round, since other programs
+load a shared machine. A first round warms the engine up and does not count. Takes the flags of `real_openrlhf.evaluate`
+beside its own two, but for --batch_size. If a judge does not write its score, a second pass after a forced anchor is
+needed in any case: the number of such judgements is printed, and the larger it is, the less can be saved.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 from real_openrlhf.common.errors import RunError
 from real_openrlhf.data.prompt import Prompt
@@ -28,28 +36,48 @@ from real_openrlhf.judge.scoring import score_given, score_prompts
 from real_openrlhf.judge.types import Judgement
 
 ONE_PASS, RESCORED, CACHED = "one pass", "generate, then rescore", "the same, cached"
+# Of a batch size and a way of judging.
+Key = tuple[int, str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
     """
-    seconds              way -> one entry per timed batch
-    n, n_forced          judgements per way, and those whose anchor was forced
+    seconds, tokens      (batch size, way) -> one entry per round: seconds, and tokens that were generated
+    n, n_forced          judgements per batch size and way, and those of one pass whose anchor was forced
     largest_difference   of E[score] between one pass and the other ways
     """
 
-    seconds: dict[str, list[float]]
+    seconds: dict[Key, list[float]]
+    tokens: dict[Key, list[int]]
     n: int
     n_forced: int
     largest_difference: float
 
-    def factor(self, way: str) -> float:
-        """How many times longer than one pass it took, over all batches."""
-        return sum(self.seconds[way]) / sum(self.seconds[ONE_PASS])
+    def factors(self, key: Key, other: Key) -> list[float]:
+        """By round: how many times longer than `other` it took, ascending."""
+        return sorted(a / b for a, b in zip(self.seconds[key], self.seconds[other]))
 
-    def factors(self, way: str) -> list[float]:
-        """The same per batch, ascending."""
-        return sorted(b / a for a, b in zip(self.seconds[ONE_PASS], self.seconds[way]))
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "judgements": self.n,
+            "forced": self.n_forced,
+            "largest_difference": self.largest_difference,
+            "ways": [self._of(key) for key in self.seconds],
+        }
+
+    def _of(self, key: Key) -> dict[str, Any]:
+        size, way = key
+        total = sum(self.seconds[key])
+        return {
+            "batch_size": size,
+            "way": way,
+            "seconds": [round(each, 4) for each in self.seconds[key]],
+            "judgements_per_second": self.n / total,
+            "generated_tokens_per_second": sum(self.tokens[key]) / total,
+            "times_one_pass": [round(factor, 4) for factor in self.factors(key, (size, ONE_PASS))],
+            "median_times_one_pass": median(self.factors(key, (size, ONE_PASS))),
+        }
 
 
 def one_pass(judge: Judge, prompts: Sequence[Prompt]) -> list[Judgement]:
@@ -74,62 +102,107 @@ def generate_then_rescore(judge: Judge, prompts: Sequence[Prompt], *, cached: bo
     return judged
 
 
+WAYS: dict[str, Callable[[Judge, Sequence[Prompt]], list[Judgement]]] = {
+    ONE_PASS: one_pass,
+    RESCORED: partial(generate_then_rescore, cached=False),
+    CACHED: partial(generate_then_rescore, cached=True),
+}
+
+
 def time_all(
-    judge: Judge, prompts: Sequence[Prompt], batch_size: int, clock: Callable[[], float] = time.perf_counter
+    judge: Judge,
+    prompts: Sequence[Prompt],
+    batch_sizes: Sequence[int],
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Timing:
-    """Raises ValueError for fewer than two batches: the first only warms up."""
-    batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
-    if len(batches) < 2:
-        raise ValueError(f"{len(prompts)} prompts are one batch of {batch_size}; the first only warms up, give more")
-    ways = {
-        ONE_PASS: one_pass,
-        RESCORED: partial(generate_then_rescore, cached=False),
-        CACHED: partial(generate_then_rescore, cached=True),
-    }
-    ways[RESCORED](judge, batches[0])
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    largest, n_forced, order = 0.0, 0, list(ways)
-    for batch in batches[1:]:
+    """Whole rounds only. Raises ValueError for fewer prompts than two rounds: the first only warms up."""
+    largest = max(batch_sizes)
+    uneven = [size for size in batch_sizes if largest % size]
+    if uneven:
+        raise ValueError(f"--batch_sizes: {uneven[0]} does not divide {largest}; a round is {largest} prompts")
+    rounds = [prompts[i : i + largest] for i in range(0, len(prompts) - largest + 1, largest)]
+    if len(rounds) < 2:
+        raise ValueError(
+            f"{len(prompts)} prompts are fewer than two rounds of {largest}; the first only warms up, give more"
+        )
+    keys: list[Key] = [(size, way) for size in batch_sizes for way in WAYS]
+    seconds: dict[Key, list[float]] = {key: [] for key in keys}
+    tokens: dict[Key, list[int]] = {key: [] for key in keys}
+    difference, n_forced, order = 0.0, 0, keys
+    _judge_round(judge, rounds[0], (largest, RESCORED))
+    for number, batch in enumerate(rounds[1:]):
         found = {}
-        for name in order:
+        for key in order:
             start = clock()
-            found[name] = ways[name](judge, batch)
-            seconds[name].append(clock() - start)
+            found[key] = _judge_round(judge, batch, key)
+            seconds[key].append(clock() - start)
+            sys.stderr.write(f"round {number}: batches of {key[0]}, {key[1]}: {seconds[key][-1]:.2f} s\n")
         order = order[1:] + order[:1]
-        n_forced += sum(judgement.forced for judgement in found[ONE_PASS])
-        for name in (RESCORED, CACHED):
-            pairs = [(a.expected, b.expected) for a, b in zip(found[ONE_PASS], found[name])]
-            largest = max([largest, *(abs(a - b) for a, b in pairs if a is not None and b is not None)])
-    n = sum(len(batch) for batch in batches[1:])
-    return Timing(seconds=seconds, n=n, n_forced=n_forced, largest_difference=largest)
+        for size in batch_sizes:
+            first = found[size, ONE_PASS]
+            n_forced += sum(judgement.forced for judgement in first)
+            for way in WAYS:
+                # Of the feedback, which is the same; what a second pass reads again does not count.
+                tokens[size, way].append(sum(judgement.n_generated for judgement in first))
+                difference = max(difference, largest_difference(first, found[size, way]))
+    n = sum(len(batch) for batch in rounds[1:])
+    return Timing(seconds=seconds, tokens=tokens, n=n, n_forced=n_forced, largest_difference=difference)
+
+
+def _judge_round(judge: Judge, prompts: Sequence[Prompt], key: Key) -> list[Judgement]:
+    size, way = key
+    return [j for i in range(0, len(prompts), size) for j in WAYS[way](judge, prompts[i : i + size])]
+
+
+def largest_difference(a: Sequence[Judgement], b: Sequence[Judgement]) -> float:
+    """Of E[score], on the judgements that both have; 0 without any."""
+    pairs = [(x.expected, y.expected) for x, y in zip(a, b)]
+    return max((abs(x - y) for x, y in pairs if x is not None and y is not None), default=0.0)
+
+
+def shown(timing: Timing, batch_sizes: Sequence[int]) -> str:
+    """Markdown: a line per batch size and way, and below it one pass in the smallest batches against the others."""
+    lines = ["| batch | way | judgements/s | generated tokens/s | seconds, one pass = 1 |", "|---:|---|---:|---:|---|"]
+    for each in timing.to_json()["ways"]:
+        factors = each["times_one_pass"]
+        lines.append(
+            f"| {each['batch_size']} | {each['way']} | {each['judgements_per_second']:.2f} | "
+            f"{each['generated_tokens_per_second']:.0f} | {median(factors):.2f} [{factors[0]:.2f}, {factors[-1]:.2f}] |"
+        )
+    smallest = min(batch_sizes)
+    for size in sorted(set(batch_sizes) - {smallest}):
+        factors = timing.factors((smallest, ONE_PASS), (size, ONE_PASS))
+        lines += ["", f"One pass, batches of {smallest} against {size}: {median(factors):.2f} times the seconds "]
+        lines[-1] += f"[{factors[0]:.2f}, {factors[-1]:.2f}]"
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    if not args.model or not args.benchmark:
-        sys.stderr.write("error: --model and --benchmark are required\n")
-        return 2
+    own = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    own.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 32], help="each divides the largest")
+    own.add_argument("--output", type=Path, help="JSON file to write")
+    mine, rest = own.parse_known_args(argv)
+    args = parse_args(rest)
     try:
+        if not args.model or not args.benchmark:
+            raise ValueError("--model and --benchmark are required")
+        if min(mine.batch_sizes) < 1 or len(set(mine.batch_sizes)) < len(mine.batch_sizes):
+            raise ValueError(f"--batch_sizes must be different numbers of at least 1, got {mine.batch_sizes}")
         with make_judge(args) as judge:
             prompts = [prompt for benchmark in load_benchmarks(args, judge) for prompt in benchmark.prompts]
-            timing = time_all(judge, prompts, args.batch_size)
+            timing = time_all(judge, prompts, mine.batch_sizes)
+            backend = judge.backend_name
     except (ValueError, RunError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2 if isinstance(error, ValueError) else 1
-    tokens = sum(len(prompt.token_ids) for prompt in prompts) / len(prompts)
-    print(
-        f"{timing.n} judgements in {len(timing.seconds[ONE_PASS])} batches of {args.batch_size}, prompts of "
-        f"{tokens:.0f} tokens, {timing.n_forced} with a forced anchor"
-    )
-    for name, seconds in timing.seconds.items():
-        print(f"{name:24} {sum(seconds):8.1f} s  {timing.n / sum(seconds):6.2f} judgements/s")
-    for name in (RESCORED, CACHED):
-        factors = timing.factors(name)
-        print(
-            f"{name}: {timing.factor(name):.2f} times as long as one pass (per batch {factors[0]:.2f} to "
-            f"{factors[-1]:.2f}, median {median(factors):.2f})"
-        )
-    print(f"E[score] differs by at most {timing.largest_difference:.1e}")
+    length = sum(len(prompt.token_ids) for prompt in prompts) / len(prompts)
+    if mine.output is not None:
+        content = {"backend": backend, "mean_prompt_tokens": round(length, 1), **timing.to_json()}
+        mine.output.parent.mkdir(parents=True, exist_ok=True)
+        mine.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"{timing.n} judgements each on {backend}, prompts of {length:.0f} tokens, ", end="")
+    print(f"{timing.n_forced} with a forced anchor; E[score] differs by at most {timing.largest_difference:.1e}\n")
+    print(shown(timing, mine.batch_sizes))
     return 0
 
 

@@ -27,6 +27,7 @@ def judged_cell(output: Path, data: Path) -> dict[str, Any]:
     average   reading -> metric, the mean over the tests
     before    average, before training
     curve     step -> average
+    valid_curve  step -> reading -> metric, on the validation split
     """
     steps = evaluations(output)
     last = max(steps)
@@ -39,6 +40,7 @@ def judged_cell(output: Path, data: Path) -> dict[str, Any]:
         "valid": scores(columns["valid"]),
         "average": average({split: scores(columns[split]) for split in TESTS}),
         "curve": {str(step): _average_of(lines) for step, lines in steps.items()},
+        "valid_curve": {str(step): scores(_columns(_by_split(lines, "valid"))) for step, lines in steps.items()},
     }
     first = {split: _columns(_by_split(steps[min(steps)], split)) for split in SPLITS}
     found["before"] = {"judged": first} if min(steps) != last else {}

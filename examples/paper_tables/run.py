@@ -78,7 +78,7 @@ class Cluster:
 
     def close(self) -> None:
         self._kept = None
-        with _to_file(self.log):
+        with to_file(self.log):
             self._held.close()
 
 
@@ -118,7 +118,7 @@ class Runner:
         log = output.with_suffix(output.suffix + ".log")
         start = time.perf_counter()
         ended: Any = None
-        with _to_file(log):
+        with to_file(log):
             try:
                 config = parse_args(flags, warmup=cell.warmup)
                 code = (run_tract if config.warmup.method == "tract" else run)(config, kept=self.cluster.engines())
@@ -211,7 +211,7 @@ def teach_base(folder: Path, seed: int, size: Size) -> None:
 
 
 @contextmanager
-def _to_file(path: Path) -> Iterator[None]:
+def to_file(path: Path) -> Iterator[None]:
     """All that is printed and logged inside goes to the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     root = logging.getLogger()

@@ -55,7 +55,7 @@ class Row:
         return [self.value(reading, metric, seed) for seed in sorted(self.judged)]
 
     def split_mean(self, split: str, reading: str, metric: str) -> float | None:
-        return _mean([scores(columns[split])[reading][metric] for columns in self.judged.values()])
+        return mean([scores(columns[split])[reading][metric] for columns in self.judged.values()])
 
 
 def load(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
@@ -90,23 +90,23 @@ def rows_of(table: str, cells: Mapping[str, dict[int, dict[str, Any]]], rates: M
 def table_2(rows: Sequence[Row]) -> list[str]:
     """Two readings a method; r by test, then the averages."""
     titles = ["method", "inference", *(f"`{split}` r" for split in TESTS), *(f"mean {s}" for s in SHORT.values())]
-    lines = [_line([*titles, "r: seeds' sd", "r: 95% over prompts"]), "|---" * (len(titles) + 2) + "|"]
+    lines = [line([*titles, "r: seeds' sd", "r: 95% over prompts"]), "|---" * (len(titles) + 2) + "|"]
     for row in rows:
         for reading, name in READINGS.items():
-            cells = [_number(row.split_mean(split, reading, "pearson")) for split in TESTS]
-            cells += [_number(_mean(row.values(reading, metric))) for metric in SHORT]
-            lines.append(_line([row.title, name, *cells, _spread(row, reading), _prompts(row, reading)]))
+            cells = [number(row.split_mean(split, reading, "pearson")) for split in TESTS]
+            cells += [number(mean(row.values(reading, metric))) for metric in SHORT]
+            lines.append(line([row.title, name, *cells, _spread(row, reading), _prompts(row, reading)]))
     return lines
 
 
 def table_of(rows: Sequence[Row]) -> list[str]:
     """RAIL inference, averaged over the tests."""
     titles = ["setting", *SHORT.values(), "r: seeds' sd", "r: 95% over prompts", "seeds"]
-    lines = [_line(titles), "|---" * len(titles) + "|"]
+    lines = [line(titles), "|---" * len(titles) + "|"]
     for row in rows:
-        cells = [_number(_mean(row.values("expected", metric))) for metric in SHORT]
+        cells = [number(mean(row.values("expected", metric))) for metric in SHORT]
         spread = [_spread(row, "expected"), _prompts(row, "expected"), str(len(row.judged))]
-        lines.append(_line([row.title, *cells, *spread]))
+        lines.append(line([row.title, *cells, *spread]))
     return lines
 
 
@@ -116,7 +116,7 @@ def differences(rows: Sequence[Row], main: str) -> list[str]:
     if mine is None:
         return []
     titles = [f"{main} less", "mean", "by seed", "95% over seeds (t)", "95% over prompts"]
-    lines = [_line(titles), "|---" * len(titles) + "|"]
+    lines = [line(titles), "|---" * len(titles) + "|"]
     for row in rows:
         seeds = sorted(set(row.judged) & set(mine.judged))
         if row is mine or not seeds:
@@ -126,8 +126,8 @@ def differences(rows: Sequence[Row], main: str) -> list[str]:
         if len(by_seed) < len(seeds):
             continue
         low, high = _paired(mine, row, seeds)
-        cells = [_signed(_mean(by_seed)), " ".join(map(_signed, by_seed)), _t_interval(by_seed)]
-        lines.append(_line([row.title, *cells, f"{_signed(low)} to {_signed(high)}"]))
+        cells = [signed(mean(by_seed)), " ".join(map(signed, by_seed)), t_interval(by_seed)]
+        lines.append(line([row.title, *cells, f"{signed(low)} to {signed(high)}"]))
     return lines if len(lines) > 2 else []
 
 
@@ -151,43 +151,63 @@ def _prompts(row: Row, reading: str) -> str:
         for i, (columns, split) in enumerate((c, s) for c in row.judged.values() for s in TESTS)
     ]
     interval = single_interval(parts)
-    return f"{_number(interval.low)} to {_number(interval.high)}"
+    return f"{number(interval.low)} to {number(interval.high)}"
 
 
 def _spread(row: Row, reading: str) -> str:
     values = [value for value in row.values(reading, "pearson") if value is not None]
-    return _number(statistics.stdev(values)) if len(values) > 1 else "–"
+    return number(statistics.stdev(values)) if len(values) > 1 else "–"
 
 
-def _t_interval(values: Sequence[float]) -> str:
+def t_interval(values: Sequence[float]) -> str:
     n = len(values)
     if n < 2:
         return "–"
     half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
-    mean = statistics.fmean(values)
-    return f"{_signed(mean - half)} to {_signed(mean + half)}"
+    middle = statistics.fmean(values)
+    return f"{signed(middle - half)} to {signed(middle + half)}"
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean(values: Sequence[float | None]) -> float | None:
     there = [value for value in values if value is not None]
     return statistics.fmean(there) if there and len(there) == len(values) else None
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _signed(value: float | None) -> str:
+def signed(value: float | None) -> str:
     return "–" if value is None else f"{value:+.3f}"
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def stopped_table(methods: Sequence[tuple[str, dict[int, dict[str, Any]]]]) -> list[str]:
+    """What Table 2 would be if validation chose the weights: of the evaluated steps, the best on the validation split.
+
+    r is RAIL's mean over the tests, with the chosen step for each seed; beside it the last step's.
+    """
+    titles = ["method", "mean r, chosen", "mean r, last", "by seed, chosen (step)", "by seed, last"]
+    lines = [line(titles), "|---" * len(titles) + "|"]
+    for title, by_seed in methods:
+        chosen, last, steps = [], [], []
+        for _, cell in sorted(by_seed.items()):
+            valid = {step: found["expected"]["pearson"] for step, found in cell["valid_curve"].items()}
+            steps.append(max(valid, key=lambda step: valid[step] if valid[step] is not None else -1.0))
+            chosen.append(cell["curve"][steps[-1]]["expected"]["pearson"])
+            last.append(cell["average"]["expected"]["pearson"])
+        with_steps = [f"{number(value)} ({step})" for value, step in zip(chosen, steps, strict=True)]
+        shown = [number(mean(chosen)), number(mean(last)), " ".join(with_steps), " ".join(map(number, last))]
+        lines.append(line([title, *shown]))
+    return lines
 
 
 def feedback_table(rows: Sequence[tuple[str, list[dict[str, Any]]]]) -> list[str]:
     """What the feedback does, mean over seeds: shares over the four tests, and on each."""
-    lines = [_line(["method", *(f"`{split}`" for split in TESTS)]), "|---" * (1 + len(TESTS)) + "|"]
+    lines = [line(["method", *(f"`{split}`" for split in TESTS)]), "|---" * (1 + len(TESTS)) + "|"]
     for title, cells in rows:
         shares = [
             " / ".join(
@@ -196,7 +216,7 @@ def feedback_table(rows: Sequence[tuple[str, list[dict[str, Any]]]]) -> list[str
             )
             for split in TESTS
         ]
-        lines.append(_line([title, *shares]))
+        lines.append(line([title, *shares]))
     return lines
 
 
@@ -239,6 +259,9 @@ def write_tables(folder: Path) -> str:
         text += [f"### Table {table}: {title}", "", *(table_2(rows) if table == "2" else table_of(rows)), ""]
         main = next(name for name, cell in plan.tables(rates)[table].items() if cell == plan.rl("real", rates["real"]))
         text += [*differences(rows, main), ""]
+    curves = [(t, cells[c.name]) for t, c in plan.tables(rates)["2"].items() if c.curve and c.name in cells]
+    if curves:
+        text += ["### Table 2, if validation had chosen the weights", "", *stopped_table(curves), ""]
     means = [(title, list(cells[cell.name].values())) for title, cell in _all_rows(rates) if cell.name in cells]
     text += ["### What the feedback does: share of lines read / of right tallies", "", *feedback_table(means), ""]
     text += ["### The search for learning rates: Pearson on the first seed's validation split", ""]
@@ -255,7 +278,7 @@ def _all_rows(rates: Mapping[str, float]) -> list[tuple[str, plan.Cell]]:
 
 
 def _rates(found: Mapping[str, float | None]) -> str:
-    return ", ".join(f"{float(rate):g}: {_number(score)}" for rate, score in found.items())
+    return ", ".join(f"{float(rate):g}: {number(score)}" for rate, score in found.items())
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""STS-B as data for REAL: {train,dev,test}.jsonl (prompt, label) and sft.jsonl (prompt, response).
+"""STS-B as data for the methods: {train,dev,test}.jsonl (prompt, label, group), sft.jsonl (and response).
 
-    python examples/stsb/prepare.py --data_dir DIR --output_dir runs/stsb/data
+    python -m examples.stsb.prepare --data_dir DIR --output_dir runs/stsb/data
 
 DIR holds stsb_train.jsonl, stsb_dev.jsonl and stsb_test.jsonl with the columns `instruction` (sentence 1),
 `response` (sentence 2), `criteria` and `score` (0 to 5, fractional). Without --data_dir the hub's
@@ -14,13 +14,12 @@ the test split keeps it rather than dev, and dev rather than train; the number o
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from examples.methods.data import judged_rows, warmup_rows, write_jsonl
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.data.build import SFT, Settings, build
 from real_openrlhf.data.builders.stsb import BUILDER
@@ -31,16 +30,17 @@ from real_openrlhf.data.row import DataError
 logger = logging.getLogger("stsb.prepare")
 
 SPLITS = ("train", "dev", "test")
+TEMPLATE = Path(__file__).resolve().parent / "template.txt"
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="prepare: %(message)s")
     local = [f"{split}={args.data_dir / f'stsb_{split}.jsonl'}" for split in SPLITS] if args.data_dir else None
     settings = Settings(
         sources=local or BUILDER.sources,
         scale=ScoreScale.parse(str(BUILDER.scale)),
-        template=JudgeTemplate.load(str(BUILDER.template)),
+        template=JudgeTemplate.load(args.template),
         fractions={},
         # STS-B is sorted by source (captions, news, forums): its first rows do not represent the rest.
         shuffle=True,
@@ -52,20 +52,21 @@ def main(argv: list[str] | None = None) -> None:
     read = {source["split"]: source["rows"] for source in built.sources}
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
-        rows = [{"prompt": record["prompt"], "label": record["label"]} for record in built.records[split]]
+        rows = judged_rows(built.records[split])
         write_jsonl(args.output_dir / f"{split}.jsonl", rows)
         logger.info(
             "%s: %d pairs (%d read, %d repeated ones dropped)", split, len(rows), read[split], read[split] - len(rows)
         )
-    rows = [{"prompt": record["prompt"], "response": record["response"]} for record in built.records[SFT]]
+    rows = warmup_rows(built.records[SFT])
     write_jsonl(args.output_dir / "sft.jsonl", rows)
     logger.info("sft: %d rows with feedback, labels rounded (%s)", len(rows), args.rounding)
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, help="folder with stsb_{train,dev,test}.jsonl; else the hub")
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--template", default=str(TEMPLATE), help="how a pair becomes a prompt")
     parser.add_argument(
         "--rounding",
         choices=tuple(ROUNDINGS),
@@ -75,10 +76,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of order, rounding and choice of words")
     return parser.parse_args(argv)
-
-
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

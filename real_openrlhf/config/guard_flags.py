@@ -18,10 +18,16 @@ WATCHES = {
     "invalid": "too many rollouts have no score",
     "gap": "engine and policy compute different log-probs",
     "still": "the weights do not move",
+    "dead": "nearly all groups have equal rewards",
+    "repeated": "feedback repeats itself",
+    "copied": "feedback copies the prompt",
+    "mentions": "feedback no longer speaks of the response that it judges",
+    "labels": "scores are no longer distributed as the labels",
     "terms": "one term's gradient is much larger than the other's",
 }
-# An imbalance of the gradients may cause damage but is not damage itself: it only warns.
-STOPPING = tuple(name for name in WATCHES if name != "terms")
+# Signs, not damage itself: they only warn.
+SIGNS = ("terms", "repeated", "copied", "mentions", "labels")
+STOPPING = tuple(name for name in WATCHES if name not in SIGNS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +61,21 @@ class GuardConfig(Section):
     )
     min_move: float | None = flag(
         0.0, "still: fault when a step changes the policy's log-probs by no more than this; none: off", ge=0
+    )
+    max_dead: float | None = flag(
+        0.9, "dead: fault when more than this share of the groups has equal rewards; none: off", gt=0, lt=1
+    )
+    repeated_rise: float | None = flag(
+        0.3, "repeated: fault when feedback/repeated is this far above its start; none: off", gt=0
+    )
+    copied_rise: float | None = flag(
+        0.3, "copied: fault when feedback/copied is this far above its start; none: off", gt=0
+    )
+    min_mentions: float | None = flag(
+        0.25, "mentions: fault when feedback/mentions is below this share of its start; none: off", gt=0
+    )
+    label_distance_rise: float | None = flag(
+        0.1, "labels: fault when score/label_distance is above its start by this share of the scale; none: off", gt=0
     )
     max_term_ratio: float | None = flag(
         100.0, "terms: fault when one gradient norm is this many times the other; none: off", gt=1

@@ -83,3 +83,6 @@ class WarmupConfig(Section):
         "given",
         "train_warmup: learn the feedback of the data; have the model write it where there is none; or everywhere",
     )
+    patience: int | None = flag(
+        None, "train_warmup: stop after this many evaluations in a row without a better judge; none: never", ge=1
+    )

@@ -166,6 +166,9 @@ class DataConfig(Section):
     input_key: str = flag("prompt", "column of the prompt: text, or chat messages")
     label_key: str = flag("label", "column of the human score")
     response_key: str = flag("response", "train_warmup: column of the response that is learned")
+    judged_key: str | None = flag(
+        None, "column of the response that is judged, for --guard.min_mentions; none: judged.response, if it is there"
+    )
     apply_chat_template: bool = flag(False, "wrap prompts in the tokenizer's chat template")
     input_template: str | None = flag(None, "text around the prompt, with one {} for it")
     enable_thinking: bool | None = flag(None, "passed to the chat template (Qwen3); none: not passed")

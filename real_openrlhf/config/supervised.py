@@ -20,6 +20,7 @@ _SAMPLED_ONLY = (
     "train.max_epochs",
     "train.async_enable",
     "eval.engine",
+    "data.judged_key",
     "actor.eps_clip",
     "actor.eps_clip_low_high",
     "actor.entropy_coef",

@@ -327,6 +327,12 @@ def _engines(config: Config) -> list[str]:
 
 
 def _evaluation(config: Config) -> list[str]:
+    evaluates = config.eval.dataset is not None and config.eval.steps > 0 and config.ckpt.best_metric is not None
+    if config.warmup.patience is not None and not evaluates:
+        raise ConfigError(
+            "--warmup.patience counts evaluations without a better judge: it needs --eval.dataset, --eval.steps above "
+            "0 and --ckpt.best_metric_key"
+        )
     if config.eval.dataset is None:
         if config.eval.engine == "own":
             raise ConfigError("--eval.engine own starts an engine for evaluation, but --eval.dataset is not given")

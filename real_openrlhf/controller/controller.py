@@ -70,6 +70,7 @@ class Controller(TrainingLoop):
         log: Log,
         progress: Progress,
         decode: Callable[[list[int]], str] | None = None,
+        judged: Callable[[int], Sequence[int] | None] = lambda row: None,
         stop_requested: Callable[[], str | None] = lambda: None,
         since_command: Callable[[], float] = process_seconds,
     ) -> None:
@@ -96,6 +97,8 @@ class Controller(TrainingLoop):
         self.watches: Guards = guards
         self.reference = reference
         self.decode = decode
+        # Row of a prompt -> the tokens of the response that it asks to judge, if the data name them.
+        self.judged = judged
         self.since_command = since_command
         # Metrics that are logged once, with the first step that this process logs. None until the first update.
         self._once: dict[str, float] | None = None
@@ -119,7 +122,9 @@ class Controller(TrainingLoop):
         # 2. Rewards and advantages, from the score distributions that came with the rollouts.
         with self.timer.phase("advantages"):
             groups = [self._train_group(group) for group in collected.kept]
-            stats = rollout_metrics(collected.sampled, groups, self.scale, renormalise=self.settings.renormalise)
+            stats = rollout_metrics(
+                collected.sampled, groups, self.scale, renormalise=self.settings.renormalise, judged=self.judged
+            )
             stats["reward/sampled_mean"] = sampled_reward(collected, groups, self._train_group)
         # 3. Log-probs of the reference policy, for the KL.
         if self.reference is not None:
@@ -241,6 +246,14 @@ class Controller(TrainingLoop):
     def _stop_if_nothing_is_learned(self, groups: Sequence[TrainGroup]) -> None:
         dead = all(group.coefficients.zero_variance for group in groups)
         self.dead_steps = self.dead_steps + 1 if dead else 0
+        if self.settings.dead_steps and self.dead_steps == max(self.settings.dead_steps // 2, 1):
+            self.log.warn(
+                self.step_number,
+                "dead",
+                f"no group had rewards that differ, for {self.dead_steps} steps in a row; the run stops at "
+                f"{self.settings.dead_steps} (--real.dead_steps). Raise --rollout.temperature, or sample more rollouts "
+                "per prompt (--rollout.n_samples_per_prompt).",
+            )
         if self.settings.dead_steps and self.dead_steps >= self.settings.dead_steps:
             raise NothingLearned(
                 f"{self.dead_steps} steps in a row had no group whose rewards differ: Term 1 learns nothing. Raise "

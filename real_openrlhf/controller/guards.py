@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from real_openrlhf.common.errors import RunError
 from real_openrlhf.config.guard_flags import GuardConfig
+from real_openrlhf.controller.reward_hacking import hacking_faults
+from real_openrlhf.controller.series import Series
 
 if TYPE_CHECKING:
     from real_openrlhf.evals.change import Change
@@ -50,7 +52,7 @@ class Guards:
         self.flags = flags
         self.held_out_reward = held_out_reward
         self.scale_range = scale_range
-        self._series: dict[str, _Series] = {}
+        self._series: dict[str, Series] = {}
         # Faults in a row, by watch.
         self._steps: dict[str, int] = {}
         self._evaluations: dict[str, int] = {}
@@ -68,6 +70,8 @@ class Guards:
             "invalid": self._invalid(metrics),
             "gap": self._gap(metrics),
             "still": self._still(metrics),
+            "dead": self._dead(metrics),
+            **hacking_faults(metrics, self._add, self.flags, self.scale_range),
         }
         self._since_norms += 1
         measured: dict[str, int] = {}
@@ -220,6 +224,16 @@ class Guards:
             "policy/grad_norm is not 0 (limit: --guard.min_move)."
         )
 
+    def _dead(self, metrics: Metrics) -> str | None:
+        series, limit = self._add("dead", metrics.get("advantage/zero_variance_share")), self.flags.max_dead
+        if limit is None or not series.full or series.now <= limit:
+            return None
+        return (
+            f"In {series.now:.0%} of the groups all rewards are equal (the start: {series.start:.0%}): Term 1 learns "
+            "nothing from them. Raise --rollout.temperature, sample more rollouts per prompt "
+            "(--rollout.n_samples_per_prompt), or drop such groups (--real.keep_groups) (limit: --guard.max_dead)."
+        )
+
     def _terms(self, metrics: Metrics) -> str | None:
         norms, limit = measured_norms(metrics), self.flags.max_term_ratio
         if limit is None or norms is None:
@@ -250,8 +264,8 @@ class Guards:
             "--no-guard.evaluation switches this watch off."
         )
 
-    def _add(self, name: str, value: float | None) -> _Series:
-        series = self._series.setdefault(name, _Series(self.flags.window, [], []))
+    def _add(self, name: str, value: float | None) -> Series:
+        series = self._series.setdefault(name, Series(self.flags.window, [], []))
         series.add(value)
         return series
 
@@ -265,38 +279,10 @@ class Guards:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._series = {name: _Series(self.flags.window, s["first"], s["last"]) for name, s in state["series"].items()}
+        self._series = {name: Series(self.flags.window, s["first"], s["last"]) for name, s in state["series"].items()}
         self._steps, self._evaluations = dict(state["steps"]), dict(state["evaluations"])
         self._start_mass = state["start_mass"]
         self._since_norms = state.get("since_norms", 0)
-
-
-class _Series:
-    """The first and the last values of a metric, a window of each. Undefined values are left out."""
-
-    def __init__(self, window: int, first: list[float], last: list[float]) -> None:
-        self.window, self.first, self.last = window, list(first), list(last)
-
-    def add(self, value: float | None) -> None:
-        if value is None or not math.isfinite(value):
-            return
-        if len(self.first) < self.window:
-            self.first.append(value)
-            return
-        self.last = [*self.last, value][-self.window :]
-
-    @property
-    def full(self) -> bool:
-        """Both windows are full; no value is in both."""
-        return len(self.first) >= self.window and len(self.last) >= self.window
-
-    @property
-    def start(self) -> float:
-        return statistics.fmean(self.first)
-
-    @property
-    def now(self) -> float:
-        return statistics.fmean(self.last)
 
 
 _REWARD = "reward"

@@ -65,6 +65,8 @@ class JudgeExport:
         self.chosen = Chosen(step=0, why="not trained", evaluation={})
         self._best: Chosen | None = None
         self._evaluations = 0
+        # Evaluations in a row that were not better than the best.
+        self.since_best = 0
 
     def evaluated(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Export the policy's weights if they are the best so far. Call while it still has the weights evaluated."""
@@ -73,7 +75,9 @@ class JudgeExport:
             return
         self._evaluations += 1
         if self._best is not None and not self._is_better(value, self._value(self._best)):
+            self.since_best += 1
             return
+        self.since_best = 0
         self.chosen = Chosen(step=step, why=self._why(step, value, None), evaluation=dict(metrics))
         try:
             self._write(self._best_folder(step))
@@ -133,6 +137,7 @@ class JudgeExport:
         return {
             "metric": self.metric,
             "evaluations": self._evaluations,
+            "since_best": self.since_best,
             "best": None if best is None else {"step": best.step, "evaluation": dict(best.evaluation)},
         }
 
@@ -142,6 +147,7 @@ class JudgeExport:
         best = state["best"] if same else None
         self._remove_all_but(None if best is None else self._best_folder(best["step"]))
         self._evaluations = state["evaluations"] if same else 0
+        self.since_best = state.get("since_best", 0) if same else 0  # not in checkpoints of earlier versions
         if best is None:
             return
         if not self._best_folder(best["step"]).is_dir() and self.step_of(self.folder) == best["step"]:

@@ -110,7 +110,7 @@ class TrainingLoop(ABC):
                 self.log.log(self.step_number, "sync", {**synced, **self.timer.pop()})
             self._evaluate()
         self.timer.pop()
-        while self.step_number < self.total_steps:
+        while self.step_number < self.total_steps and not self._enough():
             try:
                 self.step()
             except StreamExhausted as error:
@@ -127,6 +127,10 @@ class TrainingLoop(ABC):
         self.export.finish(self.step_number, self.last_eval)
         return self.last_eval
 
+    def _enough(self) -> bool:
+        """Whether training ends before its last step."""
+        return False
+
     def _save(self) -> None:
         signal, saver, step = self.stop_requested(), self._saver, self.step_number
         if signal is not None or (saver is not None and (saver.uses_evaluations or saver.is_due(step, None))):
@@ -136,6 +140,7 @@ class TrainingLoop(ABC):
         saved = False
         if saver is not None and (signal is not None or saver.is_due(step, evaluation)):
             saved = saver.save(step, evaluation)
+            self.log.page()
         if signal is not None:
             raise Stopped(self.step_number, signal, saved)
 
@@ -229,6 +234,7 @@ class TrainingLoop(ABC):
         self.export.evaluated(step, report.metrics)
         if self.guards is not None:
             self._heed(self.guards.evaluation(report.metrics, report.changes))
+        self.log.page()
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {

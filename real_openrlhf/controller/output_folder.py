@@ -21,6 +21,8 @@ LIBRARIES_FILE = "libraries.log"
 BEFORE_RECORDS = frozenset({LOCK_FILE, FEEDBACK_FILE, STAGE_1, LIBRARIES_FILE})
 SAMPLES_FILE = "samples.jsonl"
 WARNINGS_FILE = "warnings.jsonl"
+# The page of a run (controller.report).
+REPORT_FILE = "report.html"
 # Not config.json: the trained model may be saved into the same folder.
 CONFIG_FILE = "run_config.json"
 

@@ -17,6 +17,10 @@ class Log(Protocol):
 
     def log_evaluation(self, step: int, samples: Sequence[Mapping[str, Any]], plots: Mapping[str, str]) -> None: ...
 
+    def page(self, *, last: bool = False) -> None:
+        """Write the run's page (`controller.report`). last: the run ends; else it may be left out, to save time."""
+        ...
+
     def warn(self, step: int, watch: str, message: str) -> None: ...
 
     def keep_batch(self, step: int, groups: Sequence[TrainGroup], metrics: Mapping[str, Any]) -> str:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from scipy.stats import wasserstein_distance
 from torch import Tensor
 
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.algo.score_stats import ScoreStats, score_stats
 from real_openrlhf.algo.types import REASONS, Group, Targets, TrainGroup, count_reasons, group_scores
+from real_openrlhf.controller.feedback_stats import feedback_metrics
 
 Metrics = dict[str, float | None]
 
@@ -21,11 +23,13 @@ def rollout_metrics(
     scale: ScoreScale,
     *,
     renormalise: bool = False,
+    judged: Callable[[int], Sequence[int] | None] = lambda row: None,
 ) -> Metrics:
     """Statistics of one batch, over rollouts unless the name says groups. Standard deviations are the population's.
 
-    groups        all groups that were sampled (score/, invalid/, length/, accuracy/, label/)
+    groups        all groups that were sampled (score/, invalid/, length/, feedback/, accuracy/, label/)
     train_groups  those that are trained on (reward/, advantage/); with dynamic sampling they may be fewer
+    judged        row -> the tokens of the judged response, if they are known (`feedback_stats`)
 
     A value is None where it is undefined: no readable rollout, no train group.
     Raises ValueError without groups, and ScaleError for a label off the scale.
@@ -37,11 +41,12 @@ def rollout_metrics(
         "rollouts/count": float(sum(len(group) for group in groups)),
         "rollouts/tokens": float(sum(r.token_ids.numel() for group in groups for r in group.rollouts)),
         "rollouts/entropy": _entropy(groups),
-        "label/mean": sum(group.label for group in groups) / len(groups),
+        **_label_metrics(groups),
         **_reward_metrics(train_groups),
         **_score_metrics(groups, scale, renormalise),
         **_invalid_metrics(groups),
         **_length_metrics(groups),
+        **feedback_metrics(groups, judged),
         **_accuracy_metrics(groups, scale),
     }
 
@@ -87,6 +92,7 @@ def _score_metrics(groups: Sequence[Group], scale: ScoreScale, renormalise: bool
     return {
         "score/expected": _mean(torch.cat(expected)),
         "score/expected_std": float(torch.cat(expected).std(correction=0)) if error.numel() else None,
+        "score/label_distance": _distance(torch.cat(expected), torch.cat(labels)),
         "score/error": _mean(error),
         "score/abs_error": _mean(error.abs()),
         "score/squared_error": _mean(error.square()),
@@ -94,6 +100,16 @@ def _score_metrics(groups: Sequence[Group], scale: ScoreScale, renormalise: bool
         "score/mass_min": float(masses.min()) if masses.numel() else None,
         "score/readable_share": error.numel() / sum(len(group) for group in groups),
     }
+
+
+def _distance(one: Tensor, two: Tensor) -> float | None:
+    """Wasserstein distance in units of the scale: how far one set of values has to be moved to become the other."""
+    return float(wasserstein_distance(one.numpy(), two.numpy())) if one.numel() else None
+
+
+def _label_metrics(groups: Sequence[Group]) -> Metrics:
+    labels = torch.tensor([group.label for group in groups], dtype=torch.float64)
+    return {"label/mean": float(labels.mean()), "label/std": float(labels.std(correction=0))}
 
 
 def _invalid_metrics(groups: Sequence[Group]) -> Metrics:

@@ -5,6 +5,7 @@
     warnings.jsonl  what `controller.guards` saw go wrong: step, watch, message; empty when nothing did
     not_finite/     batches that were not trained on, since a number was NaN or infinite
     run_config.json the resolved configuration, secrets taken out
+    report.html     a page that shows all of this
 
 A number that is NaN or infinite is written as null and its name listed under "not_finite"; a null
 without that is a metric that is undefined (the correlation of constant labels).
@@ -78,6 +79,8 @@ class RunLog:
     ) -> None:
         if resume_step is not None and not append:
             raise RunLogError("resume_step needs append: there is nothing to resume")
+        # Of this process: something to show, and when the page may be written again.
+        self._trained, self._next_page = False, 0.0
         self._held = ExitStack()
         with ExitStack() as held:
             if not locked:
@@ -118,6 +121,7 @@ class RunLog:
             line["not_finite"] = bad
             logger.warning("step %d, %s: not finite, recorded as null: %s", step, phase, ", ".join(bad))
         _write(self._metrics, line)
+        self._trained = self._trained or phase == "train"
         shown = {_tag(phase, name): line[name] for name in metrics if line[name] is not None}
         for sink in list(self._sinks):
             self._to(sink, step, partial(sink.log, step, shown))
@@ -157,6 +161,22 @@ class RunLog:
         for sink in list(self._sinks):
             if isinstance(sink, WandbSink):
                 self._to(sink, step, partial(sink.log_evaluation, step, samples, plots))
+
+    def page(self, *, last: bool = False) -> None:
+        """Write report.html anew. Not before the first step, and not more often than it takes a twentieth of the time,
+        unless it is the last one. A page that fails ends nothing."""
+        begun = time.monotonic()
+        if not last and (not self._trained or begun < self._next_page):
+            return
+        # Here: matplotlib takes a second to import.
+        from real_openrlhf.controller.report.page import write_report
+
+        try:
+            write_report(self.output_dir)
+        except Exception as error:
+            logger.warning("the page of the run could not be written: %s", error)
+        taken = time.monotonic() - begun
+        self._next_page = begun + 20 * taken
 
     def close(self) -> None:
         """Flush and close everything; safe to call twice."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from real_openrlhf.controller.protocols import Evaluator, PolicyGroup, RolloutGr
 from real_openrlhf.controller.records import Log, Progress
 from real_openrlhf.data.prompt import Prompt
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupSettings:
@@ -24,6 +27,7 @@ class WarmupSettings:
     eval_beside    engines have GPUs of their own: go on while they judge, until the next weight sync
     max_skipped    stop after n steps in a row whose update was skipped; 0: never
     logging_steps  log every n steps: losses of that step alone, seconds and speed since the row before
+    patience       stop after n evaluations in a row without a better judge; None: never
     """
 
     total_steps: int
@@ -32,6 +36,7 @@ class WarmupSettings:
     eval_beside: bool
     logging_steps: int
     max_skipped: int = 0
+    patience: int | None = None
 
 
 class WarmupController(TrainingLoop):
@@ -102,6 +107,13 @@ class WarmupController(TrainingLoop):
             self.progress.step(self.step_number, metrics)
         self._heed_skipped(trained, groups)
         self._end_step()
+
+    def _enough(self) -> bool:
+        patience, since = self.settings.patience, self.export.since_best
+        if patience is None or since < patience:
+            return False
+        logger.info("stopped after step %d: no better judge in %d evaluations", self.step_number, since)
+        return True
 
     def _sync(self) -> dict[str, float]:
         synced = super()._sync()

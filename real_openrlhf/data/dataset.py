@@ -8,7 +8,7 @@ import math
 import random
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import TypeVar
 
@@ -20,6 +20,8 @@ from real_openrlhf.data.template import ChatTokenizer, PromptError, PromptTempla
 
 logger = logging.getLogger(__name__)
 LISTED = 10
+# The column of the response that is judged, in files that `real_openrlhf.data` builds.
+JUDGED = "judged.response"
 _Read = TypeVar("_Read")
 
 
@@ -54,10 +56,12 @@ class JudgeDataset:
         max_samples: int | None = None,
         seed: int = 0,
         skip_bad_rows: bool = False,
+        judged_key: str | None = None,
     ) -> JudgeDataset:
         """Read, check and tokenise.
 
-        input_key, label_key: columns; a dotted name reaches into nested objects. max_prompt_tokens: longer prompts are
+        input_key, label_key: columns; a dotted name reaches into nested objects. judged_key: that of the response that
+        is judged, for watches; None: `JUDGED`, in rows that have it. max_prompt_tokens: longer prompts are
         bad rows (never cut). max_samples: that many good rows, drawn by the seed from the whole source, in its order; a
         larger sample of the same seed holds the smaller one. Prompt.row is the row's index in the source, counted from
         0, bad rows included.
@@ -73,7 +77,8 @@ class JudgeDataset:
         template.check(tokenizer)
 
         def read(row: Row, index: int) -> Prompt | BadRow:
-            return read_prompt(row, index, input_key, label_key, scale, tokenizer, template, max_prompt_tokens)
+            prompt = read_prompt(row, index, input_key, label_key, scale, tokenizer, template, max_prompt_tokens)
+            return prompt if isinstance(prompt, BadRow) else with_judged(prompt, row, judged_key, tokenizer)
 
         prompts, skipped = load_rows(source, read, max_samples=max_samples, seed=seed, skip_bad_rows=skip_bad_rows)
         return cls(source=source, prompts=tuple(prompts), skipped=tuple(skipped), sha256=content_hash(prompts))
@@ -181,6 +186,18 @@ def read_prompt(
         )
         return BadRow(place=row.place, column=input_key, reason=reason)
     return Prompt(token_ids=token_ids, label=label, row=index, text=text)
+
+
+def with_judged(prompt: Prompt, row: Row, key: str | None, tokenizer: ChatTokenizer) -> Prompt | BadRow:
+    """The prompt with the tokens of the response that is judged. Without a key, a row may lack it."""
+    try:
+        text = lookup(row.values, key or JUDGED)
+    except KeyError as error:
+        return prompt if key is None else BadRow(place=row.place, column=key, reason=str(error.args[0]))
+    if not isinstance(text, str):
+        reason = f"the response that is judged is text, got {shorten(text)}"
+        return prompt if key is None else BadRow(place=row.place, column=key, reason=reason)
+    return replace(prompt, judged_ids=tuple(tokenizer.encode(text, add_special_tokens=False)))
 
 
 def _report(source: str, kept: int, skipped: list[BadRow]) -> None:

@@ -13,6 +13,7 @@ class Prompt:
     label      the human score; NaN where there is none, as when a judge is used
     row        its index in the data set
     given_ids  first tokens of the response, which the engine continues. Empty in training.
+    judged_ids tokens of the response that is to be judged; None where the data do not name it
     """
 
     token_ids: tuple[int, ...]
@@ -20,3 +21,4 @@ class Prompt:
     row: int
     text: str
     given_ids: tuple[int, ...] = ()
+    judged_ids: tuple[int, ...] | None = None

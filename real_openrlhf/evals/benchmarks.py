@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.common.paths import expand
@@ -15,6 +16,7 @@ from real_openrlhf.data.row import Row, lookup, nearest
 from real_openrlhf.data.sources import read_rows
 from real_openrlhf.data.template import ChatTokenizer, PromptTemplate
 from real_openrlhf.evals.predictions import EvaluationError
+from real_openrlhf.evals.raters import raters_of
 from real_openrlhf.evals.results import AVERAGE, READINGS
 from real_openrlhf.evals.tables import PAPER_NAMES
 
@@ -29,7 +31,8 @@ _COMMA = re.compile(r",(?=[^\W_][\w.-]*=)")
 class Benchmark:
     """prompts in the file's order; groups: per prompt, what rows share that are not independent. sha256: of the
     prompts' ids and labels. pair_mode: how pairs of responses are judged (`judge.pairs.MODES`), whose prompts come two
-    by two (`evals.pairs`); None: no pairs."""
+    by two (`evals.pairs`); None: no pairs. raters: how the people behind the labels agree (`evals.raters`), by
+    aspect."""
 
     name: str
     source: str
@@ -37,6 +40,7 @@ class Benchmark:
     groups: tuple[str, ...]
     sha256: str
     pair_mode: str | None = None
+    raters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def parse_benchmarks(texts: Sequence[str], flag: str) -> dict[str, str]:
@@ -115,22 +119,33 @@ def load_benchmark(
         seed=seed,
         skip_bad_rows=skip_bad_rows,
     )
+    rows = _rows(source, [prompt.row for prompt in data.prompts])
     return Benchmark(
         name=name,
         source=source,
         prompts=data.prompts,
-        groups=_groups(source, [prompt.row for prompt in data.prompts], group_key),
+        groups=_groups(rows, group_key),
         sha256=data.sha256,
+        raters=raters_of(rows.values()),
     )
 
 
-def _groups(source: str, rows: Sequence[int], key: str | None) -> tuple[str, ...]:
-    wanted = set(rows)
-    found: dict[int, str] = {}
+def _rows(source: str, wanted: Sequence[int]) -> dict[int, Row]:
+    """The rows of these indices, which were read as prompts, in the source's order."""
+    indices = set(wanted)
+    found: dict[int, Row] = {}
     for index, row in enumerate(read_rows(source)):
-        if index not in wanted:
-            continue
-        assert isinstance(row, Row)  # it was read as a prompt
+        if index in indices:
+            assert isinstance(row, Row)
+            found[index] = row
+            if len(found) == len(indices):
+                break
+    return found
+
+
+def _groups(rows: Mapping[int, Row], key: str | None) -> tuple[str, ...]:
+    found = []
+    for row in rows.values():
         if key is None and GROUP not in row.values:
             return tuple(str(number) for number in rows)
         try:
@@ -139,7 +154,5 @@ def _groups(source: str, rows: Sequence[int], key: str | None) -> tuple[str, ...
             raise EvaluationError(f"{row.place}: --group_key: {error.args[0]}") from None
         if isinstance(value, (list, dict)) or value is None or value == "":
             raise EvaluationError(f"{row.place}, column {key or GROUP!r}: a group is text or a number, not {value!r}")
-        found[index] = str(value)
-        if len(found) == len(wanted):
-            break
-    return tuple(found[index] for index in rows)
+        found.append(str(value))
+    return tuple(found)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from collections.abc import Sequence
 from typing import Any
 
+from real_openrlhf.common.atomic_file import write_text
 from real_openrlhf.common.errors import RunError
 from real_openrlhf.common.folder_lock import FolderLock
 from real_openrlhf.evals.benchmarks import Benchmark, load_benchmark, parse_benchmarks
@@ -28,6 +30,7 @@ _FLAG_NAMES = {
     "--data.": "--",
 }
 _NO_LIMIT = 1 << 31
+SPEED = "speed.json"
 
 
 def make_judge(args: argparse.Namespace, backend: JudgeBackend | None = None) -> Judge:
@@ -121,7 +124,7 @@ def _run(args: argparse.Namespace, backend: JudgeBackend | None) -> str:
         identity = identity_of(args.model, judge, benchmarks, server=bool(args.server), feedback_of=args.feedback_of)
         path = args.output_dir / PREDICTIONS
         try:
-            store = judge_all(
+            store, speed = judge_all(
                 judge, benchmarks, path, identity, batch_size=args.batch_size, earlier=earlier, locked=True
             )
         except OSError as error:
@@ -137,4 +140,13 @@ def _run(args: argparse.Namespace, backend: JudgeBackend | None) -> str:
         confidence=args.confidence,
         tie_margin=args.tie_margin,
     )
-    return write_report(args.output_dir, identity, predictions, settings, method=method, training=args.training)
+    raters = {benchmark.name: benchmark.raters for benchmark in benchmarks if benchmark.raters}
+    shown = write_report(
+        args.output_dir, identity, predictions, settings, method=method, training=args.training, raters=raters
+    )
+    if speed is None:
+        return shown
+    # Not among the results, which do not depend on the machine.
+    content = {**speed.to_json(), "batch_size": args.batch_size, "samples": args.n, "backend": judge.backend_name}
+    write_text(args.output_dir / SPEED, json.dumps(content, indent=2) + "\n")
+    return f"{shown}\n\n{speed}"

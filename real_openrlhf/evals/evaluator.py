@@ -28,6 +28,8 @@ from real_openrlhf.evals.predictions import Prediction
 from real_openrlhf.evals.results import REWARD, Settings, average_metrics, flat_metrics
 
 logger = logging.getLogger(__name__)
+# Characters of a prompt's end that are kept with its prediction.
+PROMPT_TAIL = 400
 
 
 class Generator(Protocol):
@@ -96,8 +98,11 @@ class EvaluatorActor:
             metrics |= {f"{name}/{key}": value for name, table in tables.items() for key, value in table.items()}
         judgements = change.judgements_of(judged, settings.scale, spec.reward)
         rows = {
-            name: [{**self._row(p), "reward": j.reward} for p, j in zip(predictions, judgements[name])]
-            for name, predictions in judged.items()
+            b.name: [
+                {**self._row(p), "reward": j.reward, "prompt_tail": prompt.text[-PROMPT_TAIL:]}
+                for p, j, prompt in zip(judged[b.name], judgements[b.name], b.prompts, strict=True)
+            ]
+            for b in spec.benchmarks
         }
         self._write(version, [row for benchmark in rows.values() for row in benchmark])
         report = EvalReport(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,29 @@ def largest_difference(store: PredictionStore, earlier: Mapping[tuple[str, int],
     return f"E[score] of the same feedback differs by at most {max(gaps, default=0.0):.2e} over {len(gaps)} rows"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Of the rows that one command judged, without the engine's start. A judgement may have several samples."""
+
+    judgements: int
+    generated_tokens: int
+    seconds: float
+
+    def to_json(self) -> dict[str, float]:
+        return {
+            **asdict(self),
+            "judgements_per_second": self.judgements / self.seconds,
+            "generated_tokens_per_second": self.generated_tokens / self.seconds,
+        }
+
+    def __str__(self) -> str:
+        found = self.to_json()
+        return (
+            f"{self.judgements} rows judged in {self.seconds:.1f} s: {found['judgements_per_second']:.2f} "
+            f"judgements/s, {found['generated_tokens_per_second']:.0f} generated tokens/s"
+        )
+
+
 def judge_all(
     judge: Judge,
     benchmarks: Sequence[Benchmark],
@@ -103,17 +128,19 @@ def judge_all(
     batch_size: int,
     earlier: Mapping[tuple[str, int], Prediction] | None = None,
     locked: bool = False,
-) -> PredictionStore:
+) -> tuple[PredictionStore, Speed | None]:
     """Judge the rows that are not in the file yet; each batch is written when it is judged.
 
-    earlier: see `predict_given`. locked: see `PredictionStore`.
+    earlier: see `predict_given`. locked: see `PredictionStore`. Speed: None when all rows were judged before.
     """
     store = PredictionStore(path, identity, locked=locked)
     total = sum(len(b.prompts) for b in benchmarks)
     if store.done:
         logger.info("%s holds %d of %d judgements; continuing", path, len(store.done), total)
     if len(store.done) < total:
-        _ = judge.backend  # started before the progress bar, whose rate should not include it
+        _ = judge.backend  # started first: neither the progress bar's rate nor the speed includes it
+    before = set(store.done)
+    began = time.perf_counter()
     with tqdm(
         total=total,
         initial=len(store.done),
@@ -140,5 +167,8 @@ def judge_all(
                     given = [earlier[benchmark.name, prompt.row] for prompt in prompts]
                     store.append(predict_given(judge.backend, given, prompts, judge.sampling, **options))
                 bar.update(len(prompts))
+    seconds = time.perf_counter() - began
     store.close()
-    return store
+    new = [prediction for key, prediction in store.done.items() if key not in before]
+    tokens = sum(sample.n_generated for prediction in new for sample in prediction.samples)
+    return store, Speed(judgements=len(new), generated_tokens=tokens, seconds=seconds) if new else None

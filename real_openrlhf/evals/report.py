@@ -26,6 +26,7 @@ from real_openrlhf.evals.pair_results import (
 from real_openrlhf.evals.pair_tables import pair_csv_lines, pair_table
 from real_openrlhf.evals.plots import write_plots
 from real_openrlhf.evals.predictions import EvaluationError, Prediction, read_predictions
+from real_openrlhf.evals.raters import Raters, raters_table
 from real_openrlhf.evals.results import Results, Settings, evaluate
 from real_openrlhf.evals.tables import (
     LEGEND,
@@ -62,8 +63,12 @@ def write_report(
     *,
     method: str,
     training: str,
+    raters: Raters | None = None,
 ) -> str:
-    """Everything but the predictions, which are there already. Returns the tables, to be shown."""
+    """Everything but the predictions, which are there already. Returns the tables, to be shown.
+
+    raters: see `evals.raters`, of the benchmarks whose rows have several.
+    """
     single, paired = apart(predictions, settings)
     results = evaluate(single, settings) if single else Results(benchmarks=(), average=None)
     pairs = evaluate_pairs(paired, settings)
@@ -73,6 +78,7 @@ def write_report(
         "identity": dict(identity),
         "interval": interval_settings(settings),
         **to_json(results),
+        **({"raters": raters} if raters else {}),
         **({"pairs": pairs_to_json(pairs), "tie_margin": settings.tie_margin} if pairs else {}),
     }
     write_text(folder / RESULTS, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -82,6 +88,9 @@ def write_report(
         table = paper_table([NamedResults(method=method, training=training, results=results)])
         shown += [LEGEND, table]
         parts += [LEGEND, table, about(settings), details_table(results)]
+        if raters:
+            shown.append(raters_table(raters))
+            parts.append(shown[-1])
         write_plots(folder / "plots", single, results, settings)
     if pairs:
         table = pair_table(pairs, tie_margin=settings.tie_margin)

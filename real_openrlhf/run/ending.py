@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from real_openrlhf.common.jsonl import read_lines
-from real_openrlhf.controller.output_folder import LIBRARIES_FILE, METRICS_FILE
+from real_openrlhf.controller.output_folder import LIBRARIES_FILE, METRICS_FILE, REPORT_FILE
 from real_openrlhf.evals.plots import learning_curve
 from real_openrlhf.run.export import exported_step
 from real_openrlhf.run.plan import RunPlan
@@ -39,6 +39,8 @@ def ending(plan: RunPlan) -> str:
         lines += ["", *table(evaluations, exported_step(plan.model_folder))]
     if len({record["step"] for record in evaluations}) > 1:
         lines += ["", f"learning curve: {learning_curve(evaluations, output / CURVE_FILE)}"]
+    if (output / REPORT_FILE).exists():
+        lines += ["", f"the run on one page: {output / REPORT_FILE}"]
     if (output / LIBRARIES_FILE).exists():
         lines += ["", f"what libraries said: {output / LIBRARIES_FILE}"]
     return "\n".join([*lines, "", *next_commands(plan)])

@@ -91,6 +91,7 @@ def load_inputs(config: Config) -> Inputs:
             max_samples=config.data.max_samples,
             seed=config.train.seed,
             scale=config.real.score_scale,
+            judged_key=config.data.judged_key,
             **_reading(config, tokenizer, template),
         )
     batch_plan(config, len(train_set))  # raises when the prompts do not fill a step

@@ -167,8 +167,21 @@ def mark_own_lines() -> None:
     package.propagate = False
 
 
-def last_lines(path: Path) -> str:
-    """The end of the file, for a run that failed; says where the rest is."""
+def written_at(path: Path) -> int | None:
+    """When the file was last written to, for `last_lines`; None without one."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def last_lines(path: Path, since: int | None = None) -> str:
+    """The end of the file, for a run that failed; says where the rest is.
+
+    since: `written_at` when the run began. A file that is as it was then holds lines of an earlier run: nothing.
+    """
+    if since is not None and written_at(path) == since:
+        return ""
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             lines = deque(file, maxlen=LAST_LINES)

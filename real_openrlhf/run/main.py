@@ -20,7 +20,7 @@ from real_openrlhf.run.ending import ending
 from real_openrlhf.run.feedback import rows_without_feedback, with_feedback
 from real_openrlhf.run.inputs import load_inputs
 from real_openrlhf.run.kept_engines import KeptEngines
-from real_openrlhf.run.library_log import last_lines
+from real_openrlhf.run.library_log import last_lines, written_at
 from real_openrlhf.run.plan import make_plan
 from real_openrlhf.run.plan_text import render
 from real_openrlhf.run.restarts import launch_until_done
@@ -54,14 +54,15 @@ def run(config: Config, *, feedback_model: str | None = None, kept: KeptEngines 
 def _run(config: Config, held: ExitStack, feedback_model: str | None, kept: KeptEngines | None) -> int:
     """held: the locks of this run; that of the checkpoint folder is added here."""
     libraries = Path(config.ckpt.output_dir) / LIBRARIES_FILE
+    before = written_at(libraries)
     try:
         return _plan_and_launch(config, held, feedback_model, kept)
     except RunError as error:
-        sys.stderr.write(f"{last_lines(libraries)}error: {error}\n")
+        sys.stderr.write(f"{last_lines(libraries, before)}error: {error}\n")
         return 1
     except Exception:
         # What an engine or a rank died of is often said there alone.
-        sys.stderr.write(last_lines(libraries))
+        sys.stderr.write(last_lines(libraries, before))
         raise
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -207,15 +208,16 @@ class _Asked:
 
     def make(self) -> list[PlacementGroup]:
         request = self.request
+        # Ray refuses a second group of one name, also beside kept engines of another run.
+        made = uuid.uuid4().hex[:8]
         if self.by_node and not request.shared:
             shares = [_sum(share) for share in request.node_shares]
-            return [placement_group(shares, strategy="STRICT_SPREAD", name=request.name)]
+            return [placement_group(shares, strategy="STRICT_SPREAD", name=f"{request.name}_{made}")]
         groups, strategy = request.groups, request.strategy
         if self.by_node:
             groups, strategy = request.node_shares, "STRICT_PACK"
-        # Ray refuses a second group of one name.
         return [
-            placement_group(list(bundles), strategy=strategy, name=f"{request.name}_{i}")
+            placement_group(list(bundles), strategy=strategy, name=f"{request.name}_{i}_{made}")
             for i, bundles in enumerate(groups)
         ]
 

@@ -87,6 +87,7 @@ def warmup_settings(config: Config, plan: BatchPlan) -> WarmupSettings:
         eval_beside=not config.train.colocate_all,
         logging_steps=config.logger.logging_steps,
         max_skipped=config.real.max_skipped,
+        patience=config.warmup.patience,
     )
 
 

@@ -129,6 +129,8 @@ def train(
         if is_fault(error):
             raise Interrupted(controller.step_number, stop.requested) from error
         raise
+    finally:
+        log.page(last=True)
 
 
 def on_cluster(plan: RunPlan, session: Session) -> RunPlan:
@@ -148,6 +150,7 @@ def make_controller(plan: RunPlan, actors: Actors, log: RunLog, progress: Progre
         return warmup_controller(plan, actors, log, progress, stop)
     assert actors.rollouts is not None and actors.weight_sync is not None
     values = config.real.score_scale.values
+    judged = {prompt.row: prompt.judged_ids for prompt in inputs.train_set.prompts}
     return Controller(
         plan.controller,
         scale=config.real.score_scale,
@@ -167,6 +170,7 @@ def make_controller(plan: RunPlan, actors: Actors, log: RunLog, progress: Progre
         log=log,
         progress=progress,
         decode=inputs.tokenizer.decode,
+        judged=judged.get,
         stop_requested=lambda: stop.requested,
     )
 

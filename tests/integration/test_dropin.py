@@ -38,7 +38,7 @@ pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "real_openrlhf/dropin/README.md").read_text(encoding="utf-8")
-AGENT, TRAINER, LOOP, TRL = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
+AGENT, TRAINER, LOOP, TRL, _ = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
 # The page's files, for the tiny judge's anchor.
 AGENT, TRAINER, TRL = (code.replace('"So the overall score is "', repr(ANCHOR)) for code in (AGENT, TRAINER, TRL))
 SETTINGS = RealSettings(anchors=(ANCHOR,))

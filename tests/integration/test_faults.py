@@ -8,6 +8,7 @@ What every run of the tests has of this: the policy of a warm-up is killed (test
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -95,6 +96,8 @@ def test_an_engine_is_killed_while_it_generates(judges: Path, tmp_path: Path) ->
     out = tmp_path / "run"
     args = command(judges, out, *SAVING, "--logger.samples", "32")
     args[args.index("--train.max_steps") + 1] = "2"
+    # More prompts than two steps take: none comes again by itself.
+    args[args.index("--data.max_samples") + 1] = "200"
     with logged(args, tmp_path) as (process, said):
         wait_for_step(process, out, 1)
         core = find(process, CORE)
@@ -270,11 +273,40 @@ def test_a_signal_and_then_a_fault(judges: Path, tmp_path: Path) -> None:
     assert steps_saved(out)
 
 
+def memory(driver: subprocess.Popen[bytes]) -> dict[str, int]:
+    """MiB by kind of process, and of Ray's object store, which its raylet has mapped."""
+    kinds = {"policy": POLICY, "engine": ENGINE, "evaluator": EVALUATOR, "core": CORE, "worker": WORKER}
+    found = {"driver": psutil.Process(driver.pid).memory_info().rss}
+    for process in family(driver):
+        with contextlib.suppress(psutil.Error):
+            words, used = process.cmdline(), process.memory_info()
+            title = " ".join(words)
+            for kind in [name for name, begin in kinds.items() if title.startswith(begin)]:
+                found[kind] = found.get(kind, 0) + used.rss
+            if words and words[0].endswith("/raylet"):
+                found["object store"] = used.shared
+    return {kind: size // 2**20 for kind, size in found.items()}
+
+
+def assert_flat(samples: dict[int, dict[str, int]]) -> None:
+    """The last third of the run needs no more than the second: a tenth and 16 MiB for what varies."""
+    values = list(samples.values())
+    third = len(values) // 3
+    for kind in values[-1]:
+        before, after = (
+            [sample[kind] for sample in part if kind in sample]
+            for part in (values[third : 2 * third], values[2 * third :])
+        )
+        assert sum(after) / len(after) < 1.1 * sum(before) / len(before) + 16, (kind, samples)
+
+
 @pytest.mark.faults
 def test_soak(judges: Path, tmp_path: Path) -> None:
-    """Many steps with a random process killed every few of them; REAL_SOAK_STEPS sets how many."""
+    """Many steps with a random process killed every few of them, and as many without. REAL_SOAK_STEPS sets how many,
+    REAL_SOAK_OUTPUT a file for the figures."""
     steps = int(os.environ.get("REAL_SOAK_STEPS", "24"))
     whole, out = tmp_path / "whole", tmp_path / "run"
+    (tmp_path / "1").mkdir()
 
     def long(folder: Path, *more: str) -> list[str]:
         args = command(judges, folder, *more)
@@ -283,21 +315,30 @@ def test_soak(judges: Path, tmp_path: Path) -> None:
         args[args.index("--eval.steps") + 1] = "8"
         return args
 
-    done = run(long(whole))
-    assert done.returncode == 0, done.stderr[-4000:]
-    chance, memory = random.Random(steps), {}
+    flat: dict[int, dict[str, int]] = {}
+    with logged(long(whole), tmp_path / "1") as (process, said):
+        for step in range(2, steps, max(2, steps // 24)):
+            wait_for_step(process, whole, step)
+            flat[step] = memory(process)
+        assert process.wait(timeout=3000) == 0, said.read_text(errors="replace")[-6000:]
+    assert set(flat[2]) == {"driver", "policy", "engine", "evaluator", "core", "worker", "object store"}
+    chance, killed = random.Random(steps), {}
     with logged(long(out, "--ckpt.save_steps", "2"), tmp_path) as (process, said):
         step, kills = 0, 0
         while (step := step + chance.randint(3, 9)) < steps:
             wait_for_step(process, out, step)
-            memory[step] = psutil.Process(process.pid).memory_info().rss // 2**20
+            killed[step] = memory(process)
             time.sleep(chance.random())
             with contextlib.suppress(AssertionError, psutil.Error):  # between two starts there may be none
                 find(process, chance.choice([POLICY, ENGINE, EVALUATOR, CORE, WORKER])).kill()
                 kills += 1
         assert process.wait(timeout=3000) == 0, said.read_text(errors="replace")[-6000:]
-    print(f"{kills} kills; memory of the driver by step, MiB: {memory}")  # pytest -s shows it
+    figures = {"steps": steps, "kills": kills, "restarts": len(faults_in(out)), "unit": "MiB"}
+    figures |= {"memory": flat, "memory_with_kills": killed}
+    if path := os.environ.get("REAL_SOAK_OUTPUT"):
+        Path(path).write_text(json.dumps(figures, indent=1) + "\n")
     assert kills >= steps // 12
-    first, *_, last = memory.values()
-    assert last < 1.5 * first, memory
     assert_same(whole, out, last=steps)
+    assert_flat(flat)
+    first, *_, last = [sample["driver"] for sample in killed.values()]
+    assert last < 1.5 * first, killed

@@ -24,8 +24,8 @@ def reward_func(queries, prompts, labels):
     rewards = torch.tensor([float(found.count("fine") - found.count("rude")) for found in words])
     return {"rewards": rewards, "scores": rewards, "extra_logs": {}}
 """
-REAL = ["--real.scale", "1-5", "--real.anchor", ANCHOR, "--algo.advantage.estimator", "group_norm"]
-REAL += ["--reward.clip_range", "-1", "1"]
+PAPER = ["--algo.advantage.estimator", "group_norm", "--reward.clip_range", "-1", "1"]
+REAL = ["--real.scale", "1-5", "--real.anchor", ANCHOR, *PAPER]
 
 
 def run(judges: Path, folder: Path, *more: str) -> tuple[str, list[dict[str, float]]]:
@@ -52,6 +52,15 @@ def run(judges: Path, folder: Path, *more: str) -> tuple[str, list[dict[str, flo
     return said, steps
 
 
+def agent_file(folder: Path) -> str:
+    """The page's agent, for the tiny judge's anchor."""
+    page = (ROOT / "real_openrlhf/dropin/README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(# judge_agent\.py\n.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    path = folder / "judge_agent.py"
+    path.write_text(code.replace('"So the overall score is "', repr(ANCHOR)))
+    return str(path)
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     from transformers import AutoModelForCausalLM
 
@@ -69,8 +78,11 @@ def test_a_stock_run_trains_on_a_cpu(judges: Path, tmp_path: Path) -> None:
     assert any(not torch.allclose(before[name], after[name], atol=1e-3) for name in before)
 
 
-def test_the_same_command_trains_both_terms(judges: Path, tmp_path: Path) -> None:
-    _, steps = run(judges, tmp_path, *REAL)
+@pytest.mark.parametrize("terms", ["both", "term_1"])
+def test_the_same_command_trains_a_judge(judges: Path, tmp_path: Path, terms: str) -> None:
+    """Both terms by --real.* flags; Term 1 by the page's agent in OpenRLHF's own trainer."""
+    more = REAL if terms == "both" else [*PAPER, "--train.agent_func_path", agent_file(tmp_path)]
+    _, steps = run(judges, tmp_path, *more)
     assert len(steps) == 2
     for step in steps:
         assert step["actor_grad_norm"] > 0 and 0 < step["real_readable"] <= 1

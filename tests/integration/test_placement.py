@@ -121,6 +121,13 @@ def test_apart_each_has_a_gpu_of_its_own(two_nodes: None) -> None:
         ray.kill(actor)
 
 
+@pytest.mark.parametrize("per_node", [None, 1])
+def test_two_runs_in_one_process_ask_for_the_same_kind(two_nodes: None, per_node: int | None) -> None:
+    requests = [Request(name="rollout", bundles=(GPU,) * 2, per_node=per_node)]
+    kept, other = reserve(requests, 60)["rollout"], reserve(requests, 60)["rollout"]
+    assert {bundle.group.id for bundle in kept}.isdisjoint(bundle.group.id for bundle in other)
+
+
 def test_a_wide_engine_has_a_group_on_one_node(two_nodes: None) -> None:
     # Colocated: an engine's actor takes no GPU, a worker of vLLM's and a rank of the policy fit on each bundle.
     shared = reserve([wide("policy+rollout", 2)], 60)["rollout"]

@@ -128,9 +128,10 @@ def narrow(judges: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_no_key_is_in_what_a_run_writes(narrow: Path) -> None:
-    """Records, logs, the libraries' log, the exported judge, the terminal."""
+    """Records, the page, logs, the libraries' log, the exported judge, the terminal."""
     files = [path for path in narrow.parent.rglob("*") if path.is_file()]
-    assert {"terminal", "metrics.jsonl", "run_config.json", "model.safetensors"} <= {path.name for path in files}
+    expected = {"terminal", "metrics.jsonl", "run_config.json", "report.html", "model.safetensors"}
+    assert expected <= {path.name for path in files}
     holding = [(path.name, key) for path in files for key, value in KEYS.items() if value.encode() in path.read_bytes()]
     assert holding == []
 

@@ -142,7 +142,7 @@ def test_the_commands_of_the_examples_parse(script: str, tmp_path: Path) -> None
     calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
     runs = [call[2:] for call in calls if call[:2] == MODULE.split()]
     # These run other programs of the examples.
-    assert runs or script.split("/")[1] in ("benchmark", "facts", "paper_tables")
+    assert runs or script.split("/")[1] in ("benchmark", "facts", "mtbench", "paper_tables", "stsb")
     for argv in runs:
         assert parse_args(argv).ckpt.output_dir
     for argv in (call[2:] for call in calls if call[:2] == ["-m", "real_openrlhf.train_warmup"]):

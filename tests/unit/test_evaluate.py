@@ -111,7 +111,7 @@ def test_everything_is_written(run, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "12/12" in shown.err
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_stopped(run, tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(run, tmp_path: Path, capsys) -> None:
     assert run("--batch_size", "2") == 0
     path = tmp_path / "out" / "predictions.jsonl"
     whole = path.read_bytes()
@@ -123,8 +123,15 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(run, tmp_path: Path)
     assert run("--batch_size", "5") == 0
     assert len(run.server.requests) - before == 7
     assert path.read_bytes() == whole and (tmp_path / "out" / "results.json").read_text() == wanted
+    # The speed is that of the rows that this command judged.
+    speed = json.loads((tmp_path / "out/speed.json").read_text())
+    assert (speed["judgements"], speed["batch_size"], speed["backend"]) == (7, 5, "server")
+    assert speed["generated_tokens"] == sum(row["samples"][0]["n_generated"] for row in lines(path)[6:])
+    assert speed["judgements_per_second"] == pytest.approx(7 / speed["seconds"])
     # Finished: nothing is judged again.
+    capsys.readouterr()
     assert run() == 0 and len(run.server.requests) - before == 7
+    assert "judgements/s" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -290,3 +297,30 @@ def test_names_of_models(tmp_path: Path) -> None:
     assert name_of(str(tmp_path / "real-1" / "model")) == "real-1"
     assert name_of(str(tmp_path / "real-1") + "/") == "real-1"
     assert name_of("owner/model") == "owner/model"
+
+
+def test_the_raters_own_agreement_stands_beside_the_judge(run, tmp_path: Path, capsys) -> None:
+    ratings = [(3, 3, 2), (1, 2, 1), (2, 3, 3), (2, 2, 1), (1, 1, 3), (3, 3, 3)]
+    rows = [
+        {**row, "meta": json.dumps({"aspect": "Overall", "ratings": dict(zip(("ann", "bob", "cy"), each))})}
+        for row, each in zip(ROWS, ratings)
+    ]
+    rated = write(tmp_path / "rated.jsonl", [*rows, {**ROWS[0], "meta": "no JSON"}, {**ROWS[0], "meta": '{"n": 1}'}])
+    assert run("--benchmark", f"rated={rated}", f"plain={tmp_path / 'a.jsonl'}") == 0
+    found = json.loads((tmp_path / "out/results.json").read_text())["raters"]
+    assert list(found) == ["rated"] and list(found["rated"]) == ["Overall"]
+    columns = list(zip(*ratings))
+    alone = [
+        stats.pearsonr(own, [sum(other) / 2 for other in zip(*(c for c in columns if c is not own))]).statistic
+        for own in columns
+    ]
+    assert found["rated"]["Overall"]["pearson"] == pytest.approx(sum(alone) / 3)
+    assert found["rated"]["Overall"]["rows"] == 6
+    shown = capsys.readouterr().out
+    assert f"| rated, Overall | 6 | 3 | {found['rated']['Overall']['spread']:.3f} | {sum(alone) / 3:.3f} |" in shown
+    table = shown.split("| The raters themselves")[1].split("\n\n")[0]
+    assert table in (tmp_path / "out/results.md").read_text()
+    # The finished run is read again for a comparison.
+    assert run("--benchmark", f"rated={rated}", "--max_samples", "4", out="few") == 0
+    few = json.loads((tmp_path / "few/results.json").read_text())
+    assert few["benchmarks"]["rated"]["n"] == 4 and few["raters"]["rated"]["Overall"]["rows"] <= 4

@@ -95,6 +95,7 @@ COMMANDS = {
         ["--tie_margin", "-1"],
         ["--model", "m", "--pairs", "p", "--output_dir", "o", "--rubric", "nowhere.txt"],
     ],
+    "real_openrlhf.report": [["--help"], ["--no_such_flag"]],
     "real_openrlhf.judge.cli": [
         ["--help"],
         ["serve", "--help"],

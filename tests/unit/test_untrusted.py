@@ -112,6 +112,14 @@ def test_weights_in_a_pickle_are_not_run(tmp_path: Path) -> None:
     assert marker.exists(), "the file is harmless, and the test above showed nothing"
 
 
+def test_engines_take_no_pickles() -> None:
+    """vLLM's processes would load what they are sent; OpenRLHF's sync, which the benchmark compares with, needs it."""
+    name = "VLLM_ALLOW_INSECURE_SERIALIZATION"
+    files = [path for top in ("real_openrlhf", "examples", "slurm") for path in (ROOT / top).rglob("*")]
+    using = [path for path in files if path.suffix in (".py", ".sh", ".yaml") and name in path.read_text("utf-8")]
+    assert [path.relative_to(ROOT).as_posix() for path in using] == ["examples/benchmark/sync_timing.py"]
+
+
 # -- secrets -------------------------------------------------------------------------------------------
 
 

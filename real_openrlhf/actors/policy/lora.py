@@ -65,8 +65,6 @@ def add_adapters(network: nn.Module, lora: LoraConfig, seed: int) -> None:
             )
         if type(layer) is not Linear:
             raise LoraError(f"--ds.lora.target_modules {shown}: {name} is not a linear layer")
-    # With frozen embeddings, checkpointed activations would have no gradient path.
-    network.enable_input_require_grads()  # type: ignore[operator]
 
 
 def check_adapters(path: str, lora: LoraConfig) -> None:

@@ -65,6 +65,10 @@ class RealPolicyActor(_OpenRLHFPolicyActor):  # type: ignore[misc, valid-type]
             add_adapters(model.model, spec.lora, spec.seed)
         if args.actor.gradient_checkpointing_enable:
             model.gradient_checkpointing_enable({"use_reentrant": args.actor.gradient_checkpointing_reentrant})
+            if spec.lora.rank:
+                # With frozen embeddings, checkpointed activations would have no gradient path. Not asked for without
+                # checkpointing: the backward pass then ends at the lowest adapter.
+                model.model.enable_input_require_grads()
         optimizer_config = dict(
             optim="adam",
             adam=vars(args.actor.adam),

@@ -22,6 +22,16 @@ def warmup(*flags: str) -> Config:
     return parse_args([*NEEDED, *flags], warmup=True)
 
 
+@pytest.mark.parametrize(
+    "flags", ["", "--eval.dataset x --eval.steps -1", "--eval.dataset x --ckpt.best_metric_key none"]
+)
+def test_patience_needs_evaluations_that_choose_a_judge(flags: str) -> None:
+    assert warmup("--warmup.patience", "2", "--eval.dataset", "x").warmup.patience == 2
+    validate(warmup("--warmup.patience", "2", "--eval.dataset", "x"))
+    with pytest.raises(ConfigError, match=r"--warmup\.patience counts .* needs --eval\.dataset, --eval\.steps above"):
+        validate(warmup("--warmup.patience", "2", *flags.split()))
+
+
 def test_what_follows_from_the_flags() -> None:
     config = warmup("--train.batch_size", "12")
     assert (config.real.objective, config.real.preset, config.rollout.batch_size) == ("raft", "warmup", 12)

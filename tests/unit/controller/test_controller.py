@@ -81,6 +81,8 @@ class World:
     samples: list[tuple[int, list[Mapping[str, Any]]]] = field(default_factory=list)
     shown: list[tuple[Any, ...]] = field(default_factory=list)
     warnings: list[tuple[int, str, str]] = field(default_factory=list)
+    # (step, phase) of what was logged last when the page was written.
+    pages: list[tuple[int, str]] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
     # The metrics of each step's update, and of each evaluation by version.
     trained_metrics: dict[str, float] = field(default_factory=dict)
@@ -178,6 +180,9 @@ class World:
 
     def log_evaluation(self, step: int, samples: Sequence[Mapping[str, Any]], plots: Mapping[str, str]) -> None:
         self.evaluations.append((step, list(samples), plots))
+
+    def page(self, *, last: bool = False) -> None:
+        self.pages.append(self.logs[-1][:2])
 
     def warn(self, step: int, watch: str, message: str) -> None:
         self.warnings.append((step, watch, message))
@@ -380,6 +385,8 @@ def test_dead_steps_in_a_row_stop_the_run() -> None:
     world = World(same_scores=True)
     with pytest.raises(NothingLearned, match=r"3 steps in a row.*--rollout.temperature.*--real.dead_steps"):
         controller(world, total_steps=8, dead_steps=3).fit()
+    assert [(step, watch) for step, watch, _ in world.warnings] == [(1, "dead")]
+    assert "stops at 3 (--real.dead_steps)" in world.warnings[0][2]
     assert [event for event in world.events if event[0] == "train"] == [("train", 4)] * 3
     assert [step for step, phase, _ in world.logs if phase == "train"] == [1, 2, 3]
 
@@ -426,6 +433,7 @@ def test_a_sync_that_finds_the_weights_ruined_keeps_the_batch() -> None:
 def test_dead_steps_0_never_stops() -> None:
     world = World(same_scores=True)
     controller(world, total_steps=6, dead_steps=0).fit()
+    assert world.warnings == []
     assert ("evaluate", 6) in world.events
 
 
@@ -439,6 +447,43 @@ def test_one_live_step_starts_the_count_of_dead_ones_anew() -> None:
     world.same_scores = False
     run.step()
     assert run.dead_steps == 0
+
+
+def test_what_a_prompt_asks_to_judge_is_what_its_feedback_is_held_against() -> None:
+    """All feedback is token 4, which the responses of odd rows have; no prompt has it."""
+    world = World()
+    run = controller(world)
+    run.judged = lambda row: (4, 9) if row % 2 else (8, 9)
+    run._sync()
+    run.step()
+    odd = [group.group.row % 2 for group in world.trained[0]]
+    ((_, _, metrics),) = world.logs
+    assert 0 < sum(odd) < 4 and metrics["feedback/mentioned"] == sum(odd) / 4
+    assert metrics["feedback/mentioned_other"] == pytest.approx(sum((sum(odd) - mine) / 3 for mine in odd) / 4)
+
+
+def test_the_page_is_written_after_evaluations_and_checkpoints() -> None:
+    world = World()
+    run = controller(world, total_steps=4, eval_steps=2)
+    run.fit()
+    assert world.pages == [(0, "eval"), (2, "eval"), (4, "eval")]
+    run = controller(world := World(), total_steps=3, eval_steps=-1)
+    run.fit(Everything(every=2))
+    assert world.pages == [(0, "eval"), (2, "train"), (3, "eval")]
+
+
+@dataclass
+class Everything:
+    """A saver that saves nothing."""
+
+    every: int
+    uses_evaluations: bool = False
+
+    def is_due(self, step: int, evaluation: Any) -> bool:
+        return step % self.every == 0
+
+    def save(self, step: int, evaluation: Any = None) -> bool:
+        return True
 
 
 @pytest.mark.parametrize("stop", [("terms",), ("none",)])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from real_openrlhf.config.flags import ConfigError
-from real_openrlhf.config.guard_flags import STOPPING, WATCHES, GuardConfig
+from real_openrlhf.config.guard_flags import SIGNS, STOPPING, WATCHES, GuardConfig
 from real_openrlhf.controller.guards import Alarm, Guards
 from real_openrlhf.evals.change import Change
 
@@ -27,6 +27,11 @@ HEALTHY: dict[str, float | None] = {
     "invalid/rate": 0.05,
     "rollout_gap/logprob_mean": 0.01,
     "sync/policy_moved": 1e-4,
+    "advantage/zero_variance_share": 0.1,
+    "feedback/repeated": 0.02,
+    "feedback/copied": 0.1,
+    "feedback/mentions": 0.2,
+    "score/label_distance": 0.3,
     "logit_grad_norm/cot": 0.1,
     "logit_grad_norm/squared_error": 0.04,
     "logit_grad_norm/likelihood": 0.02,
@@ -68,6 +73,20 @@ FAULTS: dict[str, tuple[dict[str, float], str]] = {
     ),
     "gap": ({"rollout_gap__logprob_mean": 0.9}, r"differ by 0.\d+ nats .*start: 0.010.*is_correction_level token"),
     "still": ({"sync__policy_moved": 0.0}, r"by 0.0e\+00 per token: the weights do not move. Raise --actor.adam.lr"),
+    "dead": (
+        {"advantage__zero_variance_share": 1.0},
+        r"In \d+% of the groups all rewards are equal \(the start: 10%\).*--rollout.n_samples_per_prompt",
+    ),
+    "repeated": ({"feedback__repeated": 0.9}, r"repeats itself: \d\d% .*the start: 2%.*--guard.repeated_rise"),
+    "copied": ({"feedback__copied": 1.0}, r"copies the prompt: \d\d% .*the start: 10%.*--guard.copied_rise"),
+    "mentions": (
+        {"feedback__mentions": 0.0},
+        r"no longer speaks of the response .*\+\d.\d% more .*the start: \+20.0%.*--guard.min_mentions",
+    ),
+    "labels": (
+        {"score__label_distance": 1.5},
+        r"are \d.\d\d apart .*the start: 0.30; Wasserstein.*--guard.label_distance_rise",
+    ),
     "terms": ({"logit_grad_norm__cot": 10.0}, r"Term 1 is 167 times that of Term 2 at the logits.*--real.beta"),
 }
 
@@ -93,7 +112,7 @@ def test_only_the_named_watches_stop(watch: str) -> None:
     alarms = run(guards(stop=("none",)), then(30, **FAULTS[watch][0]))
     assert [alarm.stops for _, alarm in alarms] == [False]
     stopped = run(guards(), then(30, **FAULTS[watch][0]))
-    assert any(alarm.stops for _, alarm in stopped) == (watch in STOPPING) == (watch != "terms")
+    assert any(alarm.stops for _, alarm in stopped) == (watch in STOPPING) == (watch not in SIGNS)
 
 
 OFF: dict[str, dict[str, Any]] = {
@@ -105,6 +124,11 @@ OFF: dict[str, dict[str, Any]] = {
     "invalid": {"max_invalid": None},
     "gap": {"max_gap": None},
     "still": {"min_move": None},
+    "dead": {"max_dead": None},
+    "repeated": {"repeated_rise": None},
+    "copied": {"copied_rise": None},
+    "mentions": {"min_mentions": None},
+    "labels": {"label_distance_rise": None},
     "terms": {"max_term_ratio": None},
 }
 
@@ -123,6 +147,20 @@ def test_a_healthy_run_is_silent(seed: int) -> None:
         for _ in range(200)
     ]
     assert run(Guards(GuardConfig(), scale_range=4.0), steps) == []
+
+
+def test_what_feedback_never_mentioned_cannot_be_lost() -> None:
+    """Noise around 0 at the start, and a little of it at the end."""
+    steps = [{**HEALTHY, "feedback/mentions": 0.01 * (-1) ** i} for i in range(20)]
+    assert run(guards(), [*steps, *[{**HEALTHY, "feedback/mentions": -0.05}] * 20]) == []
+
+
+def test_distances_to_the_labels_count_in_shares_of_the_scale() -> None:
+    """A tenth of 1-5 is 0.4: more than that above 0.3 is a fault, but not where the scale is 10 wide."""
+    steps = then(20, score__label_distance=0.72)
+    assert {alarm.watch for _, alarm in run(guards(), steps)} == {"labels"}
+    assert run(guards(), then(20, score__label_distance=0.68)) == []
+    assert run(Guards(FLAGS, scale_range=10.0), steps) == []
 
 
 def test_a_fault_that_passes_is_forgotten() -> None:

@@ -177,3 +177,20 @@ def test_another_metric_begins_anew(tmp_path: Path) -> None:
     second = resumed(first, metric="expected/rmse")
     second.evaluate(20, expected__rmse=0.9)
     assert second.finish(20)[0] == "20"
+
+
+def test_evaluations_without_a_better_judge_are_counted_also_across_checkpoints(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    counts = []
+    for step, value in enumerate((0.2, 0.3, None, 0.3, 0.1)):
+        run.evaluate(step, expected__pearson=value)
+        counts.append(run.export.since_best)
+    assert counts == [0, 0, 0, 1, 2]  # as good is not better; an evaluation without the metric says nothing
+    resumed = Run(tmp_path)
+    resumed.export.load_state_dict(run.export.state_dict())
+    assert resumed.export.since_best == 2
+    resumed.evaluate(5, expected__pearson=0.4)
+    assert resumed.export.since_best == 0
+    other = Run(tmp_path, metric="decoded/pearson")
+    other.export.load_state_dict(run.export.state_dict())
+    assert other.export.since_best == 0

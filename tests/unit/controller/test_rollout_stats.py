@@ -102,7 +102,9 @@ def test_scores(batch, train_groups):
     assert m["score/mass"] == pytest.approx((1.0 + 0.9 + 0.4) / 3)
     assert m["score/mass_min"] == pytest.approx(0.4)
     assert m["score/readable_share"] == 0.75
-    assert m["label/mean"] == pytest.approx(2.25)
+    assert (m["label/mean"], m["label/std"]) == pytest.approx((2.25, 0.75))
+    # Sorted, 0.4, 1.4, 2.6 against the labels of the same rollouts, 1.5, 3, 3.
+    assert m["score/label_distance"] == pytest.approx((1.1 + 1.6 + 0.4) / 3)
 
 
 def test_renormalised(batch, train_groups):

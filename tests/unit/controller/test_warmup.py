@@ -39,7 +39,7 @@ class World:
         self.skips = skips
         self.kept: list[int] = []
         self.warnings: list[str] = []
-        self.scores = iter((0.1, 0.3, 0.2))
+        self.scores = iter(scores)
         self.asleep = True
 
     # policy
@@ -104,6 +104,8 @@ class World:
 
     def log_evaluation(self, *args: Any) -> None: ...
 
+    def page(self, *, last: bool = False) -> None: ...
+
     def warn(self, step: int, watch: str, message: str) -> None:
         self.warnings.append(f"{step} {watch}: {message}")
 
@@ -163,6 +165,24 @@ def test_without_evaluation_nothing_is_synced_and_the_last_weights_are_exported(
     controller(world, tmp_path, judged=False).fit()
     assert world.events == ["train"] * 4 + ["export model"]
     assert {phase for _, phase, _ in world.logs} == {"train"}
+
+
+@pytest.mark.parametrize(
+    ("scores", "trained"),
+    [
+        # Better, not better, better: the count begins again; then two in a row that are no better.
+        ((0.1, 0.3, 0.2, 0.4, 0.4, 0.1, 0.9, 0.9), 10),
+        ((0.5, 0.4, 0.3, 0.9), 4),
+        ((0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8), 12),
+    ],
+)
+def test_it_ends_when_validation_has_stopped_improving(tmp_path: Path, scores: tuple[float, ...], trained: int) -> None:
+    world = World(scores=scores)
+    settings = replace(SETTINGS, total_steps=12, batch_size=1, patience=2)
+    controller(world, tmp_path, settings).fit()
+    assert len(world.trained) == trained
+    best = 2 * scores.index(max(scores[: trained // 2 + 1]))
+    assert [event for event in world.events if event.startswith("export")][-1] == f"export best_step_{best}"
 
 
 def test_every_row_is_trained_on_once_per_episode(tmp_path: Path) -> None:

@@ -52,6 +52,22 @@ def test_good_rows(tmp_path):
     assert (len(data), data.skipped, data.source) == (3, (), source)
 
 
+def test_the_response_that_is_judged(tmp_path):
+    """Of a built file's column, or the one that is named; what is named must be there and be text."""
+    tokenizer = word_tokenizer()
+    ids = tuple(tokenizer.encode("b c", add_special_tokens=False))
+    rows = [row() | {"judged": {"response": "b c"}, "answer": "c"}, row() | {"judged": None, "answer": ""}, row()]
+    source = write(tmp_path / "d.jsonl", rows)
+    assert [p.judged_ids for p in load(source).prompts] == [ids, None, None]
+    data = load(source, judged_key="answer", skip_bad_rows=True)
+    assert [p.judged_ids for p in data.prompts] == [ids[1:], ()]
+    assert [(bad.row, bad.column) for bad in data.skipped] == [(3, "answer")]
+    with pytest.raises(DataError, match=r"line 2, column 'judged': the response that is judged is text, got None"):
+        load(write(tmp_path / "e.jsonl", [row() | {"judged": "b"}, row() | {"judged": None}]), judged_key="judged")
+    # It is for watches alone: the data are the same.
+    assert load(source).sha256 == load(write(tmp_path / "f.jsonl", [row()] * 3)).sha256
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [(3, 3.0), (2.25, 2.25), ("4", 4.0), (" 1.5 ", 1.5), ("5e0", 5.0), (Decimal("2.5"), 2.5), (1, 1.0)],

@@ -85,7 +85,9 @@ def actor(folder: Path, generator: Generator | None = None, **changes: Any) -> E
 
 
 def benchmark(name: str, labels: Sequence[float] = LABELS) -> Benchmark:
-    prompts = tuple(Prompt(token_ids=(1, 2), label=y, row=10 + i, text="") for i, y in enumerate(labels))
+    prompts = tuple(
+        Prompt(token_ids=(1, 2), label=y, row=10 + i, text="x" * 500 + f"judge {i}") for i, y in enumerate(labels)
+    )
     groups = tuple("abcd"[: len(labels)])
     return Benchmark(name=name, source="x", prompts=prompts, groups=groups, sha256="")
 
@@ -105,6 +107,7 @@ def test_rows_are_means_over_readable_rollouts_and_none_without_any(tmp_path: Pa
     assert rows[1]["distribution"] == pytest.approx([0.25, 0.25, 0.25])
     # Text and reason are those of the first rollout.
     assert [row["text"] for row in rows] == ["a1", "cc", "ee", "g1"]
+    assert [row["prompt_tail"] for row in rows] == ["x" * 393 + f"judge {i}" for i in range(4)]
     assert [row["reason"] for row in rows] == [None, "truncated", "truncated", "off_scale"]
     assert [row["group"] for row in rows] == ["a", "b", "c", "d"] and {row["benchmark"] for row in rows} == {"flask"}
 

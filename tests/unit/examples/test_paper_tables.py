@@ -124,7 +124,14 @@ def write_cells(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
                 "seed": seed,
                 "judged": found,
                 "before": {"judged": labels},
-                "curve": {"0": judged.average({s: judged.scores(found[s]) for s in TESTS})},
+                "average": judged.average({s: judged.scores(found[s]) for s in TESTS}),
+                "curve": {
+                    step: judged.average({s: judged.scores(each[s]) for s in TESTS})
+                    for step, each in (("0", found), ("5", labels), ("9", found))
+                },
+                "valid_curve": {
+                    step: judged.scores(each["valid"]) for step, each in (("0", found), ("5", labels), ("9", found))
+                },
                 "feedback": {split: {"lines_read": 0.5, "tally_right": 0.25} for split in judged.SPLITS},
             }
             (folder / "cells" / f"{name}-seed{seed}.json").write_text(json.dumps(cell))
@@ -160,6 +167,11 @@ def test_table_2_is_what_scipy_finds(tmp_path: Path) -> None:
     assert row[3] == f"{interval[0]:+.3f} to {interval[1]:+.3f}"
     low, high = (float(x) for x in row[4].split(" to "))
     assert low < less.mean() < high
+    start = markdown.index("if validation had chosen")
+    stopped = line_of(markdown[start : markdown.index("###", start)], "| REAL |")
+    best = np.mean([cell["curve"]["5"]["expected"]["pearson"] for cell in real.values()])
+    assert best > values.mean() and stopped[1] == f"{best:.3f}" and stopped[3].count(" (5)") == 3
+    assert stopped[2] == f"{values.mean():.3f}" and stopped[4].split() == [f"{value:.3f}" for value in values]
     assert (tmp_path / "figure_2.png").stat().st_size > 5000 and (tmp_path / "tables.md").read_text() == markdown
 
 

@@ -1,38 +1,23 @@
-"""The STS-B example's scripts: data, bad input, the report. No network, no model."""
+"""The STS-B example's scripts: data, bad input, the model's files. No network, no model."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from examples.stsb import get_model, prepare
+
 ROOT = Path(__file__).parents[3]
 REAL_DATA = ROOT.parent / "shared" / "data"
-ANCHOR = "So the overall score is "
+ANCHOR = "Score: "
 needs_data = pytest.mark.skipif(
     not (REAL_DATA / "stsb_test.jsonl").is_file(), reason="STS-B is not at ../shared/data beside the checkout"
 )
-
-
-def load(name: str) -> ModuleType:
-    """By path: other examples have modules of the same names."""
-    spec = importlib.util.spec_from_file_location(f"stsb_{name}", ROOT / "examples" / "stsb" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-prepare, report, get_model = load("prepare"), load("report"), load("get_model")
 
 
 def write_splits(folder: Path, **splits: list[tuple[str, str, float]]) -> Path:
@@ -70,7 +55,7 @@ def pairs_in(path: Path) -> set[frozenset[str]]:
     """Read back out of the written prompts, independently of how the script compares pairs."""
     found = []
     for row in read(path):
-        user = row["prompt"][-1]["content"].lower()
+        user = row["prompt"].lower()
         match = re.match(r"sentence 1: (.*)\nsentence 2: (.*)\n", user)
         assert match is not None
         found.append(frozenset(" ".join(text.split()) for text in match.groups()))
@@ -134,61 +119,6 @@ def test_real_data(tmp_path: Path) -> None:
     labels = [row["label"] for row in read(tmp_path / "train.jsonl")]
     verdicts = [int(row["response"][-1]) for row in rows]
     assert abs(sum(verdicts) / len(verdicts) - sum(labels) / len(labels)) < 0.03
-
-
-def judgements(shift: float) -> list[dict[str, Any]]:
-    labels = [0.0, 1.5, 2.0, 3.25, 4.0, 5.0]
-    rows: list[dict[str, Any]] = [
-        {"row": i, "label": y, "expected": y * 0.5 + shift, "decoded": round(y), "mass": 0.9, "text": f"text {i}"}
-        for i, y in enumerate(labels)
-    ]
-    rows[2].update(expected=None, decoded=None, mass=None)
-    return rows
-
-
-@pytest.fixture
-def runs(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
-    def write(**changes: list[dict[str, Any]]) -> tuple[Path, Path]:
-        files = {"start/0": judgements(2.0), "real/0": judgements(1.0), "real/15": judgements(0.5), **changes}
-        for name, rows in files.items():
-            run, step = name.split("/")
-            folder = tmp_path / run / "eval"
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"step_{step}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        log: list[dict[str, Any]] = [
-            {"step": 0, "phase": "eval", "seconds/evaluate": 30.0},
-            {"step": 1, "phase": "train", "seconds/generate": 10.0, "seconds/train": 20.0, "loss": 1.0},
-            {"step": 2, "phase": "train", "seconds/generate": 14.0, "seconds/train": 21.0, "loss": 1.0},
-        ]
-        (tmp_path / "real" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-        return tmp_path / "start", tmp_path / "real"
-
-    return write
-
-
-def test_report_shows_three_columns_and_the_phases(runs: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
-    start, real = runs()
-    (tmp_path / "wall.tsv").write_text("warm-up\t301\n")
-    text = report.report(start, real, tmp_path / "wall.tsv", n_resamples=50, seed=0)
-    assert "6 held-out pairs" in text and "REAL: 15 steps" in text
-    # mae of E[score] over the five readable labels y = 0, 1.5, 3.25, 4, 5: the mean of |0.5 y - shift|.
-    assert re.search(r"\| mae \| E\[score\] \| 0\.825 \| 0\.875 \| 1\.075 \|", text), text
-    assert re.search(r"\| pearson \| E\[score\] \| 1\.000 \| 1\.000 \| 1\.000 \|", text)
-    assert "| invalid rate | E[score] | 0.167 | 0.167 | 0.167 |" in text
-    assert "| train | generate | 2 | 12.0 | 24 |" in text and "| warm-up | 301 |" in text
-
-
-def test_report_refuses_evaluations_of_different_rows(runs: Callable[..., tuple[Path, Path]]) -> None:
-    start, real = runs(**{"start/0": judgements(2.0)[:-1]})
-    with pytest.raises(report.ReportError, match="same rows"):
-        report.report(start, real, None, n_resamples=10, seed=0)
-
-
-def test_report_needs_an_evaluation_after_training(runs: Callable[..., tuple[Path, Path]]) -> None:
-    start, real = runs()
-    (real / "eval" / "step_15.jsonl").unlink()
-    with pytest.raises(report.ReportError, match="one evaluation only"):
-        report.report(start, real, None, n_resamples=10, seed=0)
 
 
 def test_a_foreign_or_damaged_wheel_is_refused(tmp_path: Path) -> None:

@@ -296,6 +296,30 @@ def test_what_libraries_said_last_is_shown_when_a_run_fails(
     assert ("error: the engine died" in shown) == isinstance(error, RunError)
 
 
+def test_what_libraries_said_in_an_earlier_run_is_not_taken_for_the_cause(
+    flags: Flags, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    libraries = Path(flags["ckpt.output_dir"]) / LIBRARIES_FILE
+    libraries.parent.mkdir()
+    libraries.write_text("said long ago\n")
+
+    def plan(inputs: object) -> RunPlan:
+        raise RunError("the plan cannot be made")
+
+    def planned_late(inputs: object) -> RunPlan:
+        with libraries.open("a") as file:
+            file.write("said now\n")
+        return plan(inputs)
+
+    monkeypatch.setattr(module, "make_plan", plan)
+    assert main(argv(flags)) == 1
+    told = capsys.readouterr().err
+    assert told.endswith("error: the plan cannot be made\n") and "said long ago" not in told
+    monkeypatch.setattr(module, "make_plan", planned_late)
+    assert main(argv(flags)) == 1
+    assert "  said now\n" in capsys.readouterr().err
+
+
 # -- the device ------------------------------------------------------------------------------------------
 
 

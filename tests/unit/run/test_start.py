@@ -37,7 +37,8 @@ def test_a_fault_interrupts_and_an_error_ends_the_run(
     plan: Any = SimpleNamespace(
         config=SimpleNamespace(ckpt=SimpleNamespace(save_steps=1, best_metric=None)), identity=None
     )
-    anything: Any = SimpleNamespace(policy=None, requested="SIGUSR1")
+    pages: list[dict[str, bool]] = []
+    anything: Any = SimpleNamespace(policy=None, requested="SIGUSR1", page=lambda **how: pages.append(how))
     with pytest.raises(Interrupted if interrupts else type(error)) as caught:
         start.train(plan, anything, anything, anything, anything, anything, anything)
     if interrupts:
@@ -45,3 +46,5 @@ def test_a_fault_interrupts_and_an_error_ends_the_run(
         assert (caught.value.step, caught.value.signal) == (7, "SIGUSR1")
     else:
         assert caught.value is error
+    # However a run ends, there is a page that shows it.
+    assert pages == [{"last": True}]

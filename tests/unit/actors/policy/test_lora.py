@@ -175,3 +175,18 @@ def test_targets_that_cannot_have_adapters(folders: Path, name: str, targets: tu
 def test_targets_that_can(folders: Path) -> None:
     check_adapters(str(folders / "tied"), lora(target_modules=("q_proj", "down_proj")))
     check_adapters(str(folders / "gpt2"), lora())
+
+
+def test_layers_below_the_lowest_adapter_have_no_backward_pass(folders: Path) -> None:
+    def needs_gradient(*targets: str) -> list[bool]:
+        network = load(folders / "tied").train()
+        add_adapters(network, lora(target_modules=targets), seed=0)
+        found: list[bool] = []
+        for layer in network.model.layers:  # type: ignore[union-attr]
+            layer.register_forward_hook(lambda module, given, out: found.append(out.requires_grad))
+        network(IDS).logits.sum().backward()
+        assert all(p.grad is not None for n, p in network.named_parameters() if "lora_B" in n)
+        return found
+
+    assert needs_gradient("1.self_attn.q_proj", "1.mlp.down_proj") == [False, True]
+    assert needs_gradient("q_proj") == [True, True]
