@@ -1,18 +1,15 @@
 """What one rank of the real policy actor holds, tensor by tensor; run as a process of its own.
 
 python -m tests.helpers.memory_worker FOLDER --stage 2 --dtype bf16 --rank 0 --world 1 --port 29500
-Prints a JSON object: bytes by kind, and "rss", the process's memory after the backward passes of the second update.
+Prints a JSON object: bytes by kind.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
-import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -57,14 +54,6 @@ def states_of(optimizer: Any) -> tuple[list[Tensor], list[Tensor]]:
     flat = getattr(optimizer, "fp32_partitioned_groups_flat", None)
     masters = flat if flat is not None else [p for group in inner.param_groups for p in group["params"]]
     return masters, moments
-
-
-def resident() -> int:
-    """Bytes of this process's memory; what glibc holds for later is given back first."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def main() -> None:
@@ -120,15 +109,12 @@ def main() -> None:
     def look(*more: Any, **named: Any) -> None:
         found["gradients"] = nbytes(gradients_of(optimizer, network))
         found["buckets"] = nbytes(bucket.buffer for bucket in getattr(optimizer, "ipg_buckets", {}).values())
-        found["rss"] = resident()
         step(*more, **named)
 
     actor.trainer.strategy.optimizer_step = look
     groups = make_groups(network.config.vocab_size)
     share = len(groups) // args.world
-    # Adam has its moments from the first update on.
-    for _ in range(2):
-        actor.train(groups[args.rank * share : (args.rank + 1) * share])
+    actor.train(groups[args.rank * share : (args.rank + 1) * share])
     masters, moments = states_of(optimizer)
     gc.collect()
     weights = weights_of(network)

@@ -51,10 +51,19 @@ def test_two_nodes_train(slurm: Slurm, data: Path) -> None:
 
 
 def test_a_training_that_fails_is_a_job_that_failed(slurm: Slurm, data: Path) -> None:
+    given = [*flags(data, slurm.folder / "failed", 2), "--data.prompt_dataset", "/no/such.jsonl"]
+    job = slurm.submit("slurm/train_real.sbatch", *given)
+    ended = slurm.ended(job)
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "2:0")
+    assert "cluster complete" in slurm.output(job) and "/no/such.jsonl" in slurm.output(job)
+    slurm.assert_nothing_is_left(job)
+
+
+def test_a_flag_that_there_is_not_fails_the_job_at_once(slurm: Slurm, data: Path) -> None:
     job = slurm.submit("slurm/train_real.sbatch", *flags(data, slurm.folder / "wrong", 2), "--rollout.batchsize", 8)
     ended = slurm.ended(job)
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "2:0")
-    assert "--rollout.batch_size" in slurm.output(job)
+    assert "--rollout.batch_size" in slurm.output(job) and "head" not in slurm.output(job)
     slurm.assert_nothing_is_left(job)
 
 
