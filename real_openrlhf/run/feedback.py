@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from collections.abc import Generator, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,7 +29,7 @@ from real_openrlhf.data.given import with_responses
 from real_openrlhf.data.prompt import Prompt
 from real_openrlhf.export.fingerprint import weights_sha256
 from real_openrlhf.run.library_log import library_log
-from real_openrlhf.run.placement import reserve
+from real_openrlhf.run.placement import ROLLOUT, release, reserve
 from real_openrlhf.run.plan import RunPlan, make_plan
 from real_openrlhf.run.ray_groups import RayRolloutGroup
 from real_openrlhf.run.ray_session import passed_environment, ray_session
@@ -105,46 +105,57 @@ def _write(
         # A seed per row: what a row gets does not depend on where a start was interrupted.
         seed=config.train.seed,
     )
+    at_a_time = _ROWS_AT_A_TIME * config.vllm.num_engines
+    with _engines(plan, model) as engines:
+        shown = config.logger.progress
+        with tqdm(total=len(prompts), desc="feedback", unit="row", disable=not shown, file=terminal) as bar:
+            for start in range(0, len(prompts), at_a_time):
+                part = prompts[start : start + at_a_time]
+                for prompt, group in zip(part, engines.generate(part, sampling), strict=True):
+                    (rollout,) = group.rollouts
+                    yield (
+                        prompt,
+                        complete(
+                            reader,
+                            inputs.tokenizer,
+                            rollout.token_ids.tolist(),
+                            finished=rollout.finish_reason == "stop",
+                            label=prompt.label,
+                            rounding=_ROUNDING,
+                            rng=random.Random(f"{config.train.seed}|{prompt.row}"),
+                        ),
+                    )
+                bar.update(len(part))
+
+
+@contextmanager
+def _engines(plan: RunPlan, model: str) -> Iterator[RayRolloutGroup]:
+    """Engines of this model that are ready, on the run's cluster. What they took is free again after it."""
+    config = plan.config
     n = config.vllm.num_engines
-    with ray_session(
-        config.ray.address,
-        num_cpus=config.ray.num_cpus,
-        needed_cpus=float(n * config.vllm.tensor_parallel_size),
-    ) as session:
+    with (
+        ray_session(
+            config.ray.address,
+            num_cpus=config.ray.num_cpus,
+            needed_cpus=float(n * config.vllm.tensor_parallel_size),
+        ) as session,
+        ExitStack() as ends,
+    ):
         plan = on_cluster(plan, session)
-        device = plan.device
-        places = reserve([engine_places(config, device)], config.ray.placement_timeout)
+        places = reserve([engine_places(config, plan.device)], config.ray.placement_timeout)
+        # The cluster may live on, and training needs the room.
+        ends.callback(release, places)
         engines = RayRolloutGroup(
             replace(plan.engine, model=model, load_format="auto", enable_sleep=False),
             n_engines=n,
-            group=places["rollout"],
-            device=device,
+            group=places[ROLLOUT],
+            device=plan.device,
             env=passed_environment(),
             call_timeout_s=config.ray.call_timeout,
         )
-        try:
-            ray.get(engines.ready())
-            shown = config.logger.progress
-            with tqdm(total=len(prompts), desc="feedback", unit="row", disable=not shown, file=terminal) as bar:
-                for start in range(0, len(prompts), _ROWS_AT_A_TIME * n):
-                    part = prompts[start : start + _ROWS_AT_A_TIME * n]
-                    for prompt, group in zip(part, engines.generate(part, sampling), strict=True):
-                        (rollout,) = group.rollouts
-                        yield (
-                            prompt,
-                            complete(
-                                reader,
-                                inputs.tokenizer,
-                                rollout.token_ids.tolist(),
-                                finished=rollout.finish_reason == "stop",
-                                label=prompt.label,
-                                rounding=_ROUNDING,
-                                rng=random.Random(f"{config.train.seed}|{prompt.row}"),
-                            ),
-                        )
-                    bar.update(len(part))
-        finally:
-            engines.shutdown()
+        ends.callback(engines.shutdown)
+        ray.get(engines.ready())
+        yield engines
 
 
 def _identity(plan: RunPlan, model: str) -> dict[str, Any]:

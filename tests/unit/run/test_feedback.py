@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -188,3 +189,40 @@ def test_the_two_stages_of_tract(folder: Path, tmp_path: Path, monkeypatch: pyte
     assert calls == [(first, "raft", "given", None), (second, "tract", "sampled", f"{first}/model")]
     # A first stage that failed or was stopped ends it, with its code.
     assert stages(folder, tmp_path, monkeypatch, code=85) == (85, calls[:1])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_engines_give_back_what_they_took(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """The cluster may be somebody's who stays, and the training that follows needs the places."""
+    calls: list[str] = []
+
+    class Group:
+        def __init__(self, *_: Any, group: Any, **__: Any) -> None:
+            calls.append(f"start {group}")
+
+        def ready(self) -> list[Any]:
+            return []
+
+        def shutdown(self) -> None:
+            calls.append("shutdown")
+
+    def get(_: Any) -> None:
+        if fails:
+            raise RuntimeError("an engine did not start")
+
+    monkeypatch.setattr(feedback, "ray_session", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(feedback, "on_cluster", lambda plan, _: plan)
+    monkeypatch.setattr(feedback, "passed_environment", dict)
+    monkeypatch.setattr(feedback, "reserve", lambda *_: {"rollout": "here"})
+    monkeypatch.setattr(feedback, "release", lambda places: calls.append(f"release {places['rollout']}"))
+    monkeypatch.setattr(feedback, "RayRolloutGroup", Group)
+    monkeypatch.setattr(feedback.ray, "get", get)
+    with (
+        pytest.raises(RuntimeError, match="did not start") if fails else nullcontext(),
+        feedback._engines(plan(folder, tmp_path / "out", "--warmup.feedback", "missing"), "model"),
+    ):
+        calls.append("used")
+    used = [] if fails else ["used"]
+    assert calls == ["start here", *used, "shutdown", "release here"]
