@@ -56,8 +56,8 @@ def test_the_32b_job_asks_for_the_gpus_that_its_flags_use() -> None:
 
 def test_the_layout_is_that_of_the_slurm_template() -> None:
     text = (ROOT / "slurm/train_32b.sbatch").read_text(encoding="utf-8")
-    words = re.sub(r"\\\n", " ", text.partition("on_cluster -m real_openrlhf.train_real")[2])
-    words = re.sub(r'"\$\{\w+:-(\w+)\}"', r"\1", words).replace('"${given[@]}" "$@"', "")
+    own = text.partition("\nown_flags train_real ")[2].partition(' -- "${given[@]}"')[0]
+    words = re.sub(r"\\\n", " ", own)
     paths = ["--actor.model_name_or_path", "/shared/models/judge-start", "--eval.dataset", "/shared/data/test.parquet"]
     paths += ["--data.prompt_dataset", "/shared/data/train.parquet", "--ckpt.output_dir", "/shared/runs/real-32b"]
     assert flags([*MODULE, *shlex.split(words), *paths]) == flags(shlex.split(spec("rayjob-32b.yaml")["entrypoint"]))
