@@ -2,7 +2,7 @@
 
     python examples/judge_as_reward/plot.py --results DIR/result.json ... --output reward.png
 
-Below the legend's seed: the mean quality of sampled answers by the task's own rule, before and after.
+The legend has the mean quality of sampled answers by the task's own rule, before and after.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tables and learning curves from the cells' JSON files; no model is needed.
 
-    python -m examples.stsb.report examples/stsb/results/cpu
+    python -m examples.methods.report stsb examples/stsb/results/cpu
 
 Two kinds of spread stand apart. Over prompts: the 95% bootstrap interval of the mean over seeds, for these models;
 pairs, or questions with all their rows, are drawn. Over seeds: Student's t, where there are two or more.

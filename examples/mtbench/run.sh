@@ -9,17 +9,4 @@
 # goes on. Further words go to examples.methods.run (--list, --output_dir, --results, --device).
 set -euo pipefail
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-cd "$root"
-cache=${CACHE_DIR:-.cache/stsb}
-
-if [ "${INSTALL:-cpu}" = none ]; then
-  python=${PYTHON:-python}
-else
-  bash examples/install/cpu.sh
-  python=${VENV:-$root/.venv}/bin/python
-fi
-
-"$python" -m examples.stsb.get_model --output_dir "$cache/model" --cache_dir "$cache"
-"$python" -m examples.methods.run mtbench --size "${SIZE:-cpu}" --model "$cache/model" \
-  ${DATA_DIR:+--data_dir "$DATA_DIR"} "$@"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../methods/start.sh" mtbench "$@"

@@ -49,7 +49,7 @@ def feedback_metrics(
             different = frozenset(feedback.tolist())
             if different and len(groups) > 1:
                 mine = len(different & subject)
-                all_ = sum(count[token] for token in different)
+                all_ = sum(map(count.__getitem__, different))
                 own.append(mine / len(different))
                 other.append((all_ - mine) / (len(groups) - 1) / len(different))
     mentioned, elsewhere = _mean(own), _mean(other)

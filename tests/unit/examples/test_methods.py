@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from examples.methods import data, judged, plan, run, tables
+from examples.methods import data, judged, plan, report, run, tables
 from examples.methods.plan import METHODS, RAFT, START, Cell
 from real_openrlhf.algo.score_scale import ScoreScale
 from real_openrlhf.config.cli import parse_args
@@ -111,6 +111,16 @@ def write_cells(folder: Path, seeds: tuple[int, ...] = (0, 1)) -> dict[tuple[str
             (folder / "cells" / f"{name}-seed{seed}.json").write_text(json.dumps(cell))
             written[name, seed] = cell
     return written
+
+
+def test_the_report_is_made_of_the_cells_of_the_named_example(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_cells(tmp_path)
+    report.main(["stsb", str(tmp_path)])
+    assert capsys.readouterr().out.strip() == (tmp_path / "tables.md").read_text().strip()
+    with pytest.raises(ValueError, match="has no cells"):
+        report.main(["mtbench", str(tmp_path / "cells")])
 
 
 def test_tables_say_what_the_cells_say(tmp_path: Path) -> None:
