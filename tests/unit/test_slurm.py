@@ -185,7 +185,9 @@ def signalled(
     env: dict[str, str], number: signal.Signals, ready: str, *, script: str = "train_real.sbatch"
 ) -> tuple[int, str]:
     """Exit code and output of the script, which alone gets the signal (as --signal=B: does) when the notes say so."""
-    with subprocess.Popen(["bash", ROOT / "slurm" / script], env=env, stdout=subprocess.PIPE, text=True) as process:
+    # Tests in the background of a shell have SIGINT ignored, and would hand that on; a job of Slurm's begins without.
+    command = ["env", "--default-signal=INT", "bash", ROOT / "slurm" / script]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
         notes = Path(env["NOTES"])
         while process.poll() is None and not (notes.exists() and ready in notes.read_text()):
             time.sleep(0.05)
