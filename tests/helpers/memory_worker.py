@@ -1,7 +1,7 @@
 """What one rank of the real policy actor holds, tensor by tensor; run as a process of its own.
 
 python -m tests.helpers.memory_worker FOLDER --stage 2 --dtype bf16 --rank 0 --world 1 --port 29500
-Prints a JSON object: bytes by kind.
+Prints a JSON object: bytes by kind, and `resident`, what the process has in memory for them, files left out.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import gc
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +30,13 @@ def nbytes(tensors: Iterable[Any]) -> int:
         if isinstance(t, Tensor) and t.numel() > 1
     }
     return sum(storages.values())
+
+
+def resident() -> int:
+    """Bytes of this process in memory, without pages of files: those of a checkpoint may stay, and can be dropped."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem")) * 1024
 
 
 def weights_of(network: Any) -> list[Tensor]:
@@ -101,6 +109,7 @@ def main() -> None:
         lora=LoraConfig(rank=args.lora),
         seed=42,
     )
+    begin = resident()
     actor.build(spec)
     optimizer, network = actor.actor_optim, actor.actor.model.module
     found: dict[str, Any] = {}
@@ -109,12 +118,16 @@ def main() -> None:
     def look(*more: Any, **named: Any) -> None:
         found["gradients"] = nbytes(gradients_of(optimizer, network))
         found["buckets"] = nbytes(bucket.buffer for bucket in getattr(optimizer, "ipg_buckets", {}).values())
+        gc.collect()
+        found["resident"] = resident() - begin
         step(*more, **named)
 
     actor.trainer.strategy.optimizer_step = look
     groups = make_groups(network.config.vocab_size)
     share = len(groups) // args.world
-    actor.train(groups[args.rank * share : (args.rank + 1) * share])
+    mine = groups[args.rank * share : (args.rank + 1) * share]
+    actor.train(mine)
+    actor.train(mine)  # Adam's moments are there from the first step on
     masters, moments = states_of(optimizer)
     gc.collect()
     weights = weights_of(network)

@@ -22,6 +22,8 @@ from tests.unit.config.test_validate import config_with
 
 pytestmark = pytest.mark.integration
 
+# A wider model than SMALL: 26 million parameters instead of 15 thousand.
+WIDE = {**SMALL, "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 5}
 ITEMSIZE = {"fp32": 4, "bf16": 2}
 
 
@@ -34,10 +36,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("memory") / "wide"
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(Qwen3Config(**WIDE, head_dim=64, tie_word_embeddings=False)).save_pretrained(path)
+    return path
+
+
 def measured(folder: Path, *flags: str, world: int) -> list[dict[str, Any]]:
     port = str(free_port())
     command = [sys.executable, "-m", "tests.helpers.memory_worker", str(folder), "--port", port, *flags]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}
+    # Else the allocator keeps what is freed, and it counts as resident.
+    env["MALLOC_MMAP_THRESHOLD_"] = "65536"
     ranks = [
         subprocess.Popen(
             [*command, "--rank", str(rank), "--world", str(world)],
@@ -89,3 +101,32 @@ def test_the_policys_tensors_are_those_of_the_plan(stage: int, dtype: str, world
         if stage == 3:
             # Of the two buffers the one that stays; the other is a temporary of the reduction.
             assert found["buckets"] == REDUCE_BUCKET * ITEMSIZE[dtype]
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [
+        pytest.param(0, "fp32", marks=pytest.mark.slow),
+        (2, "bf16"),
+        pytest.param(2, "fp32", marks=pytest.mark.slow),
+        pytest.param(3, "fp32", marks=pytest.mark.slow),
+    ],
+)
+def test_a_larger_model_takes_the_memory_of_the_plan(stage: int, dtype: str, folder: Path, wide: Path) -> None:
+    """By the operating system, before the optimizer's second step.
+
+    The difference of two models: torch, DeepSpeed and everything else of a process is in both.
+    """
+    sizes, resident = [], []
+    for path in (folder, wide):
+        shape = ModelShape.of(str(path), LoraConfig(rank=0))
+        assert shape is not None
+        planned = policy_states(config_with({"ds.zero_stage": stage}), shape, ITEMSIZE[dtype])
+        # Stage 3 keeps its bucket, of which as much is in memory as all gradients have ever filled.
+        bucket = shape.trained * ITEMSIZE[dtype] if stage == 3 else 0
+        assert bucket <= planned.buckets
+        sizes.append(planned.weights + planned.gradients + planned.optimizer + bucket)
+        (found,) = measured(path, "--stage", str(stage), "--dtype", dtype, world=1)
+        resident.append(found["resident"])
+    planned_more, more = (second - first for first, second in (sizes, resident))
+    assert planned_more == pytest.approx(more, rel=0.1)
