@@ -33,6 +33,9 @@ NEVER_PASSED = ("WANDB_API_KEY", "HF_TOKEN", "VLLM_HOST_IP")
 
 # Environment variable from which Ray takes the niceness of the processes that it starts.
 NICENESS = "RAY_worker_niceness"
+# And the seconds for which its processes look for the GCS, which is gone when a driver is killed that started it. Ray's
+# own 60 leaves its agents there for longer than a minute.
+RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 
 
 class NoCluster(RunError, ConnectionError):
@@ -127,6 +130,7 @@ def _start(num_cpus: int | None, needed_cpus: float) -> None:
     slots = max(num_cpus or os.cpu_count() or 1, int(-(-needed_cpus // 1)))
     # Ray starts actors at niceness 15: next to any other busy process they would get a thirtieth of a core.
     os.environ.setdefault(NICENESS, "0")
+    os.environ.setdefault(RECONNECT, "30")
     # "local": without it Ray would join whatever `ray start` left running on this machine.
     ray.init(
         address="local", num_cpus=slots, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING
