@@ -12,8 +12,17 @@ from ray.exceptions import AuthenticationError
 
 from real_openrlhf.common.home import use_writable_caches
 from real_openrlhf.run import ray_session as module
-from real_openrlhf.run.ray_session import NICENESS, NoCluster, cluster_to_join, passed_environment, ray_session
+from real_openrlhf.run.ray_session import (
+    NICENESS,
+    RECONNECT,
+    NoCluster,
+    cluster_to_join,
+    passed_environment,
+    ray_session,
+)
 from tests.helpers.homes import isolate
+
+OWN = {NICENESS: "0", RECONNECT: "30"}
 
 
 class FakeRay:
@@ -52,8 +61,9 @@ class FakeRay:
 def no_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     # Set first: what a test sets is taken back.
-    monkeypatch.setenv(NICENESS, "")
-    monkeypatch.delenv(NICENESS)
+    for name in OWN:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, fake: FakeRay) -> FakeRay:
@@ -73,16 +83,18 @@ def test_starts_its_own_cluster_and_ends_it(monkeypatch: pytest.MonkeyPatch) -> 
     assert str(session) == "Ray 2, own cluster: 2 nodes, 6 CPUs, 2 GPUs"
 
 
-@pytest.mark.parametrize(("before", "address", "after"), [(None, None, "0"), ("7", None, "7"), (None, "a:1", None)])
-def test_actors_of_an_own_cluster_are_not_nice(
-    monkeypatch: pytest.MonkeyPatch, before: str | None, address: str | None, after: str | None
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize(("before", "address"), [(None, None), ("7", None), (None, "a:1")])
+def test_settings_of_an_own_clusters_processes(
+    monkeypatch: pytest.MonkeyPatch, name: str, before: str | None, address: str | None
 ) -> None:
-    """The raylet reads it when it starts; a cluster that is joined has its own."""
+    """They read them when they start; a user's own stay, and a cluster that is joined has its own."""
     use(monkeypatch, FakeRay())
     if before is not None:
-        monkeypatch.setenv(NICENESS, before)
+        monkeypatch.setenv(name, before)
+    after = before if before or address else OWN[name]
     with ray_session(address, num_cpus=1, needed_cpus=1.0):
-        assert os.environ.get(NICENESS) == after
+        assert os.environ.get(name) == after
 
 
 @pytest.mark.parametrize(
