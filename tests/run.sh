@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up the CPU stack if needed, then checks style and types and runs the tests.
+# Sets up the CPU stack if needed, then checks style, shell scripts and types and runs the tests.
 #
 #   bash tests/run.sh                 # unit tests and the integration tests of a few minutes
 #   bash tests/run.sh --slow          # the slow ones as well, but for the next lines'
@@ -24,5 +24,7 @@ esac
 echo "== ruff"
 "$bin/ruff" check .
 "$bin/ruff" format --check .
+echo "== shellcheck"
+find slurm examples tests \( -name "*.sh" -o -name "*.sbatch" \) -exec "$bin/shellcheck" --external-sources {} +
 echo "== mypy"; "$bin/mypy" --no-error-summary
 echo "== pytest"; "$bin/python" -m pytest -q --durations=8 "${select[@]}" "$@"
