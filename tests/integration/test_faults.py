@@ -313,6 +313,9 @@ def test_soak(judges: Path, tmp_path: Path) -> None:
         args[args.index("--train.max_steps") + 1] = str(steps)
         args[args.index("--train.num_episodes") + 1] = str(8 * steps)
         args[args.index("--eval.steps") + 1] = "8"
+        # A longer run takes smaller steps: a judge that can do the task leaves no prompts of which some are wrong.
+        rate = args.index("--actor.adam.lr") + 1
+        args[rate] = str(float(args[rate]) * min(1.0, 24 / steps))
         return args
 
     flat: dict[int, dict[str, int]] = {}
