@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--n_pairs", type=int, default=16000, help="pairs of sentences to learn from")
-    parser.add_argument("--max_steps", type=int, default=220)
+    parser.add_argument("--max_steps", type=int, default=1000)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(argv)
     rng = random.Random(args.seed)
@@ -59,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer.save_pretrained(folder)
     (folder / "compare.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     words = ["--model_name_or_path", str(folder), "--data", str(folder / "compare.jsonl")]
-    words += ["--output_dir", str(args.output_dir), "--learning_rate", "3e-3", "--warmup_steps", "50"]
-    words += ["--batch_size", "32", "--max_steps", str(args.max_steps), "--max_len", "256"]
+    words += ["--output_dir", str(args.output_dir), "--learning_rate", "2e-3", "--warmup_steps", "100"]
+    words += ["--batch_size", "64", "--max_steps", str(args.max_steps), "--max_len", "256"]
     warmup.run(warmup.parse_args([*words, "--seed", str(args.seed), "--log_steps", "20", "--device", args.device]))
 
 

@@ -50,7 +50,7 @@ part "$out/data/manifest.json" "data" "$python" -m real_openrlhf.data generic --
 
 part "$out/warmup/model" "feedback and warm-up" "$python" -m real_openrlhf.train_warmup "${common[@]}" \
   --actor.model_name_or_path "$model" --data.prompt_dataset "$out/data/sft.parquet" --warmup.feedback missing \
-  --actor.adam.lr "${WARMUP_LR:-1e-3}" --train.num_episodes "${EPOCHS:-4}" --eval.steps 60 --ckpt.load auto \
+  --actor.adam.lr "${WARMUP_LR:-1e-3}" --train.num_episodes "${EPOCHS:-12}" --eval.steps 60 --ckpt.load auto \
   --ckpt.output_dir "$out/warmup"
 
 part "$out/real/model" "REAL" "$python" -m real_openrlhf.train_real "${common[@]}" \
