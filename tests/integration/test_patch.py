@@ -13,7 +13,7 @@ import torch
 
 from tests.helpers.tiny_judge import ANCHOR, make_rows, write_rows
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
 REWARD = """
@@ -67,6 +67,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
 
 
+@pytest.mark.slow
 def test_a_stock_run_trains_on_a_cpu(judges: Path, tmp_path: Path) -> None:
     (tmp_path / "reward.py").write_text(REWARD)
     said, steps = run(

@@ -171,18 +171,25 @@ def test_the_same_command_gives_the_same_run_also_beside_other_load(judges: Path
     assert not list(one.glob("best_step_*"))
 
 
-@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name not in ("real", *SUPERVISED)])
-def test_every_other_objective_trains(judges: Path, tmp_path: Path, objective: str) -> None:
-    """Two steps each; the terms that an objective has are the ones that are not zero."""
-    run = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "real_openrlhf.train_real",
-        *flags(judges, HEAD, run, "--real.objective", objective, "--ckpt.best_metric_key", "none"),
-    ]
+OTHERS = [name for name in OBJECTIVES if name not in ("real", *SUPERVISED)]
+
+
+@pytest.fixture(scope="module")
+def others(judges: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps of each other objective, a folder each, in one process: one after the other on the same engine."""
+    folder = tmp_path_factory.mktemp("others")
+    more = ("--ckpt.best_metric_key", "none", "--real.objective")
+    runs = [flags(judges, HEAD, folder / objective, *more, objective) for objective in OTHERS]
+    command = [sys.executable, "-m", "tests.helpers.kept_runs", json.dumps(runs)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("objective", OTHERS)
+def test_every_other_objective_trains(judges: Path, others: Path, objective: str) -> None:
+    """The terms that an objective has are the ones that are not zero."""
+    run = others / objective
     check_run(judges, run)
     train = [m for m in read_lines(run / "metrics.jsonl") if m["phase"] == "train"]
     learns_score = objective in ("jepo", "term2_only")
