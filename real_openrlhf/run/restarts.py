@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from real_openrlhf.checkpoint.errors import CheckpointError
@@ -23,6 +24,7 @@ from real_openrlhf.controller.loop import Stopped
 from real_openrlhf.controller.output_folder import RunLogError
 from real_openrlhf.run.kept_engines import KeptEngines
 from real_openrlhf.run.plan import RunPlan
+from real_openrlhf.run.signals import StopRequest
 from real_openrlhf.run.waiting import is_fault
 
 logger = logging.getLogger(__name__)
@@ -34,13 +36,12 @@ _PAUSE_S = 30.0
 class Interrupted(Exception):
     """A fault ended an attempt that had begun. The fault is its cause.
 
-    step: the last complete one. signal: the name of a stop signal that came before, or None.
+    step: the last complete one.
     """
 
-    def __init__(self, step: int, signal: str | None) -> None:
+    def __init__(self, step: int) -> None:
         super().__init__(f"interrupted after step {step}")
         self.step = step
-        self.signal = signal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +55,26 @@ class Again:
 def launch_until_done(
     plan: RunPlan, checkpoint: Checkpoint | None, launch: Callable[..., Any], kept: KeptEngines | None = None
 ) -> None:
-    """Call launch(plan, checkpoint, kept) and, after a fault, launch(plan, <last checkpoint>, kept, Again(...)).
+    """Call launch(plan, checkpoint, kept, again=None) and, after a fault, with the last checkpoint and Again(...).
 
     At most --ckpt.max_restarts times without a new checkpoint; then the fault is raised. A fault of the very first
-    start is raised at once: it would come again. Raises Stopped when a fault comes between a stop signal and its save.
+    start is raised at once: it would come again. Raises Stopped when there was a stop signal before the next start,
+    whether it came before the fault or after it.
     """
+    stop = StopRequest()
+    try:
+        _until_done(plan, checkpoint, partial(launch, stop=stop), kept, stop)
+    finally:
+        stop.release()
+
+
+def _until_done(
+    plan: RunPlan,
+    checkpoint: Checkpoint | None,
+    launch: Callable[..., Any],
+    kept: KeptEngines | None,
+    stop: StopRequest,
+) -> None:
     ckpt = plan.config.ckpt
     # In a Ray session of the caller, actors of a failed attempt live on, and so may an engine that is broken.
     limit = 0 if kept is not None else ckpt.max_restarts
@@ -71,10 +87,10 @@ def launch_until_done(
     step: int | None
     while True:
         try:
-            launch(plan, checkpoint, kept) if again is None else launch(plan, checkpoint, kept, again)
+            launch(plan, checkpoint, kept, again=again)
             return
         except Interrupted as interrupted:
-            fault, step, signal = interrupted.__cause__, interrupted.step, interrupted.signal
+            fault, step = interrupted.__cause__, interrupted.step
         except Exception as error:
             # A node that is gone may be missed here; the first start said that there are enough.
             if again is not None and isinstance(error, (ConfigError, RunLogError, CheckpointError)):
@@ -82,13 +98,13 @@ def launch_until_done(
                 raise RunError(f"the run cannot go on: {error}") from error
             if again is None or not (is_fault(error) or isinstance(error, DeviceError)):
                 raise
-            fault, step, signal = error, None if checkpoint is None else checkpoint.step, None
+            fault, step = error, None if checkpoint is None else checkpoint.step
         assert fault is not None
         newest = store.newest(after=before) or first
         restarts = restarts + 1 if newest == checkpoint else 1
-        if signal is not None:
-            logger.error("%s, and then a fault: %s", signal, fault)
-            raise Stopped(0 if newest is None else newest.step, signal, saved=newest is not None) from fault
+        if stop.requested is not None:
+            logger.error("%s, and a fault: %s", stop.requested, fault)
+            raise _stopped(stop.requested, newest) from fault
         if restarts > limit:
             if restarts > 1:
                 logger.error("no further start: %d in a row came to no new checkpoint", restarts)
@@ -103,7 +119,20 @@ def launch_until_done(
         del fault
         gc.collect()
         # The first one comes at once. When it did not help, what was lost needs time to come back.
-        time.sleep(_PAUSE_S * (restarts - 1))
+        pause(_PAUSE_S * (restarts - 1), stop)
+        if stop.requested is not None:
+            raise _stopped(stop.requested, newest)
+
+
+def pause(seconds: float, stop: StopRequest) -> None:
+    """Until the seconds are over, or a stop signal comes."""
+    until = time.monotonic() + seconds
+    while stop.requested is None and (left := until - time.monotonic()) > 0:
+        time.sleep(min(0.5, left))
+
+
+def _stopped(signal: str, newest: Checkpoint | None) -> Stopped:
+    return Stopped(0 if newest is None else newest.step, signal, saved=newest is not None)
 
 
 def _in_words(fault: BaseException, step: int | None) -> str:

@@ -28,8 +28,9 @@ class StopRequest:
                     save()
                     sys.exit(EXIT_RESUME)
 
-    Enter it after `ray.init`, which installs its own SIGTERM handler, one that ends the process.
-    The earlier handlers are restored at exit. RuntimeError when entered twice or outside of the main thread.
+    Enter it after `ray.init`, which installs its own SIGTERM handler, one that ends the process; or `arm` it then, as
+    often as that happens, and `release` it at the end. What came in between stays requested. The handlers of before are
+    restored at exit. RuntimeError when entered twice or outside of the main thread.
     """
 
     def __init__(self) -> None:
@@ -43,24 +44,32 @@ class StopRequest:
         return self._first
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is not threading.main_thread():
-            raise RuntimeError("stop signals can only be handled in the main thread; enter StopRequest there")
         if self._previous:
             raise RuntimeError("this StopRequest is in use already")
         self._first = None
         self._seen.clear()
-        for number in STOP_SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
+        self.arm()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def arm(self) -> None:
+        """Install the handlers, also in the place of those that were installed since the last time."""
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("stop signals can only be handled in the main thread; enter StopRequest there")
+        for number in STOP_SIGNALS:
+            previous = signal.signal(number, self._handle)
+            self._previous.setdefault(number, previous)
+
+    def release(self) -> None:
         for number, previous in self._previous.items():
             # A handler that was installed meanwhile stays. None: the earlier handler was not installed from Python.
             if signal.getsignal(number) == self._handle:
                 signal.signal(number, signal.SIG_DFL if previous is None else previous)
         self._previous.clear()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """May run between any two instructions of the main thread, so it only sets the flag and logs."""

@@ -42,15 +42,13 @@ logger = logging.getLogger(__name__)
 
 
 def launch(
-    plan: RunPlan,
-    checkpoint: Checkpoint | None = None,
-    kept: KeptEngines | None = None,
-    again: Again | None = None,
+    plan: RunPlan, checkpoint: Checkpoint | None, kept: KeptEngines | None, *, stop: StopRequest, again: Again | None
 ) -> dict[str, Any]:
     """Start, train, export, shut down. Returns the metrics of the last evaluation; raises Stopped after a signal.
 
-    checkpoint: resume from there. kept: see `Actors`. again: of a start after a fault. The caller holds the locks of
-    the run's folders. Raises Interrupted for a fault (`waiting.is_fault`) once all actors have started.
+    checkpoint: resume from there. kept: see `Actors`. stop: armed here, and left so. again: of a start after a fault.
+    The caller holds the locks of the run's folders. Raises Interrupted for a fault (`waiting.is_fault`) once all actors
+    have started.
     """
     config = plan.config
     store = make_store(config.ckpt.folder, keep=config.ckpt.max_num, metric=config.ckpt.best_metric)
@@ -73,10 +71,9 @@ def launch(
             append=checkpoint is not None or config.supervised or again is not None,
         ) as terminal,
         ray_session(config.ray.address, num_cpus=config.ray.num_cpus, needed_cpus=plan.needed_cpus) as session,
-        # Entered after Ray has started: ray.init installs its own SIGTERM handler.
-        StopRequest() as stop,
         in_plain_words(lambda: stop.requested, store),
     ):
+        stop.arm()  # not earlier: ray.init installs its own SIGTERM handler
         plan = on_cluster(plan, session)
         logger.info("%s", render(plan, for_log=True))
         timer = PhaseTimer()
@@ -127,7 +124,7 @@ def train(
         return controller.fit(saver)
     except Exception as error:
         if is_fault(error):
-            raise Interrupted(controller.step_number, stop.requested) from error
+            raise Interrupted(controller.step_number) from error
         raise
     finally:
         log.page(last=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from real_openrlhf.controller.output_folder import RunLogError
 from real_openrlhf.run import restarts
 from real_openrlhf.run.kept_engines import KeptEngines
 from real_openrlhf.run.restarts import Interrupted, launch_until_done
+from real_openrlhf.run.signals import StopRequest
 from tests.unit.checkpoint import helpers
 
 
@@ -35,7 +37,8 @@ class Run:
         self.started_from: list[int | None] = []
         self.again: list[Any] = []
 
-    def launch(self, plan: Any, checkpoint: Checkpoint | None, kept: Any, again: Any = None) -> None:
+    def launch(self, plan: Any, checkpoint: Checkpoint | None, kept: Any, *, stop: StopRequest, again: Any) -> None:
+        stop.arm()
         self.started_from.append(None if checkpoint is None else checkpoint.step)
         self.again.append(again)
         if self.attempts:
@@ -53,11 +56,15 @@ def died() -> ActorUnavailableError:
     return ActorUnavailableError("The actor died.\nits worker was killed", None)
 
 
-def dies(*saved: int, at: int = 0, signal: str | None = None) -> Callable[[Run], None]:
+def dies(*saved: int, at: int = 0, before: signal.Signals | None = None) -> Callable[[Run], None]:
+    """before: a signal before the fault."""
+
     def attempt(run: Run) -> None:
         for step in saved:
             run.save(step)
-        raise Interrupted(at, signal) from died()
+        if before is not None:
+            signal.raise_signal(before)
+        raise Interrupted(at) from died()
 
     return attempt
 
@@ -72,7 +79,7 @@ def fails(error: Exception) -> Callable[[Run], None]:
 @pytest.fixture(autouse=True)
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     made: list[float] = []
-    monkeypatch.setattr(restarts.time, "sleep", made.append)
+    monkeypatch.setattr(restarts, "pause", lambda seconds, stop: made.append(seconds))
     return made
 
 
@@ -180,8 +187,50 @@ def test_a_later_start_may_fail_as_often_as_a_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("saved", "step"), [((), 0), ((3,), 3)])
 def test_a_fault_between_a_signal_and_its_save(tmp_path: Path, saved: tuple[int, ...], step: int) -> None:
     """As when Slurm ends a job: nothing is started again, and the caller learns whether there is a state."""
-    run = Run(tmp_path, dies(*saved, signal="SIGTERM"))
+    handler = signal.getsignal(signal.SIGTERM)
+    run = Run(tmp_path, dies(*saved, before=signal.SIGTERM))
     with pytest.raises(Stopped) as stopped:
         run.go()
     assert (stopped.value.saved, stopped.value.step) == (bool(saved), step)
     assert run.started_from == [None]
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+@pytest.mark.parametrize("saved", [(), (3,)])
+def test_a_signal_after_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: tuple[int, ...]) -> None:
+    """The same, seen the other way round: actors are gone a moment before the signal, which nobody waits for."""
+
+    def waits(seconds: float, stop: StopRequest) -> None:
+        signal.raise_signal(signal.SIGUSR1)
+
+    monkeypatch.setattr(restarts, "pause", waits)
+    run = Run(tmp_path, dies(*saved))
+    with pytest.raises(Stopped) as stopped:
+        run.go()
+    assert stopped.value.saved == bool(saved) and run.started_from == [None]
+
+
+def test_a_signal_ends_the_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the fixture above
+    with StopRequest() as stop:
+        monkeypatch.setattr(restarts.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGUSR1))
+        restarts.pause(1e9, stop)
+    assert stop.requested == "SIGUSR1"
+
+
+def test_the_next_attempt_knows_of_a_signal_that_came_while_it_started(tmp_path: Path) -> None:
+    """It has no handler of its own; Ray installs one in the meantime."""
+    seen = []
+
+    def launch(plan: Any, checkpoint: Checkpoint | None, kept: Any, *, stop: StopRequest, again: Any) -> None:
+        if again is not None:
+            signal.raise_signal(signal.SIGUSR1)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        stop.arm()
+        seen.append(stop.requested)
+        if again is None:
+            raise Interrupted(1) from died()
+
+    run = Run(tmp_path)
+    launch_until_done(run.plan, None, launch)
+    assert seen == [None, "SIGUSR1"]
