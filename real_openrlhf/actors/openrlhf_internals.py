@@ -107,16 +107,16 @@ TOUCHES: tuple[Touch, ...] = (
     ),
     Touch(
         where=f"{_STRATEGY}.optimizer_step",
-        how="call",
-        by="actors.policy.trainer",
-        why="one optimizer update",
+        how="override",
+        by="actors.policy.strategy",
+        why="one optimizer update; ours takes the norm of the gradients where DeepSpeed does not keep it",
         names=("_optimizer", "model", "_scheduler", "name"),
     ),
     Touch(
         where=f"{_STRATEGY}.get_grad_norm",
-        how="call",
-        by="actors.policy.trainer",
-        why="logged after every update, before clipping",
+        how="override",
+        by="actors.policy.strategy",
+        why="logged after every update, before clipping; its own is 0 under ZeRO 0 in fp32",
         names=("model",),
     ),
     Touch(

@@ -40,6 +40,7 @@ class PolicyStrategy(DeepspeedStrategy):
             args=args,
         )
         self.device = device
+        self._plain_norm: float | None = None
 
     def setup_distributed(self, timeout: timedelta = timedelta(minutes=60)) -> None:
         """Join the policy's process group and build the data-parallel mesh."""
@@ -104,6 +105,19 @@ class PolicyStrategy(DeepspeedStrategy):
     def mark_boundary(self, model: Any, *, last: bool) -> None:
         """Tell DeepSpeed, before a forward, whether it is the last one of the update."""
         model.model.set_gradient_accumulation_boundary(last)
+
+    def optimizer_step(self, _optimizer: Any, model: Any, _scheduler: Any, name: str = "model", **kwargs: Any) -> None:
+        engine = model.model
+        self._plain_norm = None
+        if not hasattr(engine.optimizer, "_global_grad_norm"):
+            # ZeRO 0 in fp32 has torch's own optimizer; DeepSpeed clips by this norm and does not keep it.
+            gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+            self._plain_norm = float(torch.nn.utils.get_total_norm(gradients))
+        super().optimizer_step(_optimizer, model, _scheduler, name=name, **kwargs)
+
+    def get_grad_norm(self, model: Any) -> float:
+        """Of the last update, before clipping; OpenRLHF has 0 under ZeRO 0 in fp32."""
+        return float(super().get_grad_norm(model)) if self._plain_norm is None else self._plain_norm
 
     def skip_step(self, model: Any) -> None:
         """In place of `optimizer_step`: the update ends, and nothing has changed."""
