@@ -172,7 +172,8 @@ class CpuReferenceActor(_ReferenceActor):  # type: ignore[misc]
 
 class CpuEngine(_Engine):  # type: ignore[misc]
     async def __init__(self, *args: Any, max_model_len: int, **kwargs: Any) -> None:  # type: ignore[misc]
-        os.environ.update({"VLLM_CPU_KVCACHE_SPACE": "1"} | DEVICE.engine_env())
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.update(DEVICE.engine_env())
         options = DEVICE.engine_options(max_model_len, fp32_head=False)
         kwargs |= {"worker_extension_cls": WORKER, "max_model_len": max_model_len, **options}
         await super().__init__(*args, **kwargs)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.helpers.tiny_judge import make_judge, make_rows, write_rows
+
+# GiB per engine, of runs and of this process. The four of a run would not all fit beside other programs.
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,7 @@ class Slurm:
         keep = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "RAY", "SBATCH"))}
         self.env = {**keep, "SLURM_CONF": str(conf), "RAY_TMP": str(tmp), "PYTHON": sys.executable}
         self.env |= {"PYTHONPATH": str(ROOT), "GPUS_PER_NODE": "0", "OMP_NUM_THREADS": "1", "NO_REQUEUE": ""}
+        self.env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         # Ray would end jobs here for the memory that other programs use.
         self.env["RAY_memory_monitor_refresh_ms"] = "0"
 
