@@ -103,15 +103,8 @@ def test_the_policys_tensors_are_those_of_the_plan(stage: int, dtype: str, world
             assert found["buckets"] == REDUCE_BUCKET * ITEMSIZE[dtype]
 
 
-@pytest.mark.parametrize(
-    ("stage", "dtype"),
-    [
-        pytest.param(0, "fp32", marks=pytest.mark.slow),
-        (2, "bf16"),
-        pytest.param(2, "fp32", marks=pytest.mark.slow),
-        pytest.param(3, "fp32", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow  # for a quiet machine
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (2, "bf16"), (2, "fp32"), (3, "fp32")])
 def test_a_larger_model_takes_the_memory_of_the_plan(stage: int, dtype: str, folder: Path, wide: Path) -> None:
     """By the operating system, before the optimizer's second step.
 

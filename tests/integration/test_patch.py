@@ -85,6 +85,8 @@ def test_the_same_command_trains_a_judge(judges: Path, tmp_path: Path, terms: st
     more = REAL if terms == "both" else [*PAPER, "--train.agent_func_path", agent_file(tmp_path)]
     _, steps = run(judges, tmp_path, *more)
     assert len(steps) == 2
+    # One step of Term 1 may have nothing to learn from: requests have no seeds, and feedback of one prompt may agree.
+    assert any(step["actor_grad_norm"] > 0 for step in steps)
     for step in steps:
-        assert step["actor_grad_norm"] > 0 and 0 < step["real_readable"] <= 1
+        assert 0 < step["real_readable"] <= 1
         assert 1 <= step["real_expected"] / step["real_readable"] <= 5 and step["real_mass"] <= 1

@@ -67,7 +67,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[RunPlan]:
     """The runs that were started; nothing really is."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     runs: list[RunPlan] = []
-    monkeypatch.setattr(module, "launch", lambda plan, checkpoint, kept: runs.append(plan))
+    monkeypatch.setattr(module, "launch", lambda plan, checkpoint, kept, **more: runs.append(plan))
     return runs
 
 
@@ -264,7 +264,7 @@ def test_too_few_prompts_for_one_step_are_found_before_a_run(
 def test_what_the_log_or_the_cluster_refuses_is_wrong_input_too(
     flags: Flags, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(plan: RunPlan, checkpoint: object, kept: object) -> None:
+    def run(plan: RunPlan, checkpoint: object, kept: object, **more: object) -> None:
         raise RunLogError("--logger.tensorboard_dir '/x' cannot be written")
 
     monkeypatch.setattr(module, "launch", run)
@@ -272,7 +272,7 @@ def test_what_the_log_or_the_cluster_refuses_is_wrong_input_too(
 
 
 def test_a_failure_of_the_run_is_no_input_error(flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(plan: RunPlan, checkpoint: object, kept: object) -> None:
+    def run(plan: RunPlan, checkpoint: object, kept: object, **more: object) -> None:
         raise ValueError("a bug")
 
     monkeypatch.setattr(module, "launch", run)
@@ -284,7 +284,7 @@ def test_a_failure_of_the_run_is_no_input_error(flags: Flags, monkeypatch: pytes
 def test_what_libraries_said_last_is_shown_when_a_run_fails(
     error: Exception, flags: Flags, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(plan: RunPlan, checkpoint: object, kept: object) -> None:
+    def run(plan: RunPlan, checkpoint: object, kept: object, **more: object) -> None:
         (Path(flags["ckpt.output_dir"]) / LIBRARIES_FILE).write_text("the cause, said by a library\n")
         raise error
 
@@ -452,7 +452,7 @@ def test_a_model_that_never_ends(model: Path, tmp_path: Path) -> None:
 def test_a_signal_ends_with_the_code_that_means_resume(
     flags: Flags, monkeypatch: pytest.MonkeyPatch, saved: bool, code: int
 ) -> None:
-    def run(plan: RunPlan, checkpoint: object, kept: object) -> None:
+    def run(plan: RunPlan, checkpoint: object, kept: object, **more: object) -> None:
         raise Stopped(3, "SIGTERM", saved)
 
     monkeypatch.setattr(module, "launch", run)
@@ -539,7 +539,7 @@ def test_a_second_run_in_the_folders_of_a_live_one(
     folder = Path(flags[flag.removeprefix("--")])
     command = argv(flags, "--ckpt.load", load)
 
-    def live(plan: RunPlan, checkpoint: object, kept: object) -> None:
+    def live(plan: RunPlan, checkpoint: object, kept: object, **more: object) -> None:
         for name in ("ckpt.output_dir", "ckpt.path"):
             with pytest.raises(FolderInUseError):
                 FolderLock(flags[name], f"--{name}")
