@@ -79,7 +79,7 @@ def test_a_stock_run_trains_on_a_cpu(judges: Path, tmp_path: Path) -> None:
     assert any(not torch.allclose(before[name], after[name], atol=1e-3) for name in before)
 
 
-@pytest.mark.parametrize("terms", ["both", "term_1"])
+@pytest.mark.parametrize("terms", ["both", pytest.param("term_1", marks=pytest.mark.slow)])
 def test_the_same_command_trains_a_judge(judges: Path, tmp_path: Path, terms: str) -> None:
     """Both terms by --real.* flags; Term 1 by the page's agent in OpenRLHF's own trainer."""
     more = REAL if terms == "both" else [*PAPER, "--train.agent_func_path", agent_file(tmp_path)]
