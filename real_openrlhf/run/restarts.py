@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from real_openrlhf.checkpoint.errors import CheckpointError
@@ -55,7 +54,7 @@ class Again:
 def launch_until_done(
     plan: RunPlan, checkpoint: Checkpoint | None, launch: Callable[..., Any], kept: KeptEngines | None = None
 ) -> None:
-    """Call launch(plan, checkpoint, kept, again=None) and, after a fault, with the last checkpoint and Again(...).
+    """Call launch(plan, checkpoint, kept, stop=..., again=None); after a fault with the last checkpoint and Again(...).
 
     At most --ckpt.max_restarts times without a new checkpoint; then the fault is raised. A fault of the very first
     start is raised at once: it would come again. Raises Stopped when there was a stop signal before the next start,
@@ -63,7 +62,7 @@ def launch_until_done(
     """
     stop = StopRequest()
     try:
-        _until_done(plan, checkpoint, partial(launch, stop=stop), kept, stop)
+        _until_done(plan, checkpoint, launch, kept, stop)
     finally:
         stop.release()
 
@@ -87,7 +86,7 @@ def _until_done(
     step: int | None
     while True:
         try:
-            launch(plan, checkpoint, kept, again=again)
+            launch(plan, checkpoint, kept, stop=stop, again=again)
             return
         except Interrupted as interrupted:
             fault, step = interrupted.__cause__, interrupted.step

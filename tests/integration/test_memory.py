@@ -30,17 +30,17 @@ ITEMSIZE = {"fp32": 4, "bf16": 2}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sizes that two ranks cannot divide evenly."""
-    path = tmp_path_factory.mktemp("memory") / "model"
-    torch.manual_seed(0)
-    Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=False)).save_pretrained(path)
-    return path
+    return saved(tmp_path_factory.mktemp("memory"), SMALL, head_dim=16)
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("memory") / "wide"
+    return saved(tmp_path_factory.mktemp("wide"), WIDE, head_dim=64)
+
+
+def saved(path: Path, sizes: dict[str, Any], *, head_dim: int) -> Path:
     torch.manual_seed(0)
-    Qwen3ForCausalLM(Qwen3Config(**WIDE, head_dim=64, tie_word_embeddings=False)).save_pretrained(path)
+    Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=head_dim, tie_word_embeddings=False)).save_pretrained(path)
     return path
 
 

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 _EVERY_S = 0.5
+# Looks for the death of a process after a call to it has failed.
+_LOOKS = 10
 
 
 class EngineDied(RuntimeError):
@@ -27,6 +29,13 @@ async def while_alive(work: Coroutine[Any, Any, T], died: Callable[[], bool], wh
             if died():
                 raise EngineDied(_message(what))
         error = task.exception()
+        if type(error) is Exception:
+            # What vLLM makes of any failed call but a request's. A process cancels its calls as it ends: the answer can
+            # be here before vLLM knows of the end.
+            for _ in range(_LOOKS):
+                if died():
+                    break
+                await asyncio.sleep(_EVERY_S)
         if error is not None and died() and not isinstance(error, EngineDied):
             # vLLM's own word for it cannot be read in processes that do not import vLLM.
             raise EngineDied(f"{_message(what)} ({type(error).__name__})") from None

@@ -1,7 +1,7 @@
 """OpenRLHF's DeepSpeed strategy on any device.
 
-Three things differ from OpenRLHF's: the device decides the backend and the mesh, the optimizer has another kernel, and
-gradients are summed in fp32.
+Four things differ from OpenRLHF's: the device decides the backend and the mesh, the optimizer has another kernel,
+gradients are summed in fp32, and their norm is known under ZeRO 0 too.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ class PolicyStrategy(DeepspeedStrategy):
     def optimizer_step(self, _optimizer: Any, model: Any, _scheduler: Any, name: str = "model", **kwargs: Any) -> None:
         engine = model.model
         self._plain_norm = None
-        if not hasattr(engine.optimizer, "_global_grad_norm"):
-            # ZeRO 0 in fp32 has torch's own optimizer; DeepSpeed clips by this norm and does not keep it.
+        if isinstance(engine.optimizer, torch.optim.Optimizer):
+            # Torch's own, under ZeRO 0 in fp32: DeepSpeed clips by this norm and does not keep it.
             gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
             self._plain_norm = float(torch.nn.utils.get_total_norm(gradients))
         super().optimizer_step(_optimizer, model, _scheduler, name=name, **kwargs)

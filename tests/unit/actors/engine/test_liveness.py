@@ -34,6 +34,11 @@ class Engine:
     async def fails(self) -> None:
         raise KeyError("a mistake")
 
+    @needs_engine
+    async def is_cancelled(self) -> None:
+        """As for a utility call of vLLM that its process cancels while it ends."""
+        raise Exception("Call to pause_scheduler method failed: cancelled")
+
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
@@ -67,3 +72,20 @@ def test_an_error_is_the_engine_s_only_if_its_process_ended(engine: Engine) -> N
     engine.llm.errored = True
     with pytest.raises(EngineDied, match=r"ended during fails.*\(KeyError\)"):
         asyncio.run(engine.fails())
+
+
+def test_an_answer_may_come_before_the_news_of_its_process(engine: Engine) -> None:
+    async def run() -> None:
+        waiting = asyncio.ensure_future(engine.is_cancelled())
+        await asyncio.sleep(0.03)
+        engine.llm.errored = True
+        with pytest.raises(EngineDied, match="ended during is_cancelled"):
+            await waiting
+
+    asyncio.run(run())
+
+
+def test_a_call_that_fails_in_a_living_process_keeps_its_error(engine: Engine) -> None:
+    with pytest.raises(Exception, match="method failed: cancelled") as raised:
+        asyncio.run(engine.is_cancelled())
+    assert not isinstance(raised.value, EngineDied)
